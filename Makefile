@@ -1,0 +1,32 @@
+PYTHON ?= python3
+VENV_BIN := .venv/bin
+
+.PHONY: demo test format clean
+.DEFAULT_GOAL := test
+
+# Trains a small Llama-3 from books to a merged model; prints each command as it runs it.
+demo: .venv
+	PATH="$(CURDIR)/$(VENV_BIN):$$PATH" bash demo.sh
+
+test: .venv
+	$(VENV_BIN)/ruff check .
+	$(VENV_BIN)/ruff format --check .
+	$(VENV_BIN)/python -m pytest -q
+
+format: .venv
+	$(VENV_BIN)/ruff check --fix .
+	$(VENV_BIN)/ruff format .
+
+# The stamp is written last, so that an interrupted install is not taken for a finished one.
+.PHONY: .venv
+.venv: .venv/installed
+
+.venv/installed: requirements.txt requirements-demo.txt
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
+	$(PYTHON) -m venv .venv
+	$(VENV_BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	$(VENV_BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	touch $@
+
+clean:
+	rm -rf demo compiled checkpoints runs

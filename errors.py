@@ -1,0 +1,32 @@
+"""What a person did wrong, said in one sentence, with exit status 2."""
+
+import os
+import sys
+import time
+from collections.abc import Callable
+
+OTHER_RANKS_WAIT_S = 10  # for rank 0 to say it first; torchrun then ends them
+
+
+class UserError(Exception):
+    """The job can't be done as asked.
+
+    The message is one sentence that names the option or file, what is wrong with it, and what to do.
+    """
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Runs a script's `main`; a UserError is printed as one line and becomes exit status 2.
+
+    Under torchrun every rank meets the same error, so rank 0 speaks for all. A rank that torchrun has not ended after
+    OTHER_RANKS_WAIT_S is alone with its error (a file missing on its node, say) and speaks for itself.
+    """
+    try:
+        main()
+    except UserError as error:
+        if int(os.environ.get("RANK", 0)) != 0:
+            time.sleep(OTHER_RANKS_WAIT_S)
+        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
