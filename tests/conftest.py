@@ -1,0 +1,21 @@
+"""What several test files share."""
+
+from pathlib import Path
+
+import pytest
+
+import demo_assets
+
+
+@pytest.fixture(scope="session")
+def llama3_tokenizer_path(tmp_path_factory) -> Path:
+    """Folder of the real Llama-3 tokenizer, 128,256 entries, converted once a session."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "llama3"
+    demo_assets.llama3_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def plays_path() -> Path:
+    """Folder of the 38 plays of Shakespeare as Markdown, in subfolders by genre."""
+    return demo_assets.plays_folder()
