@@ -1,0 +1,444 @@
+"""The causal language model as it is trained: wrapped to return its loss, its attention and RMSNorm our own.
+
+Hugging Face's model stays the source of truth. What is put in its place is proved equal or refused: an RMSNorm is
+routed to `rms_norm` only where both give the same numbers, a head that changes its logits is read from its own
+operators, and an argument that our attention doesn't know is an error, never ignored.
+"""
+
+import copy
+import os
+import types
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from compiler.annotation import register_op
+from errors import UserError
+
+try:
+    from flash_attn import flash_attn_func
+except ImportError:
+    flash_attn_func = None
+try:  # PyPI's `apex` is another project: only NVIDIA's has this module
+    from apex.normalization.fused_layer_norm import mixed_dtype_fused_rms_norm_affine as apex_rms_norm
+except Exception:  # that other project raises all sorts of things when imported
+    apex_rms_norm = None
+
+IGNORE_INDEX = -100  # a label that does not count
+ATTN_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
+QUERY_BLOCK = 1024  # rows of scores held at a time where no fused kernel does the job
+
+
+# --- kernels -------------------------------------------------------------------------------------------------------
+
+
+@register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^")
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+) -> torch.Tensor:
+    """Causal attention: [b, heads, l, d], [b, kv_heads, l, d], [b, kv_heads, l, e] -> [b, l, heads, e].
+
+    Args:
+        scale: what the scores are multiplied by, usually d ** -0.5.
+        window: each query sees the last `window` keys, itself included; 0 for all.
+        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); 0 for none.
+        dropout: probability of dropping an attention weight.
+        implementation: 'auto' takes flash-attn where it is installed and applies, else PyTorch's fused kernels, and
+            blocks of queries where those can't (a soft-cap, a window); the others force one.
+    """
+    fused = flash_attn_func is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    if implementation == "flash_attention_2" or (implementation == "auto" and fused):
+        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+        window_size = (window - 1, 0) if window else (-1, -1)
+        return flash_attn_func(q, k, v, dropout, scale, causal=True, window_size=window_size, softcap=softcap)
+    window = window if window < query.shape[2] else 0  # a window over everything is none
+    if implementation == "eager" or softcap or window:
+        return _blockwise_attention(query, key, value, scale, window, softcap, dropout, implementation == "eager")
+    return _sdpa(query, key, value, scale, dropout, is_causal=True).transpose(1, 2)
+
+
+def _sdpa(query, key, value, scale, dropout, **mask) -> torch.Tensor:
+    """PyTorch's scaled_dot_product_attention, held to its memory-efficient kernels on GPUs."""
+    if not query.is_cuda:
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1], **mask
+        )
+    half = query.dtype in (torch.float16, torch.bfloat16) and "attn_mask" not in mask
+    if not half:  # only the memory-efficient kernel is left, which knows no grouped queries
+        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+    with sdpa_kernel(kernels, set_priority=True):
+        return F.scaled_dot_product_attention(
+            query, key, value, dropout_p=dropout, scale=scale, enable_gqa=half, **mask
+        )
+
+
+def _blockwise_attention(query, key, value, scale, window, softcap, dropout, eager) -> torch.Tensor:
+    """Attention a block of queries at a time, over the keys in its reach; the scores are recomputed in the backward.
+
+    Holds QUERY_BLOCK x (QUERY_BLOCK + window) scores a head at a time, or QUERY_BLOCK x l without a window.
+    """
+    attend = _attend_in_float32 if softcap or eager else _attend_masked
+    blocks = []
+    for start in range(0, query.shape[2], QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, query.shape[2])
+        first = max(0, start - window + 1) if window else 0
+        k, v = key[:, :, first:stop], value[:, :, first:stop]
+        block = (query[:, :, start:stop], k, v, scale, window, softcap, dropout)
+        blocks.append(checkpoint(attend, *block, use_reentrant=False))
+    return torch.cat(blocks, dim=2).transpose(1, 2)
+
+
+def _visible(rows: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
+    """Which keys each row sees, [rows, keys], the last row and the last key being at the same position."""
+    distance = torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)
+    return (distance >= 0) & (distance < window) if window else distance >= 0
+
+
+def _attend_masked(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
+    mask = _visible(query.shape[2], key.shape[2], window, query.device)
+    return _sdpa(query, key, value, scale, dropout, attn_mask=mask)
+
+
+def _attend_in_float32(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
+    b, heads, rows, d = query.shape
+    query = query.view(b, key.shape[1], -1, rows, d)  # a group of heads shares its keys without a copy of them
+    scores = (query.float() @ key.float().transpose(-1, -2).unsqueeze(2)) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~_visible(rows, key.shape[2], window, query.device), float("-inf"))
+    weights = F.dropout(scores.softmax(-1), dropout)
+    return (weights @ value.float().unsqueeze(2)).to(value.dtype).flatten(1, 2)
+
+
+@register_op("* d^, d^ -> * d^")
+def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
+    """x / sqrt(mean(x ** 2) + eps) * (weight + offset), computed in float32 (arXiv:1910.07467): [*, d], [d] -> [*, d].
+
+    Gemma keeps its weights around 0 and has offset 1, added in float32.
+    """
+    if offset:
+        return F.rms_norm(hidden_states.float(), weight.shape, weight.float() + offset, eps).type_as(hidden_states)
+    if apex_rms_norm is not None and hidden_states.is_cuda:
+        return apex_rms_norm(hidden_states, weight, weight.shape, eps).type_as(hidden_states)
+    return F.rms_norm(hidden_states, weight.shape, weight, eps)
+
+
+# --- the wrapped model ---------------------------------------------------------------------------------------------
+
+
+class CausalLMLoss(nn.Module):
+    """A Hugging Face causal language model whose forward gives the loss summed over tokens.
+
+    forward(tokens, labels): [b, l] int64 each -> scalar float32. `labels` are shifted already: labels[:, i] is the
+    token after tokens[:, i], or IGNORE_INDEX.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        self.head = read_head(model)
+
+    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        hidden_states = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        lm_head = self.model.get_output_embeddings()
+        weight = lm_head.weight
+        if self.head.scale != 1.0:
+            hidden_states = hidden_states * self.head.scale
+        if getattr(lm_head, "bias", None) is not None:  # one more input dimension that is always 1
+            hidden_states = torch.cat((hidden_states, torch.ones_like(hidden_states[..., :1])), dim=-1)
+            weight = torch.cat((weight, lm_head.bias.unsqueeze(1)), dim=1)
+        losses = chunk_linear_cross_entropy(
+            hidden_states, weight, labels, IGNORE_INDEX, logit_softcap=self.head.logit_softcap
+        )
+        return losses.sum()
+
+
+def load_config(model_id: str):
+    """The configuration of a local folder's or a hub's model.
+
+    Raises:
+        UserError: there is none, or it is no causal language model.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    if _looks_local(model_id) and not (Path(model_id) / "config.json").is_file():
+        raise UserError(f"--model_id {model_id}: no config.json there; name a Hugging Face model folder or a hub model")
+    try:
+        config = AutoConfig.from_pretrained(model_id)
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model_id {model_id}: its configuration can't be loaded: {first_line(error)}") from error
+    if type(config) not in AutoModelForCausalLM._model_mapping:
+        raise UserError(f"--model_id {model_id}: a {config.model_type!r} model is no causal language model")
+    return config
+
+
+def _looks_local(model_id: str) -> bool:
+    return os.path.exists(model_id) or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
+
+
+def first_line(error: Exception) -> str:
+    """The first line of a library's error, to quote in one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def build_model(config, dtype: torch.dtype, attn_implementation: str = "auto") -> CausalLMLoss:
+    """The wrapped model in train mode, parameters on meta (nothing is read or allocated), buffers real and on the CPU.
+
+    Raises:
+        UserError: `attn_implementation` can't be had here, or the model's head does what the chunked loss can't.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _register_attention(attn_implementation)
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="annotated")
+    route_rms_norms(model)
+    return CausalLMLoss(model).train()
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules built inside have their parameters on meta; their buffers are computed as ever."""
+    register_parameter = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        if parameter is not None and not parameter.is_meta:  # one that is stays itself: it may be a tied weight
+            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
+        register_parameter(module, name, parameter)
+
+    nn.Module.register_parameter = register_on_meta
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register_parameter
+
+
+def _register_attention(implementation: str) -> None:
+    """Makes `attention` the transformers attention function 'annotated'."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    if implementation == "flash_attention_2" and flash_attn_func is None:
+        raise UserError(
+            "--attn_implementation flash_attention_2: the package flash-attn is not installed; "
+            "install it (pip install flash-attn --no-build-isolation) or choose sdpa"
+        )
+
+    def annotated_attention(module, query, key, value, attention_mask, **kwargs):
+        known = {name: kwargs.pop(name, None) for name in ("scaling", "dropout", "sliding_window", "softcap")}
+        kwargs.pop("position_ids", None)  # rotary embedding has used them
+        changes = [name for name, given in kwargs.items() if given is not None and given is not False]
+        if kwargs.get("is_causal", getattr(module, "is_causal", True)):
+            changes = [name for name in changes if name != "is_causal"]
+        else:
+            changes.append("is_causal=False")
+        if attention_mask is not None:
+            changes.append("attention_mask")
+        if changes:
+            raise UserError(
+                f"--model_id: the attention of {type(module).__name__} takes {', '.join(changes)}, "
+                "which this program's attention does not have; train a model without it"
+            )
+        optional = {"window": known["sliding_window"], "softcap": known["softcap"], "dropout": known["dropout"]}
+        optional["implementation"] = None if implementation == "auto" else implementation
+        scale = known["scaling"] if known["scaling"] is not None else query.shape[-1] ** -0.5
+        return attention(query, key, value, scale, **{name: v for name, v in optional.items() if v}), None
+
+    ALL_ATTENTION_FUNCTIONS.register("annotated", annotated_attention)
+
+
+def route_rms_norms(model: nn.Module) -> None:
+    """Gives every module that computes an RMSNorm, tried on numbers, a forward that calls `rms_norm`."""
+
+    def forward(self, hidden_states):
+        return rms_norm(hidden_states, self.weight, *self.rms_norm_arguments)
+
+    tried: dict[tuple, tuple | None] = {}
+    for module in model.modules():
+        parameters = dict(module.named_parameters())
+        if "norm" not in type(module).__name__.lower() or list(parameters) != ["weight"] or module.weight.ndim != 1:
+            continue
+        settings = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float))))
+        key = (type(module), module.weight.shape, settings)
+        if key not in tried:
+            tried[key] = _rms_norm_arguments(module)
+        if tried[key] is not None:
+            module.rms_norm_arguments = tried[key]
+            module.forward = types.MethodType(forward, module)
+
+
+def _rms_norm_arguments(module: nn.Module) -> tuple | None:
+    """The (eps,) or (eps, offset) with which `rms_norm` computes what `module` does, or None."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(module.weight.shape, generator=generator)
+    x = 1e-2 * torch.randn(4, *module.weight.shape, generator=generator)  # so small that eps shows
+    real = copy.copy(module)
+    real.__dict__ = {**vars(module), "_parameters": {"weight": nn.Parameter(weight)}}
+    for eps in {v for v in vars(module).values() if isinstance(v, float) and v < 1e-2}:
+        for arguments in ((eps,), (eps, 1.0)):
+            try:
+                if torch.allclose(real(x), rms_norm(x, weight, *arguments), rtol=1e-5, atol=1e-6):
+                    return arguments
+            except (RuntimeError, TypeError, AttributeError):  # it isn't one of these at all
+                return None
+    return None
+
+
+@dataclass(frozen=True)
+class Head:
+    """What happens to the logits after the projection: logits * scale, then softcap * tanh(logits / softcap)."""
+
+    scale: float = 1.0
+    logit_softcap: float = 0.0
+
+
+def read_head(model: nn.Module) -> Head:
+    """Reads from the model's own operators what its forward does between the decoder and the logits.
+
+    Raises:
+        UserError: it does something else than scale and soft-cap them.
+    """
+    ops = _head_operators(model)
+    names = [name for name, _ in ops]
+    if names.count("linear") != 1 or names[0] != "linear":
+        raise _head_error(model, names)
+    scale, at = 1.0, 1
+    while at < len(ops) and names[at : at + 2] != ["div", "tanh"] and names[at] in ("mul", "div") and ops[at][1]:
+        scale = scale * ops[at][1] if names[at] == "mul" else scale / ops[at][1]
+        at += 1
+    if at == len(ops):
+        return Head(scale)
+    if names[at:] == ["div", "tanh", "mul"] and ops[at][1] and ops[at][1] == ops[at + 2][1]:
+        return Head(scale, logit_softcap=ops[at][1])
+    raise _head_error(model, names)
+
+
+def _head_error(model: nn.Module, names: list[str]) -> UserError:
+    return UserError(
+        f"--model_id: the head of {type(model).__name__} computes {' -> '.join(names)}, and the chunked loss knows "
+        "only a linear layer, then a scale, then a soft-cap; train a model with such a head"
+    )
+
+
+def _head_operators(model: nn.Module) -> list[tuple[str, float | None]]:
+    """The operators of the model's forward outside its decoder, in order, with the number each has as an argument."""
+    from transformers.modeling_outputs import BaseModelOutputWithPast
+
+    decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
+    if lm_head is None or decoder is model:
+        raise UserError(f"--model_id: {type(model).__name__} has no separate decoder and output embeddings")
+    hidden_states = torch.empty(1, 2, lm_head.weight.shape[1], device="meta", dtype=lm_head.weight.dtype)
+    tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
+    output = BaseModelOutputWithPast(last_hidden_state=hidden_states)
+    ops: list[tuple[str, float | None]] = []
+    layout_only = {
+        "t",
+        "view",
+        "_unsafe_view",
+        "slice",
+        "alias",
+        "_to_copy",
+        "detach",
+        "expand",
+        "reshape",
+        "unsqueeze",
+    }
+
+    class Record(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            name = func.overloadpacket.__name__
+            if name in ("mm", "addmm", "linear"):
+                ops.append(("linear", None))
+            elif name not in layout_only:
+                ops.append((name, next((float(a) for a in args if isinstance(a, (int, float))), None)))
+            return func(*args, **(kwargs or {}))
+
+    # The decoder's place is taken by one that returns ready-made hidden states, so that only the head is left to run.
+    decoder.forward = lambda *args, **kwargs: output
+    try:
+        with torch.no_grad(), Record():
+            model(input_ids=tokens, use_cache=False)
+    finally:
+        del decoder.forward
+    return ops
+
+
+# --- weights -------------------------------------------------------------------------------------------------------
+
+
+def find_weights(model_id: str) -> dict[str, Path]:
+    """Where each tensor of a model lies: tensor name -> safetensors file. Downloads a hub model's weights.
+
+    Raises:
+        UserError: it has no safetensors weights.
+    """
+    import json
+
+    from safetensors import safe_open
+
+    folder = Path(model_id)
+    if not folder.is_dir():
+        folder = _download(model_id)
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
+    file = folder / "model.safetensors"
+    if not file.is_file():
+        hint = (
+            "; save it as safetensors first" if any(folder.glob("*.bin")) else "; pass --random_init to start without"
+        )
+        raise UserError(f"--model_id {model_id}: it has no model.safetensors{hint}")
+    with safe_open(file, "pt") as tensors:
+        return dict.fromkeys(tensors.keys(), file)
+
+
+def _download(model_id: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:  # every rank of a node asks; the hub's client lets one download while the others wait
+        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, no space
+        raise UserError(f"--model_id {model_id}: its weights can't be downloaded: {first_line(error)}") from error
+
+
+def random_weights(config, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter as transformers would initialize it, float32, on the CPU, one module at a time.
+
+    Each module has a seed of its own, made of `seed` and its name, so the weights don't depend on what is built first
+    or on how many ranks there are.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with parameters_on_meta():
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    yielded = set()
+    for path, module in model.named_modules():
+        own = {name: p for name, p in module.named_parameters(recurse=False) if p not in yielded}
+        if not own:
+            continue
+        yielded.update(own.values())
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(zlib.crc32(f"{seed} {path}".encode()))
+            for name, parameter in own.items():
+                module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
+            model._init_weights(module)
+        for name, parameter in own.items():
+            yield f"{path}.{name}" if path else name, module._parameters[name].detach()
+            module._parameters[name] = parameter
