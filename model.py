@@ -418,6 +418,41 @@ def _download(model_id: str) -> Path:
         raise UserError(f"--model_id {model_id}: its weights can't be downloaded: {first_line(error)}") from error
 
 
+def check_weights(model_id: str, files: dict[str, Path], parameters: dict[str, list[int]]) -> None:
+    """Raises a UserError unless the files have every parameter, in its shape."""
+    from safetensors import safe_open
+
+    if missing := [name for name in parameters if name not in files]:
+        raise UserError(
+            f"--model_id {model_id}: its weights have no tensor {missing[0]!r} ({len(missing)} are missing of "
+            f"{len(parameters)}); save the model again with transformers' save_pretrained"
+        )
+    for file in sorted(set(files.values())):
+        try:
+            with safe_open(file, "pt") as tensors:
+                shapes = {n: tensors.get_slice(n).get_shape() for n in parameters if files[n] == file}
+        except Exception as error:  # missing, cut short, or no safetensors at all
+            raise UserError(f"--model_id {model_id}: {file} can't be read ({first_line(error)})") from error
+        for name, shape in shapes.items():
+            if shape != parameters[name]:
+                raise UserError(
+                    f"--model_id {model_id}: {name!r} has shape {shape} in {file.name}, and {parameters[name]} by "
+                    "config.json; the two are not of one model"
+                )
+
+
+def save_hf_files(model_id: str, config, folder: Path) -> None:
+    """Writes what from_pretrained needs beside the weights: configuration and, if the model has one, tokenizer."""
+    from transformers import AutoTokenizer, GenerationConfig
+
+    config.save_pretrained(folder)
+    for kind in (AutoTokenizer, GenerationConfig):
+        try:
+            kind.from_pretrained(model_id).save_pretrained(folder)
+        except Exception:  # the model has none; it trains all the same
+            continue
+
+
 def random_weights(config, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter as transformers would initialize it, float32, on the CPU, one module at a time.
 

@@ -156,9 +156,10 @@ def _check_names(annotation: Annotation) -> None:
                 raise _name_error(annotation, dim, "is in an output but in no input")
             if marks[dim.name] == "+":
                 raise _name_error(annotation, dim, "is summed over ('+'), so no output can have it")
+    outputs = [entry for entry in annotation.outputs if not entry.replicated]
     for entry in annotation.inputs:
         for dim in _named(entry):
-            everywhere = all(dim.name in {d.name for d in _named(output)} for output in annotation.outputs)
+            everywhere = all(dim.name in {d.name for d in _named(output)} for output in outputs)
             if marks[dim.name] == "" and not everywhere:
                 raise _name_error(annotation, dim, "is not in every output: mark it '+' (summed over) or '^' (whole)")
 
@@ -235,6 +236,8 @@ def output_shapes(annotation: Annotation, shapes: Sequence[tuple[int, ...] | Non
     results: list[tuple[int, ...] | None] = []
     for entry in annotation.outputs:
         dims = expand_leading(entry, n_leading + len(entry.dims))
+        if unknown := [dim for factors in dims for dim in factors if dim.length is None and dim.name not in known]:
+            raise _name_error(annotation, unknown[0], "has a length that no input tells")
         sizes = [prod(dim.length or known[dim.name] for dim in factors) for factors in dims]
         results.append(None if entry.replicated else tuple(sizes))
     return results

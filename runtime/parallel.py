@@ -1,0 +1,100 @@
+"""Ranks, their mesh, FSDP2 over the generated module, and weights loaded by slices."""
+
+import importlib.util
+import os
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a checkpoint of 8B parameters on a slow disk is within it
+
+
+@contextmanager
+def process_group() -> Iterator[torch.device]:
+    """Joins the ranks that torchrun started (or stands alone); yields this rank's device."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if torch.cuda.is_available():
+        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(device)
+    else:
+        device, backend = torch.device("cpu"), "gloo"
+    if "RANK" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        yield device
+    finally:
+        dist.destroy_process_group()
+
+
+def load_generated(folder: Path, class_name: str) -> nn.Module:
+    """The module that a compiled folder's gencode.py defines, its parameters on meta."""
+    spec = importlib.util.spec_from_file_location("gencode", folder / "gencode.py")
+    gencode = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(gencode)
+    with torch.device("meta"):
+        return getattr(gencode, class_name)()
+
+
+def parallelize(module: nn.Module, layers_path: str, device: torch.device, compute_dtype: torch.dtype) -> DeviceMesh:
+    """Wraps each layer, then the root, in FSDP2 over all ranks (ZeRO-3, arXiv:1910.02054), and gives them memory.
+
+    Layers come first: the root then holds what is left, the embedding and the head, and a layer's weights are gathered
+    only while it runs. Gradients are summed in float32: the loss is a sum over tokens, so no rank count divides it.
+    """
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
+    # Inputs are not cast: the generated code has the model's own casts, and cos and sin may be float32 by design.
+    policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
+    layers = module.get_submodule(layers_path) if layers_path else []
+    for part in (*layers, module):
+        fully_shard(part, mesh=mesh, mp_policy=policy)
+        part.set_gradient_divide_factor(1.0)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
+    module.to_empty(device=device)
+    return mesh
+
+
+Reader = Callable[[tuple[slice, ...]], torch.Tensor]  # gives the part of a stored tensor at these slices
+
+
+def load_safetensors(module: nn.Module, files: dict[str, Path]) -> None:
+    """Fills every parameter from the safetensors file that has the tensor of its name; each rank reads its part only.
+
+    `files` has been checked to have them all (model.find_weights).
+    """
+    with ExitStack() as stack:
+        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(files.values())}
+        stored = {name: opened[file].get_slice(name) for name, file in files.items()}
+        for name, parameter in module.named_parameters():
+            load_slice(parameter, stored[name].__getitem__)
+
+
+def load_tensors(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Fills every parameter from whole tensors, which come one at a time."""
+    parameters = dict(module.named_parameters())
+    for name, tensor in tensors:
+        load_slice(parameters.pop(name), tensor.__getitem__)
+    assert not parameters, f"no weights for {list(parameters)}"
+
+
+@torch.no_grad()
+def load_slice(tensor: torch.Tensor, read: Reader) -> None:
+    """Fills a tensor, or this rank's shard of a DTensor, from its place in the whole."""
+    if isinstance(tensor, DTensor):
+        sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+        local = tensor.to_local()
+    else:
+        sizes, offsets, local = tensor.shape, (0,) * tensor.dim(), tensor
+    if local.numel():
+        local.copy_(read(tuple(slice(start, start + size) for start, size in zip(offsets, sizes, strict=True))))

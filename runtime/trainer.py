@@ -1,0 +1,192 @@
+"""The training loop: AdamW on float32 masters under FSDP2, gradients averaged over the tokens that count."""
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from errors import UserError
+from runtime import checkpoint, data
+from runtime.data import Position
+from runtime.metrics import FlopCount, metrics_log, step_metrics
+
+BETAS = (0.9, 0.95)
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """What a person tunes, and where things go. Learning rates and steps are of optimizer steps."""
+
+    sequence_length: int
+    vocab_size: int
+    learning_rate: float
+    lr_schedule: str  # 'constant', 'linear', 'cosine'
+    warmup_steps: int
+    weight_decay: float
+    max_grad_norm: float
+    grad_accumulation_steps: int
+    max_epochs: int
+    max_train_steps: int | None
+    checkpoint_interval: int
+    seed: int
+    checkpoint_dir: Path
+    log_dir: Path
+    flops: FlopCount
+
+
+@dataclass(frozen=True)
+class Resume:
+    """A checkpoint folder or merged file to go on from, and the option that named it."""
+
+    path: Path
+    state: checkpoint.State
+    option: str
+
+
+def train(
+    module: nn.Module,
+    dataset: Any,
+    settings: TrainSettings,
+    device: torch.device,
+    resume: Resume | None,
+    save_hf_files: Callable[[Path], None],
+) -> None:
+    """Trains `module` (sharded, on `device`) from its weights, or from `resume`, to the last step, and checkpoints it.
+
+    Raises:
+        UserError: a loss or gradient is not finite, or a row does not fit the plan.
+    """
+    optimizer = make_optimizer(module, settings, device)
+    position, torch_seed = Position(), settings.seed + dist.get_rank()
+    torch.manual_seed(torch_seed)  # dropout differs from rank to rank
+    if resume:
+        checkpoint.load(resume.path, module, optimizer, resume.state, resume.option)
+        position = resume.state.position
+    n_rows, world_size = len(dataset), dist.get_world_size()
+    per_step = data.rows_per_step(world_size, settings.grad_accumulation_steps)
+    total_steps = count_steps(n_rows, position, per_step, settings)
+    rank_zero = dist.get_rank() == 0
+
+    with metrics_log(settings.log_dir, position.step, total_steps) if rank_zero else nullcontext() as log:
+        while position.step < total_steps:
+            started = time.perf_counter()
+            epoch = position.epoch
+            order = data.epoch_order(n_rows, settings.seed, epoch)
+            rows = data.step_rows(order, position, per_step)
+            lr = learning_rate(position.step, total_steps, settings)
+            loss, grad_norm = train_step(module, optimizer, dataset, rows, lr, settings, device, position.step + 1)
+            position = data.advance(position, rows, n_rows)
+            if log:
+                seconds = time.perf_counter() - started
+                log.write(
+                    step_metrics(
+                        step=position.step,
+                        epoch=epoch,
+                        loss=loss,
+                        grad_norm=grad_norm,
+                        learning_rate=lr,
+                        rows=len(rows),
+                        sequence_length=settings.sequence_length,
+                        seconds=seconds,
+                        world_size=world_size,
+                        flops=settings.flops,
+                    )
+                )
+            if position.step % settings.checkpoint_interval == 0 or position.step == total_steps:
+                state = checkpoint.State(position, settings.seed, world_size, checkpoint.parameter_shapes(module))
+                path = checkpoint.save(settings.checkpoint_dir, module, optimizer, state, save_hf_files)
+                if log:
+                    log.bar.write(f"step {position.step}: saved {path}")
+
+
+def train_step(
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    dataset: Any,
+    rows: list[int],
+    lr: float,
+    settings: TrainSettings,
+    device: torch.device,
+    step: int,
+) -> tuple[float, float]:
+    """One optimizer step over `rows`, all ranks together. Returns the loss per token and the gradient norm.
+
+    Every micro-batch reduces its gradients at once: what accumulates is this rank's float32 shard, not a whole
+    model's gradients.
+    """
+    loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=device)
+    for row in data.micro_batches(rows, dist.get_world_size(), dist.get_rank()):
+        tokens, labels = data.load_row(dataset, row, settings.sequence_length, settings.vocab_size)
+        loss = module(tokens.to(device), labels.to(device))
+        loss.backward()
+        loss_and_tokens += torch.stack((loss.detach().double(), (labels != data.IGNORE_INDEX).sum().to(device)))
+    dist.all_reduce(loss_and_tokens)
+    loss_sum, n_tokens = loss_and_tokens.tolist()
+
+    gradients = [p.grad for p in module.parameters() if p.grad is not None]
+    grad_norm = total_norm(gradients) / n_tokens
+    if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"step {step}: the loss ({loss_sum / n_tokens:g}) or the gradient norm ({grad_norm:g}) is not finite, on "
+            f"rows {', '.join(map(str, rows))} of the dataset; the last checkpoint is kept: look at these rows, or "
+            "resume from it with a lower --learning_rate"
+        )
+    clip = min(1.0, settings.max_grad_norm / (grad_norm + 1e-6))
+    torch._foreach_mul_(gradients, clip / n_tokens)
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad()
+    return loss_sum / n_tokens, grad_norm
+
+
+def total_norm(gradients: list[torch.Tensor]) -> float:
+    """The 2-norm of all gradients together, over all ranks."""
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def make_optimizer(module: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
+    """AdamW with its state allocated, so that a checkpoint can be read into it in place."""
+    fused = device.type == "cuda"
+    optimizer = torch.optim.AdamW(
+        module.parameters(), settings.learning_rate, BETAS, weight_decay=settings.weight_decay, fused=fused
+    )
+    for parameter in module.parameters():
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=device if fused else "cpu"),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def count_steps(n_rows: int, position: Position, per_step: int, settings: TrainSettings) -> int:
+    """The step training ends at: at the end of the last epoch, or at max_train_steps if that comes first."""
+    epochs_left = settings.max_epochs - position.epoch
+    rest_of_epoch = data.steps_per_epoch(n_rows - position.row, per_step)
+    steps = position.step
+    if epochs_left > 0:
+        steps += rest_of_epoch + (epochs_left - 1) * data.steps_per_epoch(n_rows, per_step)
+    return min(steps, settings.max_train_steps) if settings.max_train_steps else steps
+
+
+def learning_rate(step: int, total_steps: int, settings: TrainSettings) -> float:
+    """The learning rate of the step after `step` steps: a linear warm-up, then the schedule, down to 0 if it falls."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / (settings.warmup_steps + 1)
+    progress = (step - settings.warmup_steps) / max(1, total_steps - settings.warmup_steps)
+    factor = {
+        "constant": 1.0,
+        "linear": 1 - progress,
+        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
+    }[settings.lr_schedule]
+    return settings.learning_rate * factor

@@ -1,0 +1,75 @@
+"""Small models of the decoder families that transformers has, with weights that make every operator matter."""
+
+import torch
+import torch.nn.functional as F
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+FAMILIES = {
+    "llama": {"num_key_value_heads": 2},
+    "mistral": {"num_key_value_heads": 2, "sliding_window": 16},
+    "qwen2": {"num_key_value_heads": 2},
+    "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
+    "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
+    "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16},
+    "olmo2": {"num_key_value_heads": 2},
+    "granite": {"num_key_value_heads": 2, "logits_scaling": 6.0, "residual_multiplier": 0.5},
+    "stablelm": {"num_key_value_heads": 2, "use_parallel_residual": True},
+    "gpt_neox": {"use_parallel_residual": True},
+    "gemma3_text": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16},
+    "starcoder2": {"num_key_value_heads": 2, "residual_dropout": 0.0, "embedding_dropout": 0.0},
+    "nemotron": {"num_key_value_heads": 2},
+    "cohere": {"num_key_value_heads": 2},
+    "phi": {"num_key_value_heads": 2},
+    "exaone4": {"num_key_value_heads": 2, "num_hidden_layers": 4},
+    "smollm3": {"num_hidden_layers": 4, "num_key_value_heads": 2, "pad_token_id": 0},
+    "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
+}
+
+
+def small_config(family: str, **changes) -> PreTrainedConfig:
+    """2 layers, hidden size 64, 4 heads, a vocabulary of 256."""
+    sizes = {
+        "vocab_size": 256,
+        "hidden_size": 64,
+        "intermediate_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "max_position_embeddings": 256,
+    }
+    return CONFIG_MAPPING[family](**{**sizes, **FAMILIES[family], **changes})
+
+
+def reference_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
+    """The Hugging Face model in float32 with its own eager attention; no weight is left at 0 or 1."""
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").train()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(3) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def random_rows(n_rows: int, length: int, vocab_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and shifted labels, [n_rows, length] each; some labels do not count."""
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, vocab_size, (n_rows, length + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = -100
+    return tokens[:, :-1].contiguous(), labels
+
+
+def reference_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The summed cross entropy of the Hugging Face model's own logits."""
+    logits = model(input_ids=tokens, use_cache=False).logits
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def worst_gradient_error(gradients: dict[str, torch.Tensor], reference: PreTrainedModel) -> tuple[float, str]:
+    """The largest |gradient - reference| / |reference| over parameters, and whose it is.
+
+    A gradient below 1e-4 of all of them together counts as that: a key's bias has none but rounding, for softmax
+    takes no notice of it.
+    """
+    expected = {name: p.grad for name, p in reference.named_parameters()}
+    floor = 1e-4 * torch.stack([g.norm() for g in expected.values()]).norm()
+    return max(((gradients[n] - g).norm() / g.norm().clamp_min(floor), n) for n, g in expected.items())

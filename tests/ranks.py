@@ -1,0 +1,28 @@
+"""Runs a function on several ranks, in real processes joined by gloo."""
+
+import os
+import socket
+from collections.abc import Callable
+
+import torch
+import torch.multiprocessing as mp
+
+
+def run_ranks(world_size: int, function: Callable, *args) -> None:
+    """Calls function(*args) in `world_size` processes, as torchrun would; an exception in one is raised here."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(_run_rank, (world_size, port, function, args), nprocs=world_size)
+
+
+def _run_rank(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": str(world_size),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    torch.set_num_threads(1)
+    function(*args)

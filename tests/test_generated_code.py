@@ -1,0 +1,145 @@
+"""The generated code computes what the Hugging Face model computes."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from families import FAMILIES, random_rows, reference_loss, reference_model, small_config, worst_gradient_error
+from ranks import run_ranks
+
+import model
+import train
+from errors import UserError
+from runtime import parallel
+
+LENGTH = 48
+
+
+def compile_small(folder: Path, family: str, **changes) -> tuple[Path, object]:
+    """Saves a reference model in `folder` and compiles it in float32; returns the compiled folder and the model."""
+    reference = reference_model(small_config(family, **changes))
+    reference.save_pretrained(folder / family)
+    args = ["--run_mode", "compile", "--model_id", str(folder / family), "--precision", "fp32"]
+    args = train.parse_args([*args, "--compiled_dir", str(folder / "compiled"), "--runtime_ngpus", "1"])
+    return train.compile_plan(args, model.load_config(args.model_id), LENGTH), reference
+
+
+def load_plan(compiled: Path) -> dict:
+    return json.loads((compiled / "plan.json").read_text())
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_every_gradient_equal_hugging_faces(family, tmp_path):
+    tied = list(FAMILIES).index(family) % 2 == 1
+    compiled, reference = compile_small(tmp_path, family, tie_word_embeddings=tied)
+    module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])
+    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    tokens, labels = random_rows(1, LENGTH, 256)
+
+    loss, expected = module(tokens, labels), reference_loss(reference, tokens, labels)
+    loss.backward()
+    expected.backward()
+
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    error, name = worst_gradient_error({name: p.grad for name, p in module.named_parameters()}, reference)
+    assert error < 1e-4, name
+
+
+def _compare_on_ranks(folder: Path, families: list[str]) -> None:
+    """Each rank computes one row; the summed gradients are those of the reference on all rows."""
+    with parallel.process_group() as device:
+        n_ranks = dist.get_world_size()
+        for family in families:
+            (compiled,) = (folder / family / "compiled").iterdir()
+            plan = load_plan(compiled)
+            module = parallel.load_generated(compiled, plan["class_name"])
+            parallel.parallelize(module, plan["layers_path"], device, torch.float32)
+            weights = folder / family / family
+            parallel.load_safetensors(module, model.find_weights(str(weights)))
+            tokens, labels = random_rows(n_ranks, LENGTH, 256)
+            mine = slice(dist.get_rank(), dist.get_rank() + 1)
+            loss = module(tokens[mine], labels[mine])
+            loss.backward()
+            loss = loss.detach()
+            dist.all_reduce(loss)
+
+            reference = reference_model(small_config(family))
+            expected = reference_loss(reference, tokens, labels)
+            expected.backward()
+            assert loss.item() == pytest.approx(expected.item(), rel=1e-6), family
+            gradients = {name: p.grad.full_tensor() for name, p in module.named_parameters()}
+            error, name = worst_gradient_error(gradients, reference)
+            assert error < 1e-4, (family, name)
+
+
+def test_two_ranks_under_fsdp_sum_to_hugging_faces_gradients(tmp_path):
+    families = ["llama", "gemma2", "phi3"]
+    for family in families:
+        compile_small(tmp_path / family, family)
+    run_ranks(2, _compare_on_ranks, tmp_path, families)
+
+
+def test_equal_layers_share_one_class_however_many_there_are(tmp_path):
+    texts = []
+    for layers in (2, 6):
+        compiled, _ = compile_small(tmp_path / str(layers), "llama", num_hidden_layers=layers)
+        texts.append((compiled / "gencode.py").read_text())
+    few, many = ([line for line in text.splitlines() if "ayers" not in line] for text in texts)
+    assert few == many
+    assert texts[1].count("class LlamaDecoderLayer") == 1
+
+
+def test_layers_that_alternate_have_a_class_each(tmp_path):
+    compiled, _ = compile_small(tmp_path, "gemma2")
+    text = (compiled / "gencode.py").read_text()
+    assert "window=16" in text.split("class Gemma2DecoderLayer0")[1].split("class ")[0]
+    assert "window=16" not in text.split("class Gemma2DecoderLayer1")[1].split("class ")[0]
+
+
+def test_parameters_keep_their_hugging_face_names(tmp_path):
+    compiled, reference = compile_small(tmp_path, "qwen3")
+    module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])
+    expected = {name: p.shape for name, p in reference.named_parameters()}
+    assert {name: p.shape for name, p in module.named_parameters()} == expected
+
+
+def test_compiling_reads_no_weights(tmp_path):
+    reference = reference_model(small_config("llama"))
+    reference.config.save_pretrained(tmp_path / "config_only")
+    args = train.parse_args(["--model_id", str(tmp_path / "config_only"), "--compiled_dir", str(tmp_path / "out")])
+    args.runtime_ngpus = 1
+    compiled = train.compile_plan(args, model.load_config(args.model_id), LENGTH)
+    assert {file.name for file in compiled.iterdir()} == {"gencode.py", "plan.json", "report.md"}
+
+
+def test_an_equal_compile_is_reused_and_a_different_one_is_not(tmp_path, capsys):
+    compile_small(tmp_path, "llama")
+    compile_small(tmp_path, "llama")
+    assert "up to date" in capsys.readouterr().out.splitlines()[-1]
+    compile_small(tmp_path, "llama", rope_theta=20_000.0)
+    assert "wrote" in capsys.readouterr().out.splitlines()[-1]
+
+
+def test_a_head_that_the_loss_can_not_compute_is_refused(monkeypatch):
+    from transformers.models.llama.modeling_llama import LlamaForCausalLM
+
+    forward = LlamaForCausalLM.forward
+
+    def squared(self, *args, **kwargs):
+        output = forward(self, *args, **kwargs)
+        output.logits = output.logits.square()
+        return output
+
+    monkeypatch.setattr(LlamaForCausalLM, "forward", squared)
+    with pytest.raises(UserError, match="LlamaForCausalLM computes linear -> pow"):
+        model.build_model(small_config("llama"), torch.float32)
+
+
+def test_an_attention_argument_that_ours_lacks_is_refused():
+    config = small_config("llama")
+    wrapped = model.build_model(config, torch.float32)
+    tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
+    with pytest.raises(UserError, match="takes s_aux"):
+        wrapped.to("meta").model.model(input_ids=tokens, use_cache=False, s_aux=1.0)

@@ -1,0 +1,63 @@
+"""`attention` and `rms_norm` compute their formulas, in every way they have of doing it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import model
+
+
+def formula(query, key, value, scale, window=0, softcap=0.0):
+    """Attention by its definition, in float64, all scores at once."""
+    query, key, value = query.double(), key.double(), value.double()
+    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    if softcap:
+        scores = softcap * torch.tanh(scores / softcap)
+    i = torch.arange(query.shape[2])
+    distance = i[:, None] - i
+    seen = (distance >= 0) & (distance < (window or len(i)))
+    return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.integers(1, 2),
+    st.sampled_from([(1, 1), (2, 2), (4, 2), (6, 1)]),
+    st.integers(1, 70),
+    st.sampled_from([4, 8]),
+    st.integers(0, 80),
+    st.sampled_from([0.0, 5.0]),
+    st.sampled_from(["auto", "sdpa", "eager"]),
+    st.integers(1, 20),
+)
+def test_attention_is_its_formula(b, heads, length, d, window, softcap, implementation, block):
+    torch.manual_seed(length)
+    query = torch.randn(b, heads[0], length, d, requires_grad=True)
+    key, value = (torch.randn(b, heads[1], length, d, requires_grad=True) for _ in range(2))
+    upstream = torch.randn(b, length, heads[0], d)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "QUERY_BLOCK", block)
+        result = model.attention(query, key, value, 0.3, window, softcap, implementation=implementation)
+    gradients = torch.autograd.grad(result, (query, key, value), upstream)
+    expected = formula(query, key, value, 0.3, window, softcap)
+    expected_gradients = torch.autograd.grad(expected, (query, key, value), upstream.double())
+
+    torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
+    for gradient, reference in zip(gradients, expected_gradients, strict=True):
+        torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.lists(st.integers(1, 5), min_size=0, max_size=3), st.integers(1, 32), st.sampled_from([0.0, 1.0]))
+def test_rms_norm_is_its_formula(leading, d, offset):
+    torch.manual_seed(d)
+    x, weight = torch.randn(*leading, d), torch.randn(d)
+    expected = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)
+    torch.testing.assert_close(model.rms_norm(x, weight, 1e-5, offset).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_forcing_flash_attention_says_what_is_missing():
+    with pytest.raises(model.UserError, match="--attn_implementation flash_attention_2: the package flash-attn is not"):
+        model._register_attention("flash_attention_2")

@@ -1,0 +1,167 @@
+"""Training, checkpoints and resuming, with the commands that people type, in processes that are killed for real."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from families import reference_loss, reference_model, small_config
+from transformers import AutoModelForCausalLM
+
+from runtime import data
+
+ROOT = Path(__file__).parent.parent
+LENGTH, ROWS, STEPS = 32, 22, 10
+TRAIN = ["--precision", "fp32", "--max_epochs", "4", "--max_train_steps", str(STEPS), "--learning_rate", "1e-3"]
+TRAIN += ["--lr_schedule", "cosine", "--warmup_steps", "2", "--weight_decay", "0.1", "--max_grad_norm", "3.0"]
+TRAIN += ["--checkpoint_interval", "4"]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A folder with a model and rows that have something to learn: each token is a function of the one before."""
+    folder = tmp_path_factory.mktemp("job")
+    reference_model(small_config("llama")).save_pretrained(folder / "model")
+    starts = torch.randint(0, 256, (ROWS, 1), generator=torch.Generator().manual_seed(1))
+    rows = [starts]
+    for _ in range(LENGTH - 1):
+        rows.append((rows[-1] * 5 + 17) % 256)
+    datasets.Dataset.from_dict({"input_ids": torch.cat(rows, 1).int().numpy()}).save_to_disk(folder / "rows")
+    return folder
+
+
+def command(job: Path, n_ranks: int, checkpoints: str, *more: str) -> list[str]:
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+    paths = ["--model_id", str(job / "model"), "--dataset_path", str(job / "rows")]
+    paths += ["--compiled_dir", str(job / "compiled"), "--log_dir", str(job / checkpoints / "runs")]
+    paths += ["--checkpoint_dir", str(job / checkpoints), "--name", f"{n_ranks}ranks"]
+    accumulation = ["--grad_accumulation_steps", str(4 // n_ranks)]  # a step is the same 4 rows on any number of ranks
+    return [*start, str(ROOT / "train.py"), "--runtime_ngpus", str(n_ranks), *paths, *accumulation, *TRAIN, *more]
+
+
+def run(arguments: list[str]) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def read_steps(job: Path, n_ranks: int, checkpoints: str) -> dict[int, dict]:
+    file = job / checkpoints / "runs" / f"{n_ranks}ranks" / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
+    return {line["step"]: line for line in lines}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(job) -> dict[int, dict]:
+    run(command(job, 2, "uninterrupted"))
+    return read_steps(job, 2, "uninterrupted")
+
+
+def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uninterrupted):
+    """The same rows through the Hugging Face model, torch's AdamW, clip_grad_norm_ and LambdaLR, in one process."""
+    import math
+
+    model = AutoModelForCausalLM.from_pretrained(job / "model", dtype=torch.float32, attn_implementation="eager")
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1)
+    factors = [1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / (STEPS - 2))) for i in range(STEPS - 2))]
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, STEPS - 1)])
+    rows = datasets.load_from_disk(str(job / "rows")).with_format("torch")["input_ids"][:]
+    position = data.Position()
+    for step in range(1, STEPS + 1):
+        chosen = data.step_rows(data.epoch_order(ROWS, 0, position.epoch), position, 4)
+        tokens = rows[chosen].long()
+        labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
+        loss = reference_loss(model, tokens, labels) / (labels != -100).sum()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), 3.0)
+        assert uninterrupted[step]["loss"] == pytest.approx(loss.item(), rel=2e-5), step
+        assert uninterrupted[step]["grad_norm"] == pytest.approx(norm.item(), rel=1e-3), step
+        assert uninterrupted[step]["learning_rate"] == pytest.approx(schedule.get_last_lr()[0]), step
+        optimizer.step()
+        optimizer.zero_grad()
+        schedule.step()
+        position = data.advance(position, chosen, ROWS)
+    assert uninterrupted[STEPS]["loss"] < uninterrupted[1]["loss"]
+
+
+def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted):
+    process = subprocess.Popen(
+        command(job, 2, "killed"),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while len(read_steps(job, 2, "killed")) < 6 and time.monotonic() < deadline and process.poll() is None:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun; its workers are in sessions of their own
+    subprocess.run(["pkill", "-KILL", "-f", str(job / "killed")])
+    process.wait()
+    before = read_steps(job, 2, "killed")
+    assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"
+
+    result = run(command(job, 2, "killed"))
+    assert "after step 4" in result.stdout
+    after = read_steps(job, 2, "killed")
+    for step in range(1, STEPS + 1):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert after[step][key] == uninterrupted[step][key], (step, key)
+
+
+def test_a_merged_checkpoint_resumes_on_another_number_of_ranks(job, uninterrupted):
+    merged = job / "merged.ckpt"
+    merger = [sys.executable, str(ROOT / "ckpt_merger.py"), "--output_fname", str(merged)]
+    run([*merger, "--ckpt_dir", str(job / "uninterrupted" / "0000-000004")])
+    contents = torch.load(merged, weights_only=True)
+    assert contents["optimizer"]["model.norm.weight/step"] == 4
+
+    (job / "one_rank" / "runs" / "1ranks").mkdir(parents=True)
+    first = [json.dumps(uninterrupted[step]) + "\n" for step in range(1, 5)]
+    (job / "one_rank" / "runs" / "1ranks" / "metrics.jsonl").write_text("".join(first))
+    run(command(job, 1, "one_rank", "--resume_path", str(merged)))
+    steps = read_steps(job, 1, "one_rank")
+    for step in range(5, STEPS + 1):
+        assert steps[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=2e-5)
+
+
+def test_the_merged_model_opens_in_transformers_with_the_trained_weights(job, uninterrupted):
+    for checkpoint, step in (("0000-000004", 4), ("0001-000008", 8)):
+        hf_dir = job / f"hf-{step}"
+        merger = [sys.executable, str(ROOT / "ckpt_merger.py"), "--hf_dir", str(hf_dir)]
+        run([*merger, "--ckpt_dir", str(job / "uninterrupted" / checkpoint)])
+        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+        state = json.loads((job / "uninterrupted" / checkpoint / "checkpoint.json").read_text())
+        position = data.Position(**state["position"])
+        chosen = data.step_rows(data.epoch_order(ROWS, 0, position.epoch), position, 4)
+        tokens = datasets.load_from_disk(str(job / "rows")).with_format("torch")[chosen]["input_ids"].long()
+        labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
+        with torch.no_grad():
+            loss = reference_loss(model, tokens, labels) / (labels != -100).sum()
+        assert loss.item() == pytest.approx(uninterrupted[step + 1]["loss"], rel=1e-5)
+
+
+def test_a_checkpoint_has_a_manifest_of_its_files_and_nothing_half_written_beside_it(job, uninterrupted):
+    folder = job / "uninterrupted"
+    assert sorted(p.name for p in folder.iterdir()) == ["0000-000004", "0001-000008", "0001-000010", "last", "runs"]
+    assert (folder / "last").resolve().name == "0001-000010"
+    manifest = json.loads((folder / "last" / "checkpoint.json").read_text())
+    for name, facts in manifest["files"].items():
+        assert (folder / "last" / name).stat().st_size == facts["bytes"]
+    assert {"__0_0.distcp", "__1_0.distcp", ".metadata", "hf/config.json"} <= set(manifest["files"])
+
+
+def test_tensorboard_has_what_metrics_jsonl_has(job, uninterrupted):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(job / "uninterrupted" / "runs" / "2ranks")).Reload()
+    losses = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert losses == pytest.approx({step: line["loss"] for step, line in uninterrupted.items()}, rel=1e-6)
