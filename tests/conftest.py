@@ -3,8 +3,11 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 import demo_assets
+
+torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
 
 
 @pytest.fixture(scope="session")
