@@ -229,11 +229,13 @@ def fingerprint_of(folder: Path) -> str | None:
 
 def run(args: argparse.Namespace, config, dataset, sequence_length: int) -> None:
     """Trains: checks first all that can be checked without a process group, then joins the ranks."""
-    weights = None if args.random_init else model.find_weights(args.model_id)
+    resume = find_resume(args, len(dataset))
+    weights = None if args.random_init or resume else model.find_weights(args.model_id)
     folder = compile_plan(args, config, sequence_length)
     plan = json.loads((folder / "plan.json").read_text())
-    resume = find_resume(args, plan["parameters"])
-    if weights is not None and resume is None:
+    if resume:
+        checkpoint.check_same_model(resume.state, plan["parameters"], resume.option, resume.path)
+    elif weights:
         model.check_weights(args.model_id, weights, plan["parameters"])
     with parallel.process_group() as device:
         module = parallel.load_generated(folder, plan["class_name"])
@@ -247,14 +249,14 @@ def run(args: argparse.Namespace, config, dataset, sequence_length: int) -> None
         train(module, dataset, settings, device, resume, lambda path: model.save_hf_files(args.model_id, config, path))
 
 
-def find_resume(args: argparse.Namespace, parameters: dict[str, list[int]]) -> Resume | None:
-    """What to resume from, known to be of this model; None to start from the model's weights."""
+def find_resume(args: argparse.Namespace, n_rows: int) -> Resume | None:
+    """What to resume from, known to be whole and of these rows; None to start from the model's weights."""
     path = checkpoint.find(Path(args.checkpoint_dir), args.resume_path)
     if path is None:
         return None
     option = "--resume_path" if args.resume_path else "--checkpoint_dir"
     state = checkpoint.read_state(path, option)
-    checkpoint.check_same_model(state, parameters, option, path)
+    checkpoint.check_same_order(state, args.seed, n_rows, option, path)
     return Resume(path, state, option)
 
 

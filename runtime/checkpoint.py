@@ -43,7 +43,8 @@ class State:
     """What a checkpoint is of, besides its tensors."""
 
     position: Position
-    seed: int
+    seed: int  # of the order of the rows
+    n_rows: int
     world_size: int
     parameters: dict[str, list[int]]  # name -> shape: the model it is of
 
@@ -52,7 +53,9 @@ class State:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "State":
-        return State(Position(**value["position"]), value["seed"], value["world_size"], value["parameters"])
+        return State(
+            Position(**value["position"]), value["seed"], value["n_rows"], value["world_size"], value["parameters"]
+        )
 
 
 def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
@@ -184,6 +187,20 @@ def check_same_model(state: State, parameters: dict[str, list[int]], option: str
             f"{option} {path}: it is a checkpoint of another model ({name!r} is {state.parameters.get(name, 'not')} "
             f"there and {parameters.get(name, 'not')} in --model_id); "
             "name another checkpoint, or another --checkpoint_dir to start anew"
+        )
+
+
+def check_same_order(state: State, seed: int, n_rows: int, option: str, path: Path) -> None:
+    """Raises a UserError if the rows would come in another order than the checkpoint's run has seen them in."""
+    if state.seed != seed:
+        raise UserError(
+            f"--seed {seed}: {option} {path} is of a run with seed {state.seed}, and another would shuffle its rows "
+            f"anew in the middle of an epoch; pass --seed {state.seed}"
+        )
+    if state.n_rows != n_rows:
+        raise UserError(
+            f"--dataset_path: it has {n_rows} rows and the run of {option} {path} had {state.n_rows}; to train on "
+            "other rows, export the weights with ckpt_merger.py --hf_dir and name them with --model_id"
         )
 
 

@@ -74,6 +74,8 @@ def train(
     per_step = data.rows_per_step(world_size, settings.grad_accumulation_steps)
     total_steps = count_steps(n_rows, position, per_step, settings)
     rank_zero = dist.get_rank() == 0
+    if rank_zero and position.step >= total_steps:
+        print(f"run: training is complete after step {position.step}; raise --max_epochs or --max_train_steps to go on")
 
     with metrics_log(settings.log_dir, position.step, total_steps) if rank_zero else nullcontext() as log:
         while position.step < total_steps:
@@ -101,7 +103,8 @@ def train(
                     )
                 )
             if position.step % settings.checkpoint_interval == 0 or position.step == total_steps:
-                state = checkpoint.State(position, settings.seed, world_size, checkpoint.parameter_shapes(module))
+                shapes = checkpoint.parameter_shapes(module)
+                state = checkpoint.State(position, settings.seed, n_rows, world_size, shapes)
                 path = checkpoint.save(settings.checkpoint_dir, module, optimizer, state, save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
