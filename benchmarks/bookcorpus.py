@@ -1,0 +1,77 @@
+"""Speed and peak memory of bookcorpus.py against tokenizing one document at a time, on the plays of Shakespeare.
+
+    python benchmarks/bookcorpus.py
+
+The plays are taken twice over: as 38 documents of a file each, and as 150,000 documents of a line each, which is what
+the rows of the BookCorpus are like. Every measurement is a process of its own; its seconds leave out its start.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from transformers import AutoTokenizer
+
+ROOT = Path(__file__).parent.parent
+SEQUENCE_LENGTH = 4096
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--one_at_a_time"]:
+        one_at_a_time(*sys.argv[2:])
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer, plays, lines = (f"{folder}/{name}" for name in ("tokenizer", "plays", "lines.jsonl"))
+        measure([str(ROOT / "demo_assets.py"), "--tokenizer_path", tokenizer, "--text_path", plays])
+        texts = [
+            line for play in sorted(Path(plays).iterdir()) for line in play.read_text("utf-8").splitlines() if line
+        ]
+        Path(lines).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
+        print(f"{'documents':12}{'how':16}{'tokens/s':>12}{'ratio':>8}{'peak memory of a process':>28}")
+        for name, data in [("38 plays", plays), ("lines", lines)]:
+            compare(name, data, tokenizer, folder)
+
+
+def compare(name: str, data: str, tokenizer: str, folder: str) -> None:
+    slow, peak = measure([__file__, "--one_at_a_time", data, tokenizer])
+    print(f"{name:12}{'one at a time':16}{slow:12,.0f}{1:8.1f}{peak:>24.2f} GiB")
+    for num_proc in sorted({1, 2, len(os.sched_getaffinity(0))}):
+        save_path = f"{folder}/{name}-{num_proc}"
+        options = ["--data_path_or_name", data, "--tokenizer_path_or_name", tokenizer, "--save_path", save_path]
+        options += ["--sequence_length", str(SEQUENCE_LENGTH), "--num_proc", str(num_proc)]
+        speed, peak = measure([str(ROOT / "bookcorpus.py"), *options])
+        print(f"{name:12}{f'num_proc {num_proc}':16}{speed:12,.0f}{speed / slow:8.1f}{peak:>24.2f} GiB")
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Runs a Python script; returns the tokens/s that it prints, 0 if none, and its peak memory in GiB."""
+    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    printed = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    if status != 0:
+        sys.exit(f"{command[0]} failed")
+    speeds = [word for word, unit in zip(printed.split(), printed.split()[1:], strict=False) if unit == "tokens/s"]
+    return float(speeds[0].replace(",", "")) if speeds else 0.0, usage.ru_maxrss / 2**20
+
+
+def one_at_a_time(data: str, tokenizer_path: str) -> None:
+    """Tokenizes a document per call and packs lists of ints, as the reference does."""
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
+    path = Path(data)
+    texts = [file.read_text("utf-8") for file in sorted(path.iterdir())] if path.is_dir() else []
+    texts = texts or [json.loads(line)["text"] for line in path.open(encoding="utf-8")]
+    began = time.monotonic()
+    tokens = []
+    for text in texts:
+        tokens += tokenizer(tokenizer.bos_token + text + tokenizer.eos_token, add_special_tokens=False)["input_ids"]
+    rows = [tokens[i : i + SEQUENCE_LENGTH] for i in range(0, len(tokens) - SEQUENCE_LENGTH + 1, SEQUENCE_LENGTH)]
+    seconds = time.monotonic() - began
+    print(f"{len(rows)} rows, {len(tokens) / seconds:,.0f} tokens/s")
+
+
+if __name__ == "__main__":
+    main()

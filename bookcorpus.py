@@ -1,0 +1,194 @@
+"""Raw text -> rows of exactly sequence_length tokens, saved where `datasets.load_from_disk` opens them.
+
+    python bookcorpus.py --data_path_or_name bookcorpus/bookcorpus \
+        --tokenizer_path_or_name meta-llama/Meta-Llama-3-8B-Instruct \
+        --save_path ./bookcorpus_llama3_128K --sequence_length 131072
+
+The data is a dataset of the Hugging Face hub, a folder that `save_to_disk` wrote, or a file or folder of .txt and .md
+(a document each), .jsonl and .parquet (a document a row). Documents, in the sorted order of their files, become
+bos + tokens + eos, are concatenated, and are cut into rows: nothing is lost but the tail shorter than a row.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from importlib.metadata import version
+from pathlib import Path
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pyarrow as pa
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+
+from corpus.documents import one_line, open_corpus
+from corpus.tokens import Tokens, tokenize
+from errors import UserError, run_script
+from files import whole_folder
+
+BLOCK = 2**22  # tokens packed and written at a time (16 MiB)
+BLOCKS_PER_SHARD = 32
+FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+
+
+def main() -> None:
+    args = parse_args()
+    check(args)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here; threads don't survive a fork
+    huggingface_hub.logging.set_verbosity_error()  # else a line for each retry when there is no network
+    tokenizer = load_tokenizer(args.tokenizer_path_or_name)
+    began = time.monotonic()
+    try:
+        documents, size = open_corpus(args.data_path_or_name, args.text_key)
+        with whole_folder(args.save_path) as folder:
+            counts = write_rows(folder, tokenize(documents, tokenizer, args.num_proc), size, args.sequence_length)
+            corpus = provenance(args, tokenizer) | counts
+            (folder / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n", encoding="utf-8")
+    except BrokenProcessPool as error:
+        raise UserError("a process was killed, probably for want of memory: give a smaller --num_proc") from error
+    except OSError as error:  # no permission to read or write, no space left
+        raise UserError(one_line(error)) from error
+    seconds = time.monotonic() - began
+    print(
+        f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens -> {corpus['rows']:,} rows of"
+        f" {args.sequence_length:,} tokens in {args.save_path}\n"
+        f"left out: a tail of {corpus['tail_dropped']:,} tokens, {corpus['empty_documents']:,} empty documents\n"
+        f"took {seconds:.1f} s: {corpus['tokens'] / seconds:,.0f} tokens/s on {args.num_proc} processes"
+    )
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Tokenize text and pack it into rows of equal length.")
+    parser.add_argument("--data_path_or_name", required=True, help="dataset of the hub, or local file or folder")
+    parser.add_argument("--tokenizer_path_or_name", required=True, help="model of the hub, or local folder")
+    parser.add_argument("--save_path", type=Path, required=True, help="folder to write, which must not exist")
+    parser.add_argument("--sequence_length", type=int, required=True, help="tokens in a row")
+    parser.add_argument("--text_key", default="text", help="column that holds the text (default: text)")
+    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    parser.add_argument("--num_proc", type=int, default=cores, help="processes that tokenize (default: all cores)")
+    return parser.parse_args()
+
+
+def check(args: argparse.Namespace) -> None:
+    """Raises UserError for what is known to be wrong before anything is loaded."""
+    if args.sequence_length < 2:
+        raise UserError(f"--sequence_length {args.sequence_length}: a row needs 2 tokens or more to predict one")
+    if args.num_proc < 1:
+        raise UserError(f"--num_proc {args.num_proc}: at least 1 process is needed")
+    if args.save_path.exists():
+        raise UserError(f"--save_path {args.save_path} exists already: remove it or name another folder")
+    for option in ("data_path_or_name", "tokenizer_path_or_name"):
+        name = getattr(args, option)
+        try:
+            os.path.exists(name) or huggingface_hub.utils.validate_repo_id(name)
+        except huggingface_hub.errors.HFValidationError as error:
+            raise UserError(f"--{option} {name}: there is no such file or folder") from error
+
+
+def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+    """Loads a fast tokenizer with bos and eos from the hub or a local folder; raises UserError if that can't be."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except Exception as error:  # each library and each way a file can be broken has its own
+        raise UserError(f"--tokenizer_path_or_name {name}: no tokenizer loads from there: {one_line(error)}") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"--tokenizer_path_or_name {name}: this tokenizer has no fast version (a tokenizer.json)")
+    for token in ("bos", "eos"):
+        if getattr(tokenizer, f"{token}_token_id") is None:
+            raise UserError(f"--tokenizer_path_or_name {name}: it has no {token} token, to show where documents meet")
+    return tokenizer
+
+
+def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+    return {
+        "data": args.data_path_or_name,
+        "text_key": args.text_key,
+        "tokenizer": args.tokenizer_path_or_name,
+        "vocab_size": len(tokenizer),
+        "sequence_length": args.sequence_length,
+        "made_with": {library: version(library) for library in ("datasets", "pyarrow", "tokenizers", "transformers")},
+    }
+
+
+def write_rows(folder: Path, tokens: Iterable[Tokens], size: int, sequence_length: int) -> dict:
+    """Writes the rows as a dataset of `datasets` into `folder` and returns the counts for corpus.json.
+
+    Raises UserError if the tokens don't fill a row.
+    """
+    counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "rows": 0}
+    shards = []
+    blocks = packed(counted(tokens, counts, size), sequence_length)
+    for first in blocks:
+        shards.append(folder / f"data-{len(shards):05d}.arrow")
+        with pa.OSFile(str(shards[-1]), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as shard:
+            for block in itertools.chain([first], itertools.islice(blocks, BLOCKS_PER_SHARD - 1)):
+                offsets = pa.array(np.arange(0, len(block) + 1, sequence_length, dtype=np.int32))
+                rows = pa.ListArray.from_arrays(offsets, pa.array(block))
+                shard.write_batch(pa.RecordBatch.from_arrays([rows], schema=FEATURES.arrow_schema))
+                counts["rows"] += len(rows)
+    if not shards:
+        raise UserError(f"the corpus has {counts['tokens']:,} tokens, too few for a row of {sequence_length:,}")
+    write_dataset_files(folder, shards)
+    return counts | {"tail_dropped": counts["tokens"] - counts["rows"] * sequence_length}
+
+
+def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[np.ndarray]:
+    """Passes the ids on, adding up `counts` and showing progress; a second's silence keeps short errors alone."""
+    form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"
+    interval = 0.5 if sys.stderr.isatty() else 30
+    with tqdm(total=size, bar_format=form, delay=1, mininterval=interval) as bar:
+        for some in tokens:
+            counts["documents"] += some.documents
+            counts["empty_documents"] += some.empty_documents
+            counts["tokens"] += len(some.ids)
+            seconds = max(time.time() - bar.start_t, 1e-3)
+            bar.set_description_str(
+                f"{counts['documents']:,} documents ({counts['documents'] / seconds:,.0f}/s),"
+                f" {counts['tokens']:,} tokens ({counts['tokens'] / seconds:,.0f}/s)",
+                refresh=False,
+            )
+            bar.update(some.share)
+            yield some.ids
+
+
+def packed(arrays: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
+    """Concatenates int32 arrays and yields them as blocks of whole rows: about BLOCK tokens, or one longer row."""
+    held, size = [], 0
+    for array in itertools.chain(arrays, [None]):
+        if array is not None:
+            held.append(array)
+            size += len(array)
+        whole = size - size % sequence_length
+        if whole and (size >= BLOCK or array is None):
+            tokens = np.concatenate(held)
+            yield tokens[:whole]
+            held, size = [tokens[whole:]], size - whole
+
+
+def write_dataset_files(folder: Path, shards: list[Path]) -> None:
+    """Gives the shards their final names and writes what `load_from_disk` reads beside them."""
+    names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / name)
+    datasets.DatasetInfo(features=FEATURES).write_to_directory(str(folder))
+    state = {
+        "_data_files": [{"filename": name} for name in names],
+        "_fingerprint": secrets.token_hex(8),  # `datasets` keys its caches by it, so no two corpora may share one
+        "_format_columns": None,
+        "_format_kwargs": {},
+        "_format_type": None,
+        "_output_all_columns": False,
+        "_split": None,
+    }
+    (folder / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_script(main)
