@@ -1,0 +1,227 @@
+"""Each move of the algebra, forward and backward, equals what one process computes from all ranks' tensors."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import run_ranks
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.fsdp import fully_shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils.checkpoint import checkpoint
+
+from runtime import collectives, parallel
+
+CASES = 12  # drawn for each move on each number of ranks, half in bfloat16
+Tensors = list[torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a move means: `outputs` gives every rank's output from every rank's input, with plain torch ops.
+
+    `same_input`: the input is R, one tensor. `same_gradient`: so is the gradient that arrives, and the consumer, which
+    every rank computes whole, counts once in the loss.
+    """
+
+    outputs: Callable[..., Tensors]
+    same_input: bool = False
+    same_gradient: bool = False
+
+
+def gathered(xs: Tensors, dim: int) -> Tensors:
+    return [torch.cat(xs, dim)] * len(xs)
+
+
+def sliced(xs: Tensors, dim: int) -> Tensors:
+    return list(xs[0].chunk(len(xs), dim))
+
+
+def summed(xs: Tensors) -> Tensors:
+    return [torch.stack(xs).sum(0)] * len(xs)
+
+
+REFERENCES = {
+    "all_to_all": Reference(lambda xs, split, gather: sliced(gathered(xs, gather), split)),
+    "all_gather": Reference(gathered, same_gradient=True),
+    "all_gather_reduce": Reference(gathered),
+    "take_slice": Reference(sliced, same_input=True),
+    "replicate": Reference(lambda xs: xs, same_input=True),
+    "all_reduce": Reference(summed, same_gradient=True),
+    "all_reduce_both": Reference(summed),
+    "reduce_scatter": Reference(lambda xs, dim: sliced(summed(xs), dim)),
+}
+
+
+def draw_tensor(shape: list[int], draw: random.Random, dtype: torch.dtype) -> torch.Tensor:
+    """Small whole numbers, which sum exactly in any order and dtype, over memory laid out in a drawn order of dims."""
+    order = draw.sample(range(len(shape)), len(shape))
+    generator = torch.Generator().manual_seed(draw.getrandbits(32))
+    laid_out = torch.randint(-8, 9, [shape[dim] for dim in order], generator=generator).to(dtype)
+    return laid_out.permute([order.index(dim) for dim in range(len(shape))])
+
+
+def check_move(name: str, n_ranks: int, rank: int, draw: random.Random, dtype: torch.dtype) -> None:
+    reference, move = REFERENCES[name], getattr(collectives, name)
+    shape = [n_ranks * draw.randint(1, 3) for _ in range(draw.randint(2, 4))]
+    n_dims = {"all_to_all": 2, "replicate": 0, "all_reduce": 0, "all_reduce_both": 0}.get(name, 1)
+    dims = [dim - draw.choice([0, len(shape)]) for dim in draw.sample(range(len(shape)), n_dims)]
+
+    inputs = [draw_tensor(shape, draw, dtype).requires_grad_() for _ in range(n_ranks)]
+    inputs = inputs[:1] * n_ranks if reference.same_input else inputs
+    expected = reference.outputs(inputs, *dims)
+    gradients = [draw_tensor(list(output.shape), draw, dtype) for output in expected]
+    gradients = gradients[:1] * n_ranks if reference.same_gradient else gradients
+    counted = 1 if reference.same_gradient else n_ranks
+    loss = sum((g * y).sum(dtype=torch.float64) for g, y in zip(gradients[:counted], expected[:counted], strict=True))
+    expected_gradient = torch.autograd.grad(loss, inputs[rank])[0]
+
+    before = inputs[rank].detach().clone()
+    output = move(inputs[rank], *dims)
+    (gradient,) = torch.autograd.grad(output, inputs[rank], gradients[rank])
+    case = (name, dims, shape, dtype, n_ranks)
+    assert output.dtype == gradient.dtype == dtype, case
+    assert torch.equal(output, expected[rank]) and torch.equal(gradient, expected_gradient), case
+    assert torch.equal(inputs[rank], before), case
+
+
+def check_own_slice_and_scale_gradient(n_ranks: int, rank: int) -> None:
+    weight = torch.arange(16.0 * n_ranks).view(4, 4 * n_ranks).t().requires_grad_()
+    piece = collectives.own_slice(weight, -2)
+    assert torch.equal(piece, weight.chunk(n_ranks)[rank])
+    assert piece.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
+    (gradient,) = torch.autograd.grad(piece, weight, torch.ones_like(piece))
+    assert gradient.sum() == piece.numel() and torch.equal(gradient.chunk(n_ranks)[rank], torch.ones_like(piece))
+
+    scaled = collectives.scale_gradient(weight, 0.25)
+    (gradient,) = torch.autograd.grad(scaled, weight, torch.full_like(weight, 8.0))
+    assert torch.equal(scaled, weight) and torch.equal(gradient, torch.full_like(weight, 2.0))
+
+
+def check_without_gradient(n_ranks: int, rank: int) -> None:
+    tokens = torch.arange(3 * n_ranks)
+    part = collectives.take_slice(tokens, 0)
+    assert part.tolist() == tokens.chunk(n_ranks)[rank].tolist() and not part.requires_grad
+    assert torch.equal(collectives.all_gather(part, 0), tokens)
+    if n_ranks > 1:
+        with pytest.raises(ValueError, match=r"dimension 1 of shape \[2, 7\] can't be split evenly over [24] ranks"):
+            collectives.reduce_scatter(torch.ones(2, 7), 1)
+
+
+class ColumnAndRow(nn.Module):
+    """Two layers, the hidden dimension split over ranks: x is R, the output is P until it is reduced."""
+
+    def __init__(self, width: int, hidden: int):
+        super().__init__()
+        self.up = nn.Parameter(torch.empty(hidden, width))
+        self.down = nn.Parameter(torch.empty(width, hidden))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [b, l, width] on every rank -> [b, l/P, width]
+        h = F.gelu(F.linear(collectives.replicate(x), collectives.own_slice(self.up, 0)))
+        return collectives.reduce_scatter(F.linear(h, collectives.own_slice(self.down, 1)), 1)
+
+
+class SplitSequence(ColumnAndRow):
+    """The same two layers, the first on this rank's part of the sequence, the second computed whole by every rank."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = collectives.all_gather(F.gelu(F.linear(collectives.take_slice(x, 1), self.up)), 1)
+        y = F.linear(h, collectives.scale_gradient(self.down, 1 / collectives.plan_size()))
+        return collectives.take_slice(y, 1)
+
+
+class ColumnAndRowReduced(ColumnAndRow):
+    """The same two layers, x split over ranks and gathered for the columns, the output summed, then split."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = collectives.all_gather_reduce(collectives.take_slice(x, 1), 1)
+        h = F.gelu(F.linear(x, collectives.own_slice(self.up, 0)))
+        return collectives.take_slice(collectives.all_reduce(F.linear(h, collectives.own_slice(self.down, 1))), 1)
+
+
+def check_mlp(kind: type[ColumnAndRow], n_ranks: int, rank: int) -> None:
+    """Loss, and the gradients of the weights and of x, under FSDP2 and recomputed in the backward pass."""
+    torch.manual_seed(0)
+    width, hidden, length = 4 * n_ranks, 8 * n_ranks, 2 * n_ranks
+    up, down = torch.randn(hidden, width) / width**0.5, torch.randn(width, hidden) / hidden**0.5
+    x, target = torch.randn(2, 3, length, width).unbind()
+    leaves = [leaf.clone().requires_grad_() for leaf in (up, down, x)]
+    expected = (F.linear(F.gelu(F.linear(leaves[2], leaves[0])), leaves[1]) - target).square().sum()
+    expected.backward()
+
+    with torch.device("meta"):
+        mlp = kind(width, hidden)
+    fully_shard(mlp)
+    mlp.set_gradient_divide_factor(1.0)
+    mlp.set_force_sum_reduction_for_comms(True)
+    mlp.to_empty(device="cpu")
+    parallel.load_tensors(mlp, [("up", up), ("down", down)])
+    x.requires_grad_()
+    loss = (checkpoint(mlp, x, use_reentrant=False) - target.chunk(n_ranks, 1)[rank]).square().sum()
+    loss.backward()
+    loss = loss.detach()
+    dist.all_reduce(loss)
+
+    torch.testing.assert_close(loss, expected.detach(), rtol=1e-6, atol=0)
+    gradients = mlp.up.grad.full_tensor(), mlp.down.grad.full_tensor(), x.grad
+    for gradient, leaf in zip(gradients, leaves, strict=True):
+        torch.testing.assert_close(gradient, leaf.grad, rtol=1e-6, atol=1e-6 * leaf.grad.abs().max().item())
+
+
+def check_everything() -> None:
+    dist.init_process_group("gloo")
+    collectives.set_plan_group(dist.group.WORLD)
+    n_ranks, rank = collectives.plan_size(), collectives.plan_rank()
+    draw = random.Random(n_ranks)  # every rank draws the same
+    for name in REFERENCES:
+        for case in range(CASES):
+            check_move(name, n_ranks, rank, draw, (torch.float32, torch.bfloat16)[case % 2])
+    check_own_slice_and_scale_gradient(n_ranks, rank)
+    check_without_gradient(n_ranks, rank)
+    for kind in (ColumnAndRow, SplitSequence, ColumnAndRowReduced):
+        check_mlp(kind, n_ranks, rank)
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("n_ranks", [1, 2, 4])
+def test_every_move_equals_its_one_process_reference(n_ranks):
+    run_ranks(n_ranks, check_everything)
+
+
+@pytest.fixture
+def rank_0_of_8(monkeypatch):
+    """One process that is rank 0 of 8, whose collectives move nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
+    monkeypatch.setattr(collectives, "_plan_group", dist.group.WORLD)
+    yield
+    dist.destroy_process_group()
+
+
+def test_moves_have_their_shapes_when_nothing_is_computed(rank_0_of_8):
+    """What the memory benchmark relies on: a generated program runs on fake tensors, backward pass included."""
+    dims = {"all_to_all": (1, 2), "replicate": (), "all_reduce": (), "all_reduce_both": ()}
+    shapes = {"all_to_all": [2, 8, 512], "all_gather": [2, 512, 64], "all_gather_reduce": [2, 512, 64]}
+    shapes |= {name: [2, 8, 64] for name in ("take_slice", "reduce_scatter", "own_slice")}
+    with FakeTensorMode():
+        for name in (*REFERENCES, "own_slice"):
+            x = torch.empty(2, 64, 64, dtype=torch.bfloat16, requires_grad=True)
+            y = getattr(collectives, name)(x, *dims.get(name, (1,)))
+            assert list(y.shape) == shapes.get(name, [2, 64, 64]), name
+            y.sum().backward()
+            assert x.grad.shape == x.shape, name
+
+
+def test_a_part_keeps_no_whole_alive(rank_0_of_8):
+    whole = torch.randn(8, 16)
+    assert collectives.take_slice(whole, 0).untyped_storage().nbytes() == whole.nbytes // 8
+
+
+def test_moves_before_the_group_is_set_say_so(monkeypatch):
+    monkeypatch.setattr(collectives, "_plan_group", None)
+    with pytest.raises(RuntimeError, match="set_plan_group"):
+        collectives.all_reduce(torch.ones(2))
