@@ -1,0 +1,218 @@
+"""A small model of the same architecture, with seeded random weights: to debug with, on any machine.
+
+    python create_mini_model.py --model_id meta-llama/Meta-Llama-3-8B-Instruct --output_id ./llama3_mini
+
+The source is a model of the Hugging Face hub or a local folder; of it, config.json is needed, and the tokenizer and
+generation_config.json are copied if they are there. Its weights are never read.
+"""
+
+import argparse
+import shutil
+from pathlib import Path
+
+import huggingface_hub
+import torch
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+
+from errors import UserError, run_script
+from files import whole_folder
+
+SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+# Not every architecture calls the width of its MLP intermediate_size, and transformers doesn't map these.
+MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+)
+
+
+def main() -> None:
+    args = parse_args()
+    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"--{name} {size}: it must be 1 or more")
+    output = Path(args.output_id)
+    if output.exists():
+        raise UserError(f"--output_id {output} exists already: remove it or name another folder")
+    huggingface_hub.logging.set_verbosity_error()  # else a line for each retry when there is no network
+    source = source_folder(args.model_id)
+    full_config = causal_lm_config(source, args.model_id)
+    config = mini_config(full_config, sizes)
+    with whole_folder(output) as folder:
+        model = random_model(config, args.seed, getattr(torch, args.dtype))
+        model.save_pretrained(folder, max_shard_size="5GB")
+        copied = copy_files(source, folder)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    stored = sum(file.stat().st_size for file in output.iterdir() if file.suffix == ".safetensors")
+    shape = ", ".join(f"{name} {getattr(config, name)}" for name in SIZES if hasattr(config, name))
+    print(f"{type(model).__name__} with {parameters:,} random parameters: {shape}")
+    print(f"{stored:,} bytes of {args.dtype} {'with' if copied else 'without'} a tokenizer in {output}")
+    types, kept = (getattr(of, "layer_types", None) or [] for of in (full_config, config))
+    if lost := sorted(set(types) - set(kept)):
+        first = max(types.index(kind) for kind in lost) + 1
+        print(f"the source has {' and '.join(lost)} layers too: to have them, ask for {first} layers or more")
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Make a small model of the same architecture with random weights.")
+    parser.add_argument("--model_id", required=True, help="model of the hub, or local folder with a config.json")
+    parser.add_argument("--output_id", required=True, help="folder to write, which must not exist")
+    parser.add_argument("--num_hidden_layers", type=int, default=4, help="decoder layers (default: 4)")
+    for name in SIZES[1:]:
+        parser.add_argument(f"--{name}", type=int, help="default: the source's")
+    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
+    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
+    return parser.parse_args()
+
+
+# The source
+
+
+def source_folder(model_id: str) -> Path:
+    """The folder that holds the source's config.json: `model_id` itself, or the hub's files without the weights."""
+    folder = Path(model_id)
+    if not folder.exists():
+        try:
+            folder = Path(huggingface_hub.snapshot_download(model_id, allow_patterns=["*.json", *TOKENIZER_FILES]))
+        except huggingface_hub.errors.HFValidationError as error:
+            raise UserError(f"--model_id {model_id}: there is no such folder") from error
+        except Exception as error:  # of the network, the hub, or the disk: each has its own
+            raise UserError(
+                f"--model_id {model_id}: no such folder, and no model from the hub: {one_line(error)}"
+            ) from error
+    if not (folder / "config.json").is_file():
+        raise UserError(f"--model_id {model_id}: there is no config.json in it")
+    return folder
+
+
+def causal_lm_config(source: Path, model_id: str) -> PreTrainedConfig:
+    """The source's configuration, or that of its text part; raises UserError if it isn't a causal language model."""
+    try:
+        config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+    except Exception as error:  # not JSON, no model type, values of wrong types, code of its own
+        raise UserError(f"--model_id {model_id}: its config.json can't be used: {one_line(error)}") from error
+    text_config = config.get_text_config()
+    made_for = [] if text_config is not config else config.architectures or []
+    causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for) or not made_for
+    if config.is_encoder_decoder or not causal or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = ", ".join(made_for) or config.model_type
+        raise UserError(f"--model_id {model_id}: {kind} is not a causal language model")
+    return text_config
+
+
+def copy_files(source: Path, folder: Path) -> bool:
+    """Copies the tokenizer and the generation configuration as they are; returns whether there is a tokenizer."""
+    if (source / "generation_config.json").is_file():
+        shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
+    files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
+    for file in files:
+        shutil.copyfile(file, folder / file.name)
+    return bool(files)
+
+
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+# The mini model
+
+
+def mini_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedConfig:
+    """Returns `config` with other `sizes` (keys of SIZES); raises UserError where no model can have them.
+
+    What depends on the sizes follows them: lists of one entry a layer are cut to their first layers, heads keep the
+    number of queries to a key unless num_key_value_heads is given, and head_dim stays hidden_size / heads where it is.
+    """
+    values = config.to_dict()
+    for name in ("quantization_config", "auto_map"):  # random weights aren't quantized, and no code is copied
+        values.pop(name, None)
+    for name, size in sizes.items():
+        values[own_name(config, name)] = size
+    cut_layer_lists(values, config.num_hidden_layers, sizes["num_hidden_layers"])
+    scale_heads(values, config, sizes)
+    try:
+        mini = type(config).from_dict(values)
+        mini.validate()
+    except Exception as error:  # each architecture checks its own values, by exceptions of several kinds
+        raise UserError(f"{config.model_type} can't have these sizes: {one_line(error)}") from error
+    check_heads(mini)
+    return mini
+
+
+def own_name(config: PreTrainedConfig, name: str) -> str:
+    """What this architecture calls one of SIZES, n_layer for num_hidden_layers, say."""
+    for candidate in MLP_WIDTHS if name == "intermediate_size" else (name,):
+        if hasattr(config, candidate):
+            return config.attribute_map.get(candidate, candidate)
+    raise UserError(f"--{name}: {config.model_type} has no such size")
+
+
+def cut_layer_lists(values: dict, layers: int, kept: int) -> None:
+    """Cuts lists of one entry a layer, such as layer_types, to the layers that are kept."""
+    for key, value in values.items():
+        if isinstance(value, list) and len(value) == layers and ("layer" in key or "block" in key):
+            if kept > layers:
+                raise UserError(f"--num_hidden_layers {kept}: the source's {key} names only {layers} layers")
+            values[key] = value[:kept]
+
+
+def scale_heads(values: dict, config: PreTrainedConfig, sizes: dict[str, int]) -> None:
+    """Makes key-value heads and head_dim follow the number of heads and hidden_size, unless they are independent."""
+    heads = sizes.get("num_attention_heads", config.num_attention_heads)
+    kv_heads = getattr(config, "num_key_value_heads", None)
+    if kv_heads and "num_key_value_heads" not in sizes:
+        kv_heads, rest = divmod(heads * kv_heads, config.num_attention_heads)
+        if rest or not kv_heads:
+            group = config.num_attention_heads / config.num_key_value_heads
+            raise UserError(
+                f"--num_attention_heads {heads}: it can't keep the source's {group:g} heads to a key-value head;"
+                " give --num_key_value_heads"
+            )
+        values[own_name(config, "num_key_value_heads")] = kv_heads
+    head_dim = values.get("head_dim")
+    # Qwen 3 and Gemma, say, have a head_dim of their own, and a default for it; others record what they computed.
+    independent = getattr(type(config), "head_dim", None) is not None
+    if head_dim and not independent and head_dim * config.num_attention_heads == config.hidden_size:
+        hidden_size = sizes.get("hidden_size", config.hidden_size)
+        if hidden_size % heads:
+            raise UserError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+        values["head_dim"] = hidden_size // heads
+
+
+def check_heads(config: PreTrainedConfig) -> None:
+    heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
+    if kv_heads and heads % kv_heads:
+        raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    if not getattr(config, "head_dim", None) and config.hidden_size % heads:
+        raise UserError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
+    rope = getattr(config, "rope_parameters", None) or {}
+    rotated = int(head_dim * (rope.get("partial_rotary_factor") or 1))
+    if rope and rotated % 2:
+        raise UserError(f"rotary embeddings turn pairs, and each head has {rotated} dimensions to turn, an odd number")
+
+
+def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> torch.nn.Module:
+    """Builds the model and runs it on two tokens, which shows any size that doesn't fit another."""
+    torch.manual_seed(seed)
+    try:
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        with torch.no_grad():
+            model(torch.arange(2).unsqueeze(0), use_cache=False)
+    except Exception as error:  # a shape that doesn't fit, a package or a kernel that isn't there
+        raise UserError(f"{config.model_type} doesn't run with these sizes: {one_line(error)}") from error
+    return model
+
+
+if __name__ == "__main__":
+    run_script(main)
