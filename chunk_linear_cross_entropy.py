@@ -17,7 +17,6 @@ Needs PyTorch 2.6 or newer. On a GPU the pass over a chunk's logits is one Trito
 import contextlib
 
 import torch
-from torch.autograd.function import once_differentiable
 
 try:
     import triton
@@ -137,8 +136,9 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
         return losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_losses):
+        if torch.is_grad_enabled():  # as it is under create_graph=True
+            raise RuntimeError("chunk_linear_cross_entropy has no second derivative: create_graph must be False.")
         hidden, weight, labels, rows, grad_hidden, grad_weight = ctx.saved_tensors
         row_grads = grad_losses[rows]
         if grad_hidden is not None:
@@ -146,7 +146,8 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
             scales = torch.zeros_like(grad_losses).index_copy_(0, rows, row_grads)
             grad_hidden = _scaled(grad_hidden, scales, ctx.dtype)
         if grad_weight is not None and _is_uniform(grad_losses, row_grads):
-            grad_weight = _scaled(grad_weight, row_grads[:1].expand(len(weight)), ctx.dtype)
+            scale = row_grads[:1].sum()  # 0 if no token counts
+            grad_weight = _scaled(grad_weight, scale.expand(len(weight)), ctx.dtype)
         elif grad_weight is not None:
             matter = row_grads != 0
             grad_weight = grad_weight if _saved_tensors_are_spent() else torch.empty_like(grad_weight)
@@ -204,8 +205,8 @@ def _losses(
     chunks = -(-len(rows) // chunk_size)
     logits = hidden.new_empty(-(-len(rows) // chunks), -(-n // 16) * 16, dtype=sums)
     with _bfloat16_units(weight):
-        for chunk in range(chunks):
-            index, index_grads = rows.tensor_split(chunks)[chunk], row_grads.tensor_split(chunks)[chunk]
+        parts = zip(rows.tensor_split(chunks), row_grads.tensor_split(chunks), strict=True)
+        for chunk, (index, index_grads) in enumerate(parts):
             h, x = hidden[index].to(operands), logits[: len(index), :n]
             dx = logits.view(operands)[: len(index), :n] if wants_gradient else None
             for words, block in _word_blocks(weight, operands):
