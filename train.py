@@ -208,6 +208,7 @@ def plan_facts(graph, plan: planner.Plan, config, sequence_length: int) -> dict:
     return {
         "class_name": graph.class_name,
         "layers_path": graph.layers_path,
+        "resident": {},
         "recompute": plan.recompute,
         "n_parameters": n_parameters,
         "parameters": {name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
@@ -239,14 +240,15 @@ def run(args: argparse.Namespace, config, dataset, sequence_length: int) -> None
         model.check_weights(args.model_id, weights, plan["parameters"])
     with parallel.process_group() as device:
         module = parallel.load_generated(folder, plan["class_name"])
-        parallel.parallelize(module, plan["layers_path"], device, DTYPES[args.precision])
+        parts = (plan["layers_path"], device, DTYPES[args.precision], args.plan_ngpus, plan["resident"])
+        sharded = parallel.parallelize(module, *parts)
         if resume is None and args.random_init:
-            parallel.load_tensors(module, model.random_weights(config, args.seed))
+            parallel.load_tensors(sharded, model.random_weights(config, args.seed))
         elif resume is None:
-            parallel.load_safetensors(module, weights)
+            parallel.load_safetensors(sharded, weights)
         settings = train_settings(args, config, sequence_length, plan, folder.name, device)
         announce(args, resume, settings, len(dataset))
-        train(module, dataset, settings, device, resume, lambda path: model.save_hf_files(args.model_id, config, path))
+        train(sharded, dataset, settings, device, resume, lambda path: model.save_hf_files(args.model_id, config, path))
 
 
 def find_resume(args: argparse.Namespace, n_rows: int) -> Resume | None:

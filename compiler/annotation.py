@@ -205,7 +205,7 @@ def lengths(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) ->
 
 
 def _solve(annotation: Annotation, factors: tuple[Dim, ...], size: int, found: dict[str, int]) -> None:
-    known = [dim.length or found.get(dim.name) for dim in factors]
+    known = [found.get(dim.name) if dim.length is None else dim.length for dim in factors]
     unknown = [dim for dim, length in zip(factors, known, strict=True) if length is None]
     product = prod(length for length in known if length is not None)
     if len(unknown) == 1 and product and size % product == 0:
@@ -238,7 +238,7 @@ def output_shapes(annotation: Annotation, shapes: Sequence[tuple[int, ...] | Non
         dims = expand_leading(entry, n_leading + len(entry.dims))
         if unknown := [dim for factors in dims for dim in factors if dim.length is None and dim.name not in known]:
             raise _name_error(annotation, unknown[0], "has a length that no input tells")
-        sizes = [prod(dim.length or known[dim.name] for dim in factors) for factors in dims]
+        sizes = [prod(known[dim.name] if dim.length is None else dim.length for dim in factors) for factors in dims]
         results.append(None if entry.replicated else tuple(sizes))
     return results
 
@@ -287,3 +287,68 @@ def register_op(annotation: str | Callable[..., str]) -> Callable[[Callable], Ca
         return fn
 
     return register
+
+
+# --- partitions ----------------------------------------------------------------------------------------------------
+
+# Where a tensor's elements are: 'R', the same on every rank; 'P', partial sums; 'S0', 'S1', ..., split along a dim.
+Placement = str
+REPLICATED: Placement = "R"
+PARTIAL: Placement = "P"
+
+
+def split_along(dim: int) -> Placement:
+    return f"S{dim}"
+
+
+def split_dim(placement: Placement) -> int | None:
+    """The dimension that a placement splits; None for R and P."""
+    return int(placement[1:]) if placement.startswith("S") else None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One way for the plan's ranks to compute an op: split along the identifier `dim`, or, if None, whole on each rank.
+
+    An input that is R receives a gradient that is P if the op is split, and R if it is whole. A gradient has otherwise
+    its tensor's placement; an output that is P receives one that is R.
+    """
+
+    dim: str | None
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+
+
+def partitions(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None], n_ranks: int) -> list[Partition]:
+    """Every legal partition of an op over `n_ranks`, the whole one first.
+
+    An identifier may be split if its length divides evenly and it is the outermost factor of its dimension wherever it
+    is, once a tensor at most.
+    """
+    whole = Partition(None, (REPLICATED,) * len(annotation.inputs), (REPLICATED,) * len(annotation.outputs))
+    known = lengths(annotation, shapes)
+    n_leading = sum(name.startswith("*") for name in known)
+    entries = [
+        () if entry.replicated or shape is None else expand_leading(entry, len(shape))
+        for entry, shape in zip(annotation.inputs, shapes, strict=True)
+    ]
+    outputs = [expand_leading(entry, n_leading + len(entry.dims)) for entry in annotation.outputs]
+    marks = {dim.name: dim.reduce for dims in entries for factors in dims for dim in factors}
+    legal = [whole]
+    for name, mark in marks.items():
+        places = [_places(name, dims) for dims in (*entries, *outputs)]
+        if mark == "^" or name not in known or known[name] % n_ranks or None in places or n_ranks == 1:
+            continue
+        inputs = tuple(split_along(place) if place >= 0 else REPLICATED for place in places[: len(entries)])
+        ends = places[len(entries) :]
+        results = tuple(split_along(end) if end >= 0 else PARTIAL if mark == "+" else REPLICATED for end in ends)
+        legal.append(Partition(name, inputs, results))
+    return legal
+
+
+def _places(name: str, dims: tuple[tuple[Dim, ...], ...]) -> int | None:
+    """The dimension of a tensor that splitting `name` splits, -1 for none; None if it can't be split there."""
+    found = [place for place, factors in enumerate(dims) if name in {dim.name for dim in factors}]
+    if not found:
+        return -1
+    return found[0] if len(found) == 1 and dims[found[0]][0].name == name else None

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from math import prod
 
 import numpy
 import torch
@@ -213,9 +214,9 @@ def _source_place(op: Op) -> tuple | None:
 def _candidates(op: Op, tensor: Tensor, body: _Body) -> list[str]:
     """Names for a value, best first: the source's variable, what it was before a cast, its module's, its operator's."""
     source = next((body.names[t] for t in body.reads(op) if t in body.names), None)
-    operator = op.target.split(".")[1]
+    operator = op.target.split(".")[1] if op.target.startswith("aten.") else op.target.rsplit(".", 1)[-1]
     names = [body.targets[tensor]] if tensor in body.targets else []
-    if not names and source and operator in ("to", "type_as", "contiguous"):
+    if not names and source and (op.note or operator in ("to", "type_as", "contiguous")):
         names.append(source)
     elif not names and op.statement:
         names += [s.targets[0] for s in reversed(op.statement.callers[-1:]) if len(s.targets) == 1]
@@ -233,15 +234,36 @@ def _write_op(index: int, body: _Body) -> list[str]:
     if index + 1 == len(body.statements) and op.outputs == body.results and op.statement and not op.statement.targets:
         return [f"return {right}"]
     shape = f"# {list(op.outputs[0].shape)}"
-    lines = [f"{', '.join(left)} = {right}"]
-    if len(lines[0]) + len(shape) + 10 <= LINE:
-        lines[0] += f"  {shape}"
+    lines = [f"# {_describe_move(op)}", ""] if op.note else [""]
+    lines[-1] = f"{', '.join(left)} = {right}"
+    if len(lines[-1]) + len(shape) + 10 <= LINE:
+        lines[-1] += f"  {shape}"
     freed = [body.names[t] for t in dead if t.requires_grad and body.names[t] not in left]
     if index + 1 == len(body.statements):
         lines.append(f"return {', '.join(body.names[t] for t in body.results)}")
     elif freed:
         lines.append(f"del {', '.join(freed)}")
     return lines
+
+
+_MOVES = {
+    "all_to_all": "all-to-all of {before}",
+    "all_gather": "all-gather to {after}",
+    "all_gather_reduce": "all-gather to {after}, the gradient is reduce-scattered",
+    "take_slice": "own slice, nothing moves{but_gathers}",
+    "replicate": "nothing moves, the gradient is all-reduced, {before}",
+    "all_reduce": "all-reduce of {before}",
+    "all_reduce_both": "all-reduce of {before}, and of the gradient",
+    "reduce_scatter": "reduce-scatter of {before}, the gradient is all-gathered",
+}
+
+
+def _describe_move(op: Op) -> str:
+    """What moves between the ranks, how many bytes of it a rank holds, and why."""
+    before, after = (f"{prod(t.shape) * t.dtype.itemsize / 1e6:,.1f} MB" for t in (op.inputs[0], op.outputs[0]))
+    gathers = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
+    what = _MOVES[op.target.rsplit(".", 1)[-1]].format(before=before, after=after, but_gathers=gathers)
+    return f"{what}: {op.note}"
 
 
 # --- classes -------------------------------------------------------------------------------------------------------
@@ -251,7 +273,8 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
     """The class of layer kind `number`; `names` are what the root calls its inputs."""
     kind = graph.kinds[number]
     arguments: list[str] = []
-    for tensor in kind.inputs:
+    first = next(call for call in graph.layer_calls if call.kind == number)
+    for tensor in first.inputs:
         wanted = names[tensor] if arguments else CARRIED
         arguments.append(wanted if wanted not in arguments else f"{wanted}_{len(arguments)}")
     body = _start_body(graph, kind, constants, f"{arguments[0]}.device")

@@ -1,12 +1,278 @@
-"""The ATen operators a decoder is made of: how generated code writes each one."""
+"""The ATen operators a decoder is made of: how each may be partitioned, and how generated code writes it."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import torch
 
+from compiler.annotation import REGISTERED_OPS, Annotation, Entry, parse
 from compiler.trace import Device, Op, Tensor
+
+# --- annotations ---------------------------------------------------------------------------------------------------
+
+
+def annotate(op: Op) -> Annotation:
+    """The annotation of an op; its inputs are op.inputs, the tensors among its arguments in order.
+
+    An operator that is not known may only be computed whole.
+    """
+    if op.target in REGISTERED_OPS:
+        return _annotate_registered(op)
+    write = _ANNOTATIONS.get(op.target.split(".")[1], unknown)
+    if not op.inputs:
+        return Annotation("-> ?", (), (Entry(replicated=True),) * len(op.outputs))
+    return parse(write(op))
+
+
+def is_known(op: Op) -> bool:
+    return op.target in REGISTERED_OPS or op.target.split(".")[1] in _ANNOTATIONS
+
+
+def _annotate_registered(op: Op) -> Annotation:
+    registered = REGISTERED_OPS[op.target]
+    annotation = registered.annotate(op.args, op.kwargs)
+    arguments = inspect.signature(registered.fn).bind(*op.args, **op.kwargs).arguments.values()
+    entries = [*annotation.inputs, *[Entry(replicated=True)] * len(arguments)]
+    inputs = tuple(entry for entry, value in zip(entries, arguments, strict=False) if isinstance(value, Tensor))
+    return Annotation(annotation.text, inputs, annotation.outputs)
+
+
+def _names(shape: Sequence[int], mark: str = "") -> list[str]:
+    """A name for every dimension, by its place counted from the last, so that broadcast dimensions agree."""
+    return [f"{_LETTERS[len(shape) - 1 - i]}{mark}" for i in range(len(shape))]
+
+
+_LETTERS = "zyxwvutsrqponm"
+
+
+def _join(*entries: Sequence[str]) -> str:
+    return ", ".join(" ".join(entry) if entry else "?" for entry in entries)
+
+
+def _elementwise(op: Op) -> str:
+    """Dimensions agree from the last on; one of length 1 that another tensor stretches stays as it is."""
+    out = op.outputs[0].shape
+    names = _names(out)
+
+    def entry(shape: Sequence[int]) -> list[str]:
+        aligned = list(zip(shape, out[len(out) - len(shape) :], names[len(out) - len(shape) :], strict=True))
+        return [name if size == full else "1" for size, full, name in aligned]
+
+    return f"{_join(*(entry(t.shape) for t in op.inputs))} -> {_join(_only_read(names, op))}"
+
+
+def _only_read(names: list[str], op: Op) -> list[str]:
+    """The output's names; a dimension that no input has in full has its length instead."""
+    out = op.outputs[0].shape
+    read = set()
+    for tensor in op.inputs:
+        offset = len(out) - len(tensor.shape)
+        read |= {offset + i for i, size in enumerate(tensor.shape) if size == out[offset + i]}
+    return [name if i in read else str(out[i]) for i, name in enumerate(names)]
+
+
+def _linear(op: Op) -> str:
+    """x @ weight.T + bias: the inner dimension may be summed over ranks only where no bias would be added by each."""
+    x = op.inputs[0].shape
+    rows = _names(x)[:-1]
+    if len(op.inputs) == 3:
+        return f"{_join([*rows, 'k^'], ['n', 'k^'], ['n'])} -> {_join([*rows, 'n'])}"
+    return f"{_join([*rows, 'k+'], ['n', 'k+'])} -> {_join([*rows, 'n'])}"
+
+
+def _matmul(op: Op) -> str:
+    left, right = op.inputs[0].shape, op.inputs[1].shape
+    if len(left) != len(right) or len(left) < 2 or left[:-2] != right[:-2]:
+        return unknown(op)
+    batch = [f"b{i}" for i in range(len(left) - 2)]
+    return f"{_join([*batch, 'm', 'k+'], [*batch, 'k+', 'n'])} -> {_join([*batch, 'm', 'n'])}"
+
+
+def _embedding(op: Op) -> str:
+    rows = _names(op.inputs[1].shape)
+    return f"n^ d, {_join(rows)} -> {_join([*rows, 'd'])}"
+
+
+def _layer_norm(op: Op) -> str:
+    x = op.inputs[0].shape
+    n_normalized = len(op.args[1])
+    rows, features = _names(x)[: len(x) - n_normalized], [f"{n}^" for n in _names(x)[len(x) - n_normalized :]]
+    return f"{_join([*rows, *features], *[features] * (len(op.inputs) - 1))} -> {_join([*rows, *features])}"
+
+
+def _whole_along(*arguments: int) -> Callable[[Op], str]:
+    """The output has the input's dimensions, and the one named by an argument is never split (softmax, cumsum)."""
+
+    def write(op: Op) -> str:
+        shape = op.inputs[0].shape
+        dim = op.kwargs.get("dim", next(op.args[i] for i in arguments if len(op.args) > i))
+        names = _names(shape)
+        names[dim % len(shape)] += "^"
+        return f"{_join(*[names] * len(op.inputs))} -> {_join(*[names] * len(op.outputs))}"
+
+    return write
+
+
+def _sliced_along(argument: int, *, removed: bool = False) -> Callable[[Op], str]:
+    """The output has another length along the dimension named by an argument, or not that dimension."""
+
+    def write(op: Op) -> str:
+        shape = op.inputs[0].shape
+        dim = op.kwargs.get("dim", op.args[argument] if len(op.args) > argument else 0) % len(shape)
+        names = _names(shape)
+
+        def entry(length: int) -> list[str]:
+            return [*names[:dim], str(length), *names[dim + 1 :]]
+
+        befores = [entry(tensor.shape[dim]) for tensor in op.inputs]
+        afters = [names[:dim] + names[dim + 1 :] if removed else entry(t.shape[dim]) for t in op.outputs]
+        return f"{_join(*befores)} -> {_join(*afters)}"
+
+    return write
+
+
+def _stack(op: Op) -> str:
+    out = op.outputs[0].shape
+    dim = (op.args[1] if len(op.args) > 1 else 0) % len(out)
+    names = _names(op.inputs[0].shape)
+    return f"{_join(*[names] * len(op.inputs))} -> {_join([*names[:dim], str(out[dim]), *names[dim:]])}"
+
+
+def _reduce(mark: str) -> Callable[[Op], str]:
+    """Dimensions that are reduced are summed over ranks (mark '+') or never split (mark '^': a mean, a maximum)."""
+
+    def write(op: Op) -> str:
+        shape = op.inputs[0].shape
+        given = op.args[1] if len(op.args) > 1 else None
+        dims = {d % len(shape) for d in ([given] if isinstance(given, int) else given or range(len(shape)))}
+        keepdim = len(op.args) > 2 and op.args[2]
+        names = [f"{name}{mark if i in dims else ''}" for i, name in enumerate(_names(shape))]
+        after = ["1" if i in dims else name for i, name in enumerate(names) if i not in dims or keepdim]
+        return f"{_join(names)} -> {_join(after or ['1'])}"
+
+    return write
+
+
+def _permuted(op: Op) -> str:
+    """transpose, permute, t: the dimensions in another order."""
+    shape = op.inputs[0].shape
+    order = list(range(len(shape)))
+    if op.target.startswith("aten.permute"):
+        order = [d % len(shape) for d in op.args[1]]
+    else:
+        first, second = op.args[1:3] if op.target.startswith("aten.transpose") else (0, 1)
+        order[first], order[second] = order[second], order[first]
+    names = _names(shape)
+    return f"{_join(names)} -> {_join([names[d] for d in order])}"
+
+
+def _reshaped(op: Op) -> str:
+    """view, reshape, flatten, unsqueeze, squeeze: dimensions merged or cut, found from the two shapes.
+
+    A group of dimensions that becomes one, or one that becomes a group, may be split by its outermost; where several
+    become several, none may.
+    """
+    before, after = op.inputs[0].shape, op.outputs[0].shape
+    left: list[str] = ["1"] * len(before)
+    right: list[str] = ["1"] * len(after)
+    for number, (i, j) in enumerate(_reshape_groups(before, after)):
+        name = f"g{number}x"
+        if len(i) == 1 and len(j) == 1:
+            left[i[0]] = right[j[0]] = name
+        elif len(j) == 1:
+            _fill_group(left, before, i, right, j[0], name)
+        elif len(i) == 1:
+            _fill_group(right, after, j, left, i[0], name)
+        else:
+            for d in i:
+                left[d] = str(before[d])
+            for d in j:
+                right[d] = str(after[d])
+    return f"{_join(left)} -> {_join(right)}"
+
+
+def _fill_group(parts: list[str], shape: Sequence[int], dims: list[int], whole: list[str], dim: int, name: str) -> None:
+    """`parts[dims]` are the factors of `whole[dim]`: the outermost has a name, the others their lengths."""
+    names = [name, *(str(shape[d]) for d in dims[1:])]
+    for d, part in zip(dims, names, strict=True):
+        parts[d] = part
+    whole[dim] = f"({' '.join(names)})"
+
+
+def _reshape_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[list[int], list[int]]]:
+    """Runs of dimensions, those of length 1 left out, that have equal products before and after."""
+    left = [i for i, size in enumerate(before) if size != 1]
+    right = [j for j, size in enumerate(after) if size != 1]
+    groups = []
+    while left and right:
+        i, j = [left.pop(0)], [right.pop(0)]
+        while (a := prod(before[d] for d in i)) != (b := prod(after[d] for d in j)):
+            (i if a < b else j).append((left if a < b else right).pop(0))
+        groups.append((i, j))
+    return groups
+
+
+def _repeat_interleave(op: Op) -> str:
+    """Element i becomes elements i * n to i * n + n - 1, so a split of the input is one of the output."""
+    shape = op.inputs[0].shape
+    if len(op.args) < 3 or op.args[2] is None or not isinstance(op.args[1], int):
+        return unknown(op)
+    dim = op.args[2] % len(shape)
+    names = _names(shape)
+    return f"{_join(names)} -> {_join([*names[:dim], f'({names[dim]} {op.args[1]})', *names[dim + 1 :]])}"
+
+
+def _like_first(op: Op) -> str:
+    """type_as: of the second tensor only the dtype matters."""
+    names = _names(op.inputs[0].shape)
+    return f"{_join(names, *[[]] * (len(op.inputs) - 1))} -> {_join(names)}"
+
+
+def unknown(op: Op) -> str:
+    """Whatever it is, it is right if every rank computes it whole."""
+    return f"{_join(*[[]] * len(op.inputs))} -> {_join(*[[]] * len(op.outputs))}"
+
+
+_ANNOTATIONS: dict[str, Callable[[Op], str]] = {
+    **dict.fromkeys(
+        ["add", "sub", "mul", "div", "rsub", "pow", "maximum", "minimum", "where", "masked_fill"], _elementwise
+    ),
+    **dict.fromkeys(["eq", "ne", "lt", "le", "gt", "ge", "logical_and", "bitwise_and", "bitwise_or"], _elementwise),
+    **dict.fromkeys(["neg", "cos", "sin", "exp", "sqrt", "rsqrt", "square", "abs", "reciprocal", "log"], _elementwise),
+    **dict.fromkeys(
+        ["tanh", "sigmoid", "silu", "relu", "gelu", "leaky_relu", "softplus", "erf", "dropout"], _elementwise
+    ),
+    **dict.fromkeys(["to", "contiguous", "clone", "detach", "alias", "clamp", "clamp_min"], _elementwise),
+    **dict.fromkeys(["ones_like", "zeros_like", "full_like", "logical_not", "bitwise_not"], _elementwise),
+    **dict.fromkeys(["view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten"], _reshaped),
+    **dict.fromkeys(["transpose", "permute", "t"], _permuted),
+    **dict.fromkeys(["matmul", "bmm", "mm"], _matmul),
+    **dict.fromkeys(["softmax", "log_softmax", "cumsum"], _whole_along(1)),
+    "expand": _elementwise,
+    "type_as": _like_first,
+    "linear": _linear,
+    "embedding": _embedding,
+    "layer_norm": _layer_norm,
+    "sum": _reduce("+"),
+    "mean": _reduce("^"),
+    "amax": _reduce("^"),
+    "amin": _reduce("^"),
+    "cat": _sliced_along(1),
+    "slice": _sliced_along(1),
+    "select": _sliced_along(1, removed=True),
+    "chunk": _sliced_along(2),
+    "split": _sliced_along(2),
+    "split_with_sizes": _sliced_along(2),
+    "stack": _stack,
+    "repeat_interleave": _repeat_interleave,
+    **dict.fromkeys(["arange", "ones", "zeros", "full", "scalar_tensor"], unknown),
+}
+
+
+# --- Python --------------------------------------------------------------------------------------------------------
 
 # How tightly an expression binds, for parentheses: a name or a call, a unary minus, a product, a sum.
 ATOM, UNARY, PRODUCT, SUM = 3, 2, 1, 0

@@ -67,6 +67,7 @@ class Op:
     outputs: tuple[Tensor, ...]
     module: str  # dotted path of the module that ran it, within its layer if it is in one
     statement: Statement | None
+    note: str = ""  # for a move between ranks: what it is for
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -120,6 +121,10 @@ class Graph:
             for name, tensor in self.kinds[call.kind].parameters.items():
                 named[f"{self.layers_path}.{call.index}.{name}"] = tensor
         return named
+
+    def named(self, values: dict[Tensor, Any]) -> dict[str, Any]:
+        """What is known of some parameters, by Hugging Face name; a layer kind's are those of all its layers."""
+        return {name: values[tensor] for name, tensor in self.all_parameters().items() if tensor in values}
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

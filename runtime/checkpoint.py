@@ -22,7 +22,6 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
-from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from tqdm import tqdm
@@ -30,7 +29,7 @@ from tqdm import tqdm
 from errors import UserError
 from files import publish_folder, whole_file, whole_folder
 from runtime.data import Position
-from runtime.parallel import load_slice
+from runtime.parallel import ParallelModel, load_slice
 
 FORMAT = 1
 LAST = "last"
@@ -58,8 +57,8 @@ class State:
         )
 
 
-def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
-    return {name: list(parameter.shape) for name, parameter in module.named_parameters()}
+def parameter_shapes(model: ParallelModel) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 # --- saving --------------------------------------------------------------------------------------------------------
@@ -67,7 +66,7 @@ def parameter_shapes(module: nn.Module) -> dict[str, list[int]]:
 
 def save(
     checkpoint_dir: Path,
-    module: nn.Module,
+    model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     state: State,
     save_hf_files: Callable[[Path], None],
@@ -83,7 +82,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    tensors = _named_tensors(module, optimizer) | _random_state()
+    tensors = _named_tensors(model, optimizer) | _random_state()
     dcp.save(tensors, storage_writer=FileSystemWriter(aside), planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
     if dist.get_rank() == 0:
         save_hf_files(aside / "hf")
@@ -96,12 +95,12 @@ def save(
     return path
 
 
-def _named_tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+def _named_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     tensors = {}
-    for name, parameter in module.named_parameters():
-        tensors[f"model/{name}"] = parameter.detach()
+    for name, parameter in model.module.named_parameters():
+        tensors[f"model/{name}"] = model.globally(name, parameter.detach())
         for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{name}/{key}"] = value
+            tensors[f"optimizer/{name}/{key}"] = model.globally(name, value)
     return tensors
 
 
@@ -219,9 +218,9 @@ def _open_merged(path: Path, option: str) -> dict[str, Any]:
 # --- loading -------------------------------------------------------------------------------------------------------
 
 
-def load(path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, state: State, option: str) -> None:
+def load(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, state: State, option: str) -> None:
     """Fills parameters and optimizer by slices and, on as many ranks as saved it, random state."""
-    tensors = _named_tensors(module, optimizer)
+    tensors = _named_tensors(model, optimizer)
     if path.is_file():
         merged = _open_merged(path, option)
         for name, tensor in tensors.items():

@@ -4,6 +4,7 @@ import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from runtime import collectives
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a checkpoint of 8B parameters on a slow disk is within it
 
@@ -47,28 +50,85 @@ def load_generated(folder: Path, class_name: str) -> nn.Module:
         return getattr(gencode, class_name)()
 
 
-def parallelize(module: nn.Module, layers_path: str, device: torch.device, compute_dtype: torch.dtype) -> DeviceMesh:
-    """Wraps each layer, then the root, in FSDP2 over all ranks (ZeRO-3, arXiv:1910.02054), and gives them memory.
+@dataclass(frozen=True)
+class ParallelModel:
+    """The generated module on this rank, and the ranks it shares its work with.
 
-    Layers come first: the root then holds what is left, the embedding and the head, and a layer's weights are gathered
-    only while it runs. Gradients are summed in float32: the loss is a sum over tokens, so no rank count divides it.
+    `mesh` is [data_parallel, plan]: a row of it computes one row of tokens together, and rows differ in their data.
+    `resident` names the weights that each rank of a plan keeps its own part of, and the dimension they are split along;
+    all others are FSDP's.
     """
-    mesh = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
+
+    module: nn.Module
+    mesh: DeviceMesh
+    resident: dict[str, int]
+
+    @property
+    def data_parallel_size(self) -> int:
+        return self.mesh.size(0)
+
+    @property
+    def data_parallel_rank(self) -> int:
+        return self.mesh.get_local_rank(0)
+
+    def globally(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
+        """A parameter, or a tensor of its shape, as the part of the whole that it is; it shares its memory."""
+        if name not in self.resident or tensor.dim() == 0:
+            return tensor
+        placements = (Replicate(), Shard(self.resident[name]))
+        return DTensor.from_local(tensor.detach(), self.mesh, placements, run_check=False)
+
+    def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Every parameter by name, as the part of the whole that this rank has."""
+        for name, parameter in self.module.named_parameters():
+            yield name, self.globally(name, parameter)
+
+
+def parallelize(
+    module: nn.Module,
+    layers_path: str,
+    device: torch.device,
+    compute_dtype: torch.dtype,
+    plan_ngpus: int = 1,
+    resident: dict[str, int] | None = None,
+) -> ParallelModel:
+    """Joins the ranks of each plan, wraps each layer, then the root, in FSDP2 over all ranks (ZeRO-3,
+    arXiv:1910.02054), and gives the weights memory.
+
+    Layers come before the root: it then holds what is left, the embedding and the head, and a layer's weights are
+    gathered only while it runs. Gradients are summed in float32: the loss is a sum over tokens, so no rank count
+    divides it.
+    """
+    world_size = dist.get_world_size()
+    ranks = init_device_mesh(device.type, (world_size,), mesh_dim_names=("ranks",))
+    shape = (world_size // plan_ngpus, plan_ngpus)
+    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data_parallel", "plan"))
+    collectives.set_plan_group(mesh.get_group("plan"))
+
+    resident = resident or {}
+    kept = {module.get_parameter(name) for name in resident}
     # Inputs are not cast: the generated code has the model's own casts, and cos and sin may be float32 by design.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = module.get_submodule(layers_path) if layers_path else []
     for part in (*layers, module):
-        fully_shard(part, mesh=mesh, mp_policy=policy)
+        fully_shard(part, mesh=ranks, mp_policy=policy, ignored_params=kept)
         part.set_gradient_divide_factor(1.0)
         part.set_force_sum_reduction_for_comms(True)  # gloo has no other
     module.to_empty(device=device)
-    return mesh
+    return ParallelModel(module, mesh, resident)
+
+
+def reduce_resident_gradients(model: ParallelModel) -> None:
+    """Sums the gradients of resident weights over the plans; FSDP has summed the others."""
+    if model.data_parallel_size > 1:
+        for name in model.resident:
+            dist.all_reduce(model.module.get_parameter(name).grad, group=model.mesh.get_group("data_parallel"))
 
 
 Reader = Callable[[tuple[slice, ...]], torch.Tensor]  # gives the part of a stored tensor at these slices
 
 
-def load_safetensors(module: nn.Module, files: dict[str, Path]) -> None:
+def load_safetensors(model: ParallelModel, files: dict[str, Path]) -> None:
     """Fills every parameter from the safetensors file that has the tensor of its name; each rank reads its part only.
 
     `files` has been checked to have them all (model.find_weights).
@@ -76,13 +136,13 @@ def load_safetensors(module: nn.Module, files: dict[str, Path]) -> None:
     with ExitStack() as stack:
         opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(files.values())}
         stored = {name: opened[file].get_slice(name) for name, file in files.items()}
-        for name, parameter in module.named_parameters():
+        for name, parameter in model.named_parameters():
             load_slice(parameter, stored[name].__getitem__)
 
 
-def load_tensors(module: nn.Module, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
+def load_tensors(model: ParallelModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
     """Fills every parameter from whole tensors, which come one at a time."""
-    parameters = dict(module.named_parameters())
+    parameters = dict(model.named_parameters())
     for name, tensor in tensors:
         load_slice(parameters.pop(name), tensor.__getitem__)
     assert not parameters, f"no weights for {list(parameters)}"

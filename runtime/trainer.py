@@ -11,12 +11,12 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from errors import UserError
 from runtime import checkpoint, data
 from runtime.data import Position
 from runtime.metrics import FlopCount, metrics_log, step_metrics
+from runtime.parallel import ParallelModel, reduce_resident_gradients
 
 BETAS = (0.9, 0.95)
 
@@ -52,26 +52,27 @@ class Resume:
 
 
 def train(
-    module: nn.Module,
+    model: ParallelModel,
     dataset: Any,
     settings: TrainSettings,
     device: torch.device,
     resume: Resume | None,
     save_hf_files: Callable[[Path], None],
 ) -> None:
-    """Trains `module` (sharded, on `device`) from its weights, or from `resume`, to the last step, and checkpoints it.
+    """Trains `model` (on `device`) from its weights, or from `resume`, to the last step, and checkpoints it.
 
     Raises:
         UserError: a loss or gradient is not finite, or a row does not fit the plan.
     """
-    optimizer = make_optimizer(module, settings, device)
-    position, torch_seed = Position(), settings.seed + dist.get_rank()
-    torch.manual_seed(torch_seed)  # dropout differs from rank to rank
+    optimizer = make_optimizer(model.module, settings, device)
+    # Dropout differs from plan to plan, and is the same on the ranks of one: what all compute whole stays equal.
+    torch.manual_seed(settings.seed + model.data_parallel_rank)
+    position = Position()
     if resume:
-        checkpoint.load(resume.path, module, optimizer, resume.state, resume.option)
+        checkpoint.load(resume.path, model, optimizer, resume.state, resume.option)
         position = resume.state.position
     n_rows, world_size = len(dataset), dist.get_world_size()
-    per_step = data.rows_per_step(world_size, settings.grad_accumulation_steps)
+    per_step = data.rows_per_step(model.data_parallel_size, settings.grad_accumulation_steps)
     total_steps = count_steps(n_rows, position, per_step, settings)
     rank_zero = dist.get_rank() == 0
     if rank_zero and position.step >= total_steps:
@@ -84,7 +85,7 @@ def train(
             order = data.epoch_order(n_rows, settings.seed, epoch)
             rows = data.step_rows(order, position, per_step)
             lr = learning_rate(position.step, total_steps, settings)
-            loss, grad_norm = train_step(module, optimizer, dataset, rows, lr, settings, device, position.step + 1)
+            loss, grad_norm = train_step(model, optimizer, dataset, rows, lr, settings, device, position.step + 1)
             position = data.advance(position, rows, n_rows)
             if log:
                 seconds = time.perf_counter() - started
@@ -103,15 +104,15 @@ def train(
                     )
                 )
             if position.step % settings.checkpoint_interval == 0 or position.step == total_steps:
-                shapes = checkpoint.parameter_shapes(module)
+                shapes = checkpoint.parameter_shapes(model)
                 state = checkpoint.State(position, settings.seed, n_rows, world_size, shapes)
-                path = checkpoint.save(settings.checkpoint_dir, module, optimizer, state, save_hf_files)
+                path = checkpoint.save(settings.checkpoint_dir, model, optimizer, state, save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
 
 
 def train_step(
-    module: nn.Module,
+    model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     dataset: Any,
     rows: list[int],
@@ -126,16 +127,17 @@ def train_step(
     model's gradients.
     """
     loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=device)
-    for row in data.micro_batches(rows, dist.get_world_size(), dist.get_rank()):
+    for row in data.micro_batches(rows, model.data_parallel_size, model.data_parallel_rank):
         tokens, labels = data.load_row(dataset, row, settings.sequence_length, settings.vocab_size)
-        loss = module(tokens.to(device), labels.to(device))
+        loss = model.module(tokens.to(device), labels.to(device))
         loss.backward()
         loss_and_tokens += torch.stack((loss.detach().double(), (labels != data.IGNORE_INDEX).sum().to(device)))
-    dist.all_reduce(loss_and_tokens)
+    reduce_resident_gradients(model)
+    dist.all_reduce(loss_and_tokens, group=model.mesh.get_group("data_parallel"))
     loss_sum, n_tokens = loss_and_tokens.tolist()
 
-    gradients = [p.grad for p in module.parameters() if p.grad is not None]
-    grad_norm = total_norm(gradients) / n_tokens
+    gradients = [p.grad for p in model.module.parameters() if p.grad is not None]
+    grad_norm = total_norm(model) / n_tokens
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         raise UserError(
             f"step {step}: the loss ({loss_sum / n_tokens:g}) or the gradient norm ({grad_norm:g}) is not finite, on "
@@ -151,10 +153,18 @@ def train_step(
     return loss_sum / n_tokens, grad_norm
 
 
-def total_norm(gradients: list[torch.Tensor]) -> float:
+def total_norm(model: ParallelModel) -> float:
     """The 2-norm of all gradients together, over all ranks."""
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    named = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
+    own = [gradient for name, gradient in named.items() if name in model.resident]
+    sharded = [gradient for name, gradient in named.items() if name not in model.resident]
+    squares = torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
+    if own:
+        squares += torch.nn.utils.get_total_norm(own).double() ** 2
+        dist.all_reduce(squares, group=model.mesh.get_group("plan"))
+    if sharded:
+        squares += torch.nn.utils.get_total_norm(sharded).full_tensor().double() ** 2
+    return squares.sqrt().item()
 
 
 def make_optimizer(module: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:

@@ -64,12 +64,17 @@ def reference_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.T
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
 
 
-def worst_gradient_error(gradients: dict[str, torch.Tensor], reference: PreTrainedModel) -> tuple[float, str]:
-    """The largest |gradient - reference| / |reference| over parameters, and whose it is.
+def gradients_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: parameter.grad for name, parameter in model.named_parameters()}
+
+
+def worst_gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest |found - expected| / |expected| over parameters, and whose it is.
 
     A gradient below 1e-4 of all of them together counts as that: a key's bias has none but rounding, for softmax
     takes no notice of it.
     """
-    expected = {name: p.grad for name, p in reference.named_parameters()}
     floor = 1e-4 * torch.stack([g.norm() for g in expected.values()]).norm()
-    return max(((gradients[n] - g).norm() / g.norm().clamp_min(floor), n) for n, g in expected.items())
+    errors = {n: ((found[n] - g).norm() / g.norm().clamp_min(floor)).item() for n, g in expected.items()}
+    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    return errors[worst], worst

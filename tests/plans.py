@@ -1,0 +1,168 @@
+"""Legal plans drawn at random, op by op, with no eye to speed: whatever the algebra allows has to be right.
+
+    python tests/plans.py --cases 500      # on 1, 2 and 4 ranks; prints the worst errors of each family
+
+compares loss and every gradient with the Hugging Face model's, in float32.
+"""
+
+import argparse
+import random
+import tempfile
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from families import (
+    FAMILIES,
+    gradients_of,
+    random_rows,
+    reference_loss,
+    reference_model,
+    small_config,
+    worst_gradient_error,
+)
+from ranks import run_ranks
+from tqdm import tqdm
+
+import train  # noqa: F401 (registers the loss)
+from compiler import codegen, planner
+from compiler.annotation import REPLICATED, Partition, split_along, split_dim
+from compiler.partition import Assignment, legal_partitions, localize
+from compiler.trace import Graph, Op, Tensor, trace
+from model import build_model
+from runtime import parallel
+
+LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Case:
+    """One drawn plan of one family's model, for `plan_ngpus` of `n_ranks` ranks."""
+
+    family: str
+    seed: int
+    plan_ngpus: int
+    n_ranks: int
+
+
+def random_assignment(graph: Graph, n_ranks: int, seed: int) -> Assignment:
+    """One of each op's legal partitions; placements of what layers take; which weights are resident."""
+    draw = random.Random(seed)
+    eager = draw.random()  # how often an op that can be split is
+    partitions: dict[Op, Partition] = {}
+    for op in (*graph.body, *(op for kind in graph.kinds for op in kind.ops)):
+        if isinstance(op, Op):
+            whole, *split = legal_partitions(op, n_ranks)
+            partitions[op] = draw.choice(split) if split and draw.random() < eager else whole
+
+    def placement(tensor: Tensor) -> str:
+        legal = [split_along(d) for d, size in enumerate(tensor.shape) if size % n_ranks == 0]
+        return draw.choice([REPLICATED, *legal])
+
+    inputs = {t: placement(t) for call in graph.layer_calls for t in call.inputs[1:]}
+    resident = {}
+    for owner in (graph, *graph.kinds):
+        ops = [op for op in (owner.body if isinstance(owner, Graph) else owner.ops) if isinstance(op, Op)]
+        for tensor in owner.parameters.values():
+            wanted = {partitions[op].inputs[i] for op in ops for i, t in enumerate(op.inputs) if t is tensor}
+            dim = split_dim(next(iter(wanted))) if len(wanted) == 1 else None
+            if dim is not None and draw.random() < 0.5:
+                resident[tensor] = dim
+    return Assignment(n_ranks, partitions, placement(graph.layer_calls[0].inputs[0]), inputs, resident)
+
+
+def trace_family(family: str) -> Graph:
+    config = small_config(family, tie_word_embeddings=list(FAMILIES).index(family) % 2 == 1)
+    sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    return trace(build_model(config, torch.float32), sample)
+
+
+def write_reference(folder: Path, family: str, n_rows: int) -> None:
+    """The Hugging Face model's weights, loss and gradients on `n_rows` rows."""
+    config = small_config(family, tie_word_embeddings=list(FAMILIES).index(family) % 2 == 1)
+    reference = reference_model(config)
+    loss = reference_loss(reference, *random_rows(n_rows, LENGTH, 256))
+    loss.backward()
+    weights = {name: parameter.detach() for name, parameter in reference.named_parameters()}
+    torch.save((weights, gradients_of(reference), loss.item()), folder / f"{family}-{n_rows}.pt")
+
+
+def write_case(folder: Path, case: Case, graph: Graph) -> None:
+    """The case's generated code, and what running it takes."""
+    assignment = random_assignment(graph, case.plan_ngpus, case.seed)
+    text = codegen.generate(localize(graph, assignment), planner.make_plan(graph, case.plan_ngpus), str(case))
+    path = folder / f"{case}"
+    path.mkdir()
+    (path / "gencode.py").write_text(text)
+    resident = graph.named(assignment.resident)
+    torch.save((graph.class_name, graph.layers_path, resident), path / "facts.pt")
+
+
+def run_cases(folder: Path, cases: list[Case]) -> None:
+    """On each rank: every case's loss and gradients against the reference's; rank 0 writes the errors down."""
+    errors = {}
+    with parallel.process_group() as device:
+        for case in tqdm(cases, disable=dist.get_rank() != 0):
+            n_rows = case.n_ranks // case.plan_ngpus
+            class_name, layers_path, resident = torch.load(folder / f"{case}" / "facts.pt")
+            weights, gradients, expected = torch.load(folder / f"{case.family}-{n_rows}.pt")
+            module = parallel.load_generated(folder / f"{case}", class_name)
+            model = parallel.parallelize(module, layers_path, device, torch.float32, case.plan_ngpus, resident)
+            parallel.load_tensors(model, weights.items())
+            tokens, labels = random_rows(n_rows, LENGTH, 256)
+            row = slice(model.data_parallel_rank, model.data_parallel_rank + 1)
+            loss = module(tokens[row], labels[row])
+            loss.backward()
+            parallel.reduce_resident_gradients(model)
+            total = loss.detach().clone()
+            dist.all_reduce(total, group=model.mesh.get_group("data_parallel"))
+            found = {name: model.globally(name, p.grad).full_tensor() for name, p in module.named_parameters()}
+            worst, name = worst_gradient_error(found, gradients)
+            errors[case] = (abs(total.item() - expected) / abs(expected), worst, name)
+        if dist.get_rank() == 0:
+            torch.save(errors, folder / "errors.pt")
+
+
+def check_cases(cases: list[Case]) -> dict[Case, tuple[float, float, str]]:
+    """Runs cases of one number of ranks; returns each one's relative loss error, worst gradient error and where."""
+    (n_ranks,) = {case.n_ranks for case in cases}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for family in dict.fromkeys(case.family for case in cases):
+            graph = trace_family(family)
+            for case in cases:
+                if case.family == family:
+                    n_rows = n_ranks // case.plan_ngpus
+                    if not (folder / f"{family}-{n_rows}.pt").exists():
+                        write_reference(folder, family, n_rows)
+                    write_case(folder, case, graph)
+        run_ranks(n_ranks, run_cases, folder, cases)
+        return torch.load(folder / "errors.pt", weights_only=False)
+
+
+def draw_cases(n_cases: int, n_ranks: int, first_seed: int = 0) -> list[Case]:
+    """Cases over all families in turn; on 4 ranks, plans of 2 and of 4."""
+    families = list(FAMILIES)
+    plans = {1: [1], 2: [2], 4: [4, 4, 2]}[n_ranks]
+    seeds = range(first_seed, first_seed + n_cases)
+    return [Case(families[i % len(families)], i, plans[i // len(families) % len(plans)], n_ranks) for i in seeds]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--cases", type=int, default=500)
+    args = parser.parse_args()
+    worst = defaultdict(lambda: (0, 0.0, 0.0))
+    for n_ranks, share in ((1, 0.05), (2, 0.5), (4, 0.45)):
+        for case, (loss, gradient, _) in check_cases(draw_cases(round(args.cases * share), n_ranks)).items():
+            count, loss_before, gradient_before = worst[case.family]
+            worst[case.family] = (count + 1, max(loss, loss_before), max(gradient, gradient_before))
+    print("| family | plans | worst loss error | worst gradient error |\n| --- | --- | --- | --- |")
+    for family, (count, loss, gradient) in worst.items():
+        print(f"| {family} | {count} | {loss:.1e} | {gradient:.1e} |")
+
+
+if __name__ == "__main__":
+    main()
