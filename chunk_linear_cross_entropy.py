@@ -64,8 +64,8 @@ def chunk_linear_cross_entropy(
     _check_inputs(hidden_states, weight, labels, chunk_size, logit_softcap)
     if device == "meta" or isinstance(hidden_states, torch._subclasses.FakeTensor):
         return hidden_states.new_empty(labels.shape, dtype=_sum_dtype(hidden_states))
-    hidden, flat_labels = hidden_states.reshape(labels.numel(), weight.shape[1]), labels.reshape(-1).long()
-    return _flat_losses(hidden, weight, flat_labels, padding_idx, chunk_size, logit_softcap).view(labels.shape)
+    hidden = hidden_states.reshape(labels.numel(), weight.shape[1])
+    return _opaque(hidden, weight, labels.long(), padding_idx, chunk_size, logit_softcap)
 
 
 def _check_inputs(hidden_states, weight, labels, chunk_size, logit_softcap):
@@ -89,9 +89,9 @@ def _check_inputs(hidden_states, weight, labels, chunk_size, logit_softcap):
 
 
 @torch.compiler.disable
-def _flat_losses(hidden, weight, labels, padding_idx, chunk_size, logit_softcap):
-    """The losses [t] of hidden [t, d], weight [n, d] and labels [t]."""
-    rows = _rows_that_count(labels, padding_idx, weight.shape[0])
+def _opaque(hidden, weight, labels, padding_idx, chunk_size, logit_softcap):
+    """The losses [b, l] of hidden [b * l, d], weight [n, d] and labels [b, l]; torch.compile doesn't look inside."""
+    rows = _rows_that_count(labels.reshape(-1), padding_idx, len(weight))
     with torch.autocast(hidden.device.type, enabled=False):
         if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
             return _ChunkLinearCrossEntropy.apply(hidden, weight, labels, rows, chunk_size, logit_softcap)
@@ -116,18 +116,16 @@ def _rows_that_count(labels, padding_idx, n):
 
 
 class _ChunkLinearCrossEntropy(torch.autograd.Function):
-    """The losses [t] of hidden [t, d], weight [n, d] and labels [t], with the gradients made along with them."""
+    """_losses, and the gradients made along with them."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, rows, chunk_size, logit_softcap):
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         # float16 could not hold a gradient before it is scaled.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
-        grad_hidden = torch.zeros_like(hidden, dtype=dtype) if to_hidden else None
-        grad_weight = torch.empty_like(weight, dtype=_sum_dtype(weight)) if to_weight else None
-        losses = _losses(
-            hidden, weight, labels, rows, chunk_size, logit_softcap, grad_hidden=grad_hidden, grad_weight=grad_weight
-        )
+        grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if to_hidden else None
+        grad_weight = weight.new_empty(weight.shape, dtype=_sum_dtype(weight)) if to_weight else None
+        losses = _losses(hidden, weight, labels, rows, chunk_size, logit_softcap, None, grad_hidden, grad_weight)
         # The inputs serve only to make the weight's gradient again. Whatever is kept goes through save_for_backward,
         # for activation checkpointing or offloading to take.
         inputs = (hidden, weight, labels) if to_weight else (None, None, None)
@@ -140,18 +138,18 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
         if torch.is_grad_enabled():  # as it is under create_graph=True
             raise RuntimeError("chunk_linear_cross_entropy has no second derivative: create_graph must be False.")
         hidden, weight, labels, rows, grad_hidden, grad_weight = ctx.saved_tensors
-        row_grads = grad_losses[rows]
+        row_grads = grad_losses.reshape(-1)[rows]
         if grad_hidden is not None:
             # Tokens that don't count get zero, whatever comes in for them.
-            scales = torch.zeros_like(grad_losses).index_copy_(0, rows, row_grads)
+            scales = row_grads.new_zeros(len(grad_hidden)).index_copy_(0, rows, row_grads)
             grad_hidden = _scaled(grad_hidden, scales, ctx.dtype)
         if grad_weight is not None and _is_uniform(grad_losses, row_grads):
             scale = row_grads[:1].sum()  # 0 if no token counts
-            grad_weight = _scaled(grad_weight, scale.expand(len(weight)), ctx.dtype)
+            grad_weight = _scaled(grad_weight, scale.expand(len(grad_weight)), ctx.dtype)
         elif grad_weight is not None:
             matter = row_grads != 0
             grad_weight = grad_weight if _saved_tensors_are_spent() else torch.empty_like(grad_weight)
-            _losses(hidden, weight, labels, rows[matter], *ctx.options, row_grads[matter], grad_weight=grad_weight)
+            _losses(hidden, weight, labels, rows[matter], *ctx.options, row_grads[matter], None, grad_weight)
             grad_weight = grad_weight.to(ctx.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
@@ -162,7 +160,7 @@ def _is_uniform(grad_losses, row_grads):
     The strides of an expanded gradient tell. Any other is looked at, which on a GPU the host has to wait for: less long
     than two matrix products take.
     """
-    return len(row_grads) == 0 or grad_losses.stride() == (0,) or bool((row_grads == row_grads[0]).all())
+    return len(row_grads) == 0 or not any(grad_losses.stride()) or bool((row_grads == row_grads[0]).all())
 
 
 def _saved_tensors_are_spent():
@@ -176,7 +174,7 @@ def _scaled(grads, scales, dtype):
     if grads.dtype == dtype and grads.device.type == "cpu" and bool((scales == 1).all()):
         return grads
     out = grads if grads.dtype == dtype and _saved_tensors_are_spent() else torch.empty_like(grads, dtype=dtype)
-    size = _block_size(grads)  # where dtypes differ a CPU copies what it multiplies: so no more than a block
+    size = _block_size(grads)  # where dtypes differ, a CPU makes copies of what it multiplies: of one block, then
     for block, block_scales, block_out in zip(grads.split(size), scales.split(size), out.split(size), strict=True):
         torch.mul(block, block_scales[:, None], out=block_out)
     return out
@@ -185,42 +183,46 @@ def _scaled(grads, scales, dtype):
 def _losses(
     hidden, weight, labels, rows, chunk_size, logit_softcap, row_grads=None, grad_hidden=None, grad_weight=None
 ):
-    """The losses [t] of the tokens in rows, and zero for the others; fills the gradients that are given.
+    """The losses [b, l] of the tokens in rows, indices into hidden [b * l, d], and zero for the others.
 
-    row_grads [len(rows)] are the incoming gradients, ones if None. grad_hidden [t, d] must be zero where nothing goes;
-    grad_weight [n, d] is overwritten.
+    Fills the gradients that are given. row_grads [len(rows)] are the incoming ones, None standing for ones. grad_hidden
+    [b * l, d] must be zero outside rows; grad_weight [n, d] is overwritten.
     """
     n, sums, operands = len(weight), _sum_dtype(weight), _operand_dtype(weight)
-    wants_gradient = grad_hidden is not None or grad_weight is not None
-    losses = hidden.new_zeros(len(hidden), dtype=sums)
+    losses = hidden.new_zeros(labels.shape, dtype=sums)
     if len(rows) == 0:
         if grad_weight is not None:
             grad_weight.zero_()
         return losses
     row_grads = torch.ones_like(rows, dtype=sums) if row_grads is None else row_grads
     # float16 holds nothing below 6e-8, where most of a softmax over a large vocabulary lies.
-    gain = 2.0**15 / row_grads.abs().amax() if operands == torch.float16 else 1
+    if operands == torch.float16:
+        gain = 2.0**15 / row_grads.abs().amax()
+        row_grads = row_grads * gain
 
     # Chunks of one size, so that the last is no sliver; rows of logits begin at multiples of 64 bytes.
+    flat_labels, flat_losses = labels.reshape(-1), losses.view(-1)
     chunks = -(-len(rows) // chunk_size)
     logits = hidden.new_empty(-(-len(rows) // chunks), -(-n // 16) * 16, dtype=sums)
     with _bfloat16_units(weight):
         parts = zip(rows.tensor_split(chunks), row_grads.tensor_split(chunks), strict=True)
         for chunk, (index, index_grads) in enumerate(parts):
             h, x = hidden[index].to(operands), logits[: len(index), :n]
-            dx = logits.view(operands)[: len(index), :n] if wants_gradient else None
+            dx = None if grad_hidden is None and grad_weight is None else logits.view(operands)[: len(index), :n]
             for words, block in _word_blocks(weight, operands):
                 _multiply(h, block.t(), out=x[:, words])
-            losses[index] = _softmax_pass(x, dx, labels[index], index_grads * gain, logit_softcap)
+            flat_losses[index] = _softmax_pass(x, dx, flat_labels[index], index_grads, logit_softcap)
             if grad_hidden is not None:
                 dh = torch.empty_like(h, dtype=sums)
                 for words, block in _word_blocks(weight, operands):
                     _multiply(dx[:, words], block, out=dh, add=words.start > 0)
-                grad_hidden[index] = (dh / gain).to(grad_hidden.dtype)
+                grad_hidden[index] = dh.to(grad_hidden.dtype)
             if grad_weight is not None:
                 _multiply(dx.t(), h, out=grad_weight, add=chunk > 0)
-    if grad_weight is not None and operands == torch.float16:
-        grad_weight /= gain
+    if operands == torch.float16:
+        for grads in (grad_hidden, grad_weight):
+            if grads is not None:
+                grads /= gain
     return losses
 
 
