@@ -1,0 +1,156 @@
+"""The tables against published measurements, the cost of collectives, and a profile measured as a person would."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from compiler import hardware
+from compiler.hardware import HARDWARE, KINDS, Timing, collective_seconds, identify, load
+from errors import UserError
+
+ROOT = Path(__file__).parent.parent
+MIB = 2**20
+
+
+@pytest.mark.parametrize("entry", HARDWARE.values(), ids=lambda entry: entry.name)
+def test_tables_are_sane(entry):
+    assert 0 < entry.matrix_efficiency <= 1 and 0 < entry.memory_efficiency <= 1
+    assert entry.matrix_rate(torch.bfloat16) == entry.matrix_flops * entry.matrix_efficiency
+    assert entry.matrix_rate(torch.float32) == entry.float32_flops
+    assert entry.achievable_bandwidth <= entry.memory_bandwidth
+    assert entry.network.bandwidth <= entry.node_link.bandwidth and entry.node_link.latency <= entry.network.latency
+    for link in (entry.node_link, entry.network):
+        assert 0 < link.pair_bandwidth <= link.bandwidth and 0 < link.efficiency <= 1
+
+
+def test_a_gpus_name_finds_its_table_and_no_namesakes():
+    names = {
+        "NVIDIA H100 80GB HBM3": "h100",
+        "NVIDIA H200": "h200",
+        "NVIDIA A100-SXM4-80GB": "a100",
+        "NVIDIA B200": "b200",
+        "AMD Instinct MI300X": "mi300x",
+        "NVIDIA GH200 480GB": None,
+        "NVIDIA GB200": None,
+        "NVIDIA H100 PCIe": None,
+        "NVIDIA H100 NVL": None,
+        "NVIDIA GeForce RTX 4090": None,
+    }
+    assert {name: getattr(identify(name), "name", None) for name in names} == names
+
+
+# Bus bandwidths in GB/s of NCCL's and RCCL's all-reduce at MiB of payload, from github.com/stas00/ml-engineering,
+# network/README.md. On one node of H200 or B200 NVLink SHARP makes the largest up to 1.3 times faster than a ring.
+PUBLISHED = {
+    ("h200", 8): {1: 39.93, 2: 64.53, 4: 107.16, 16: 219.89, 64: 346.51, 128: 401.93, 1024: 463.58, 16384: 482.26},
+    ("b200", 8): {1: 36.06, 4: 76.48, 16: 254.96, 64: 400.60, 128: 568.38, 1024: 723.34, 16384: 845.67},
+    ("b200", 32): {1: 5.37, 4: 18.90, 16: 64.43, 64: 156.74, 128: 197.94, 1024: 361.99, 16384: 381.80},
+    ("a100", 8): {16384: 234.89},
+    ("mi300x", 2): {4096: 47.671},
+    ("mi300x", 8): {4096: 312.912},
+}
+
+
+@pytest.mark.parametrize(("name", "n_ranks"), PUBLISHED)
+def test_all_reduce_takes_as_long_as_published(name, n_ranks):
+    for mib, bus_bandwidth in PUBLISHED[name, n_ranks].items():
+        published = mib * MIB * 2 * (n_ranks - 1) / n_ranks / (bus_bandwidth * 1e9)
+        assert 0.65 < collective_seconds(HARDWARE[name], "all_reduce", mib * MIB, n_ranks) / published < 1.4, mib
+
+
+def test_large_collectives_cost_what_their_bytes_cost():
+    """On an H200 at 8 ranks: all-reduce twice an all-gather, all-to-all an eighth of it."""
+    gather, scatter, reduce, exchange = (collective_seconds(HARDWARE["h200"], kind, 2**36, 8) for kind in KINDS)
+    assert gather == scatter == pytest.approx(2**36 * 7 / 8 / (450e9 * 0.80), rel=1e-3)
+    assert reduce == pytest.approx(2 * gather, rel=1e-3) and exchange == pytest.approx(gather / 8, rel=1e-3)
+
+
+MEASURED = replace(HARDWARE["cpu"], timings=(Timing("all_gather", 8, (16, 64, 1024), (1e-3, 1e-3, 5e-3)),))
+
+
+@given(
+    entry=st.sampled_from([*HARDWARE.values(), MEASURED]),
+    kind=st.sampled_from(KINDS),
+    n_ranks=st.sampled_from([1, 2, 4, 8, 12, 16, 64]),
+    sizes=st.tuples(st.integers(0, 2**40), st.integers(0, 2**40)).map(sorted),
+)
+def test_more_bytes_never_take_less_time(entry, kind, n_ranks, sizes):
+    fewer, more = (collective_seconds(entry, kind, size, n_ranks) for size in sizes)
+    assert 0 <= fewer <= more and (more > 0) == (n_ranks > 1)
+
+
+def test_a_measured_collective_is_interpolated_and_others_are_modelled():
+    at = {size: collective_seconds(MEASURED, "all_gather", size, 8) for size in (1, 16, 544, 1024, 4096)}
+    assert at == pytest.approx({1: 1e-3, 16: 1e-3, 544: 3e-3, 1024: 5e-3, 4096: 20e-3})
+    for kind, n_ranks in (("all_gather", 4), ("all_to_all", 8)):
+        modelled = collective_seconds(HARDWARE["cpu"], kind, MIB, n_ranks)
+        assert collective_seconds(MEASURED, kind, MIB, n_ranks) == modelled
+
+
+def measure(output: Path, *torchrun: str) -> None:
+    command = [sys.executable, *torchrun, "-m", "compiler.hardware", "--measure", "--output", str(output)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_a_profile_measured_on_two_ranks_loads_and_prices_collectives(tmp_path):
+    file = tmp_path / "profile.json"
+    measure(file, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    profile = json.loads(file.read_text())
+    assert profile["ranks"] == 2 and profile["torch"] == torch.__version__ and profile["machine"]
+    assert list(tmp_path.iterdir()) == [file]
+
+    measured = load(str(file))
+    assert json.loads(json.dumps(asdict(measured))) == profile["hardware"]
+    assert 1e8 < measured.matrix_rate(torch.bfloat16) < 1e14 and 1e9 < measured.matrix_rate(torch.float32) < 1e14
+    assert 1e8 < measured.achievable_bandwidth < 1e13
+    assert [(timing.kind, timing.n_ranks) for timing in measured.timings] == [(kind, 2) for kind in KINDS]
+    for kind in KINDS:
+        seconds = [collective_seconds(measured, kind, 4**exponent, 2) for exponent in range(18)]
+        assert seconds == sorted(seconds) and 0 < seconds[0] < seconds[-1]
+        assert collective_seconds(measured, kind, MIB, 4) > 0  # from the links that the all-gather fits
+    assert measured.node_link != HARDWARE["cpu"].node_link
+
+
+def test_what_is_here_is_found_without_a_name(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert load(None).name == "h100" and load("B200").name == "b200"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "AMD Instinct MI300X")
+    assert load(None).name == "mi300x"
+
+
+def test_wrong_names_and_files_end_in_a_sentence_that_lists_the_names(tmp_path):
+    good = json.loads(json.dumps(asdict(MEASURED)))
+    contents = [
+        "no json",
+        "[1]",
+        "{}",
+        json.dumps({"hardware": {**good, "more": 1}}),
+        json.dumps({"hardware": {**good, "matrix_flops": -1.0}}),
+        json.dumps({"hardware": {**good, "memory_bytes": "80 GB"}}),
+        json.dumps({"hardware": {name: value for name, value in good.items() if name != "network"}}),
+    ]
+    files = [tmp_path / f"{number}.json" for number in range(len(contents))]
+    for file, content in zip(files, contents, strict=True):
+        file.write_text(content)
+    for name in ("h1000", str(tmp_path), str(tmp_path / "none.json"), *map(str, files)):
+        with pytest.raises(UserError, match=r"(?s)--hardware .* one of a100, b200, cpu, h100, h200, mi300x$") as error:
+            load(name)
+        assert name in str(error.value) and "\n" not in str(error.value)
+
+
+def test_measuring_needs_somewhere_to_write(monkeypatch, tmp_path):
+    for output in (tmp_path, tmp_path / "none" / "profile.json"):
+        monkeypatch.setattr(sys, "argv", ["hardware", "--measure", "--output", str(output)])
+        with pytest.raises(UserError, match="--output"):
+            hardware.main()
