@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -19,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from compiler.annotation import register_op
@@ -126,6 +127,28 @@ def _attend_in_float32(query, key, value, scale, window, softcap, dropout) -> to
     scores = scores.masked_fill(~_visible(rows, key.shape[2], window, query.device), float("-inf"))
     weights = F.dropout(scores.softmax(-1), dropout)
     return (weights @ value.float().unsqueeze(2)).to(value.dtype).flatten(1, 2)
+
+
+def keep_attention() -> tuple:
+    """What torch.utils.checkpoint's context_fn takes: attention's output is kept, all else computed again.
+
+    It costs most to compute again, and its output is no larger than the layer's input.
+    """
+    return create_selective_checkpoint_contexts(attention_kernels())
+
+
+@cache
+def attention_kernels() -> list:
+    """The operators of the fused attention kernels, PyTorch's and flash-attn's, that there are here."""
+    names = [
+        f"aten._scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")
+    ]
+    names += ["aten._scaled_dot_product_flash_attention_for_cpu", "flash_attn._flash_attn_forward"]
+    kernels = []
+    for namespace, name in (name.split(".") for name in names):
+        packet = getattr(getattr(torch.ops, namespace), name, None)
+        kernels += [packet.default] if packet is not None else []
+    return kernels
 
 
 @register_op("* d^, d^ -> * d^")

@@ -7,6 +7,7 @@ Compile needs no GPU and reads no weights. Run compiles too, unless the compiled
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import os
@@ -18,7 +19,7 @@ import transformers
 
 import model
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from compiler import codegen, hardware, planner, report
+from compiler import codegen, hardware, partition, planner, report
 from compiler.annotation import REGISTERED_OPS, register_op
 from compiler.trace import trace
 from errors import UserError, run_script
@@ -46,6 +47,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--checkpoint_dir", default="./checkpoints")
     add("--log_dir", default="./runs", help="where TensorBoard events and metrics.jsonl go")
     add("--resume_path", help="a checkpoint folder or a merged file (default: the last in --checkpoint_dir)")
+    add("--hardware", help=f"to plan for: {', '.join(hardware.HARDWARE)} or a measured profile (default: what is here)")
+    add("--gpu_mem_constraint", type=float, default=64.0, help="GB a GPU that the plan may need")
+    add(
+        "--recompute_modules", help="class names, by commas, of the layers to recompute; '' for none (default: planned)"
+    )
+    add("--plan", help="the plan.json whose partitions to take, at this sequence length")
     add("--random_init", action="store_true", help="start from seeded random weights, not from the model's")
     add("--precision", choices=DTYPES, default="bf16", help="of compute; masters, optimizer and sums are float32")
     add("--attn_implementation", choices=model.ATTN_IMPLEMENTATIONS, default="auto", help="force one kernel")
@@ -90,7 +97,7 @@ def check_args(args: argparse.Namespace) -> None:
             raise UserError(f"--{name} {getattr(args, name)}: it has to be 1 or more")
     if args.sequence_length is not None and args.sequence_length < 2:
         raise UserError(f"--sequence_length {args.sequence_length}: it has to be 2 or more")
-    for name in ("learning_rate", "max_grad_norm"):
+    for name in ("learning_rate", "max_grad_norm", "gpu_mem_constraint"):
         if not getattr(args, name) > 0:
             raise UserError(f"--{name} {getattr(args, name)}: it has to be above 0")
     for name in ("warmup_steps", "weight_decay"):
@@ -100,10 +107,6 @@ def check_args(args: argparse.Namespace) -> None:
         raise UserError(
             f"--runtime_ngpus {args.runtime_ngpus}: it has to be a multiple of --plan_ngpus {args.plan_ngpus}, "
             "since each copy of the plan spans that many"
-        )
-    if args.plan_ngpus > 1:
-        raise UserError(
-            f"--plan_ngpus {args.plan_ngpus}: plans that span several GPUs are not there yet; pass --plan_ngpus 1"
         )
     if args.run_mode == "run" and args.runtime_ngpus != world_size:
         raise UserError(
@@ -167,13 +170,16 @@ def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> Path
     sample = {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     graph = trace(wrapped, sample)
     traced = time.perf_counter()
-    plan = planner.make_plan(graph, args.plan_ngpus)
+    setting = plan_setting(args, graph)
+    fixed = planner.fix(graph, inputs["plan"], f"--plan {args.plan}") if args.plan else None
+    plan = planner.make_plan(graph, setting, fixed)
+    local = partition.localize(graph, plan.assignment)
     facts = {**inputs, "fingerprint": fingerprint, **plan_facts(graph, plan, config, sequence_length)}
     title = f"{graph.class_name} at {sequence_length:,} tokens on {args.plan_ngpus} rank(s), {args.precision}."
     with whole_folder(folder) as aside:
-        (aside / "gencode.py").write_text(codegen.generate(graph, plan, title))
+        (aside / "gencode.py").write_text(codegen.generate(local, plan, title))
         (aside / "plan.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (aside / "report.md").write_text(report.report(graph, plan, facts))
+        (aside / "report.md").write_text(report.report(graph, plan, setting, facts))
     if rank_zero:
         print(
             f"compile: {graph.class_name}, {facts['n_parameters']:,} parameters, {sequence_length:,} tokens: "
@@ -182,6 +188,37 @@ def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> Path
             flush=True,
         )
     return folder
+
+
+def plan_setting(args: argparse.Namespace, graph) -> planner.Setting:
+    """What the plan is for.
+
+    Raises:
+        UserError: --recompute_modules names no layer class of the model.
+    """
+    modules = None
+    if args.recompute_modules is not None:
+        modules = tuple(name for name in args.recompute_modules.split(",") if name)
+        known = {kind.class_name.rstrip("0123456789") for kind in graph.kinds}
+        if unknown := set(modules) - known:
+            raise UserError(
+                f"--recompute_modules {args.recompute_modules}: {sorted(unknown)[0]} is no layer of {graph.class_name}; "
+                f"its layers are {', '.join(sorted(known))}"
+            )
+    device = hardware.load(args.hardware)
+    return planner.Setting(args.plan_ngpus, args.runtime_ngpus, device, args.gpu_mem_constraint * 1e9, modules)
+
+
+def read_plan(path: str) -> dict:
+    """The decisions in a plan.json.
+
+    Raises:
+        UserError: it is none.
+    """
+    try:
+        return json.loads(Path(path).read_text())["decisions"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--plan {path}: it is no plan.json that compile wrote") from error
 
 
 def plan_inputs(args: argparse.Namespace, config, sequence_length: int) -> dict:
@@ -194,6 +231,10 @@ def plan_inputs(args: argparse.Namespace, config, sequence_length: int) -> dict:
         "runtime_ngpus": args.runtime_ngpus,
         "precision": args.precision,
         "attn_implementation": args.attn_implementation,
+        "hardware": dataclasses.asdict(hardware.load(args.hardware)),
+        "gpu_mem_constraint": args.gpu_mem_constraint,
+        "recompute_modules": args.recompute_modules,
+        "plan": read_plan(args.plan) if args.plan else None,
         "annotations": {op.name: str(op.annotation) for op in REGISTERED_OPS.values()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "compiler": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest(),
@@ -208,7 +249,10 @@ def plan_facts(graph, plan: planner.Plan, config, sequence_length: int) -> dict:
     return {
         "class_name": graph.class_name,
         "layers_path": graph.layers_path,
-        "resident": {},
+        "resident": graph.named(plan.assignment.resident),
+        "decisions": planner.describe(graph, plan),
+        "predicted_seconds": plan.seconds,
+        "predicted_memory": plan.memory,
         "recompute": plan.recompute,
         "n_parameters": n_parameters,
         "parameters": {name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},

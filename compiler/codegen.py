@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from compiler.operators import Expression, expression
-from compiler.planner import Plan
+from compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, Plan
 from compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor
 
 LINE = 120
@@ -63,8 +63,10 @@ def _imports(graph: Graph, plan: Plan) -> str:
             module, name = op.target.rsplit(".", 1)
             registered.setdefault(module, set()).add(name)
     lines = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
-    if "layer" in plan.recompute:
+    if set(plan.recompute) - {KEEP_ALL}:
         lines.append("from torch.utils.checkpoint import checkpoint")
+    if KEEP_ATTENTION in plan.recompute:
+        registered.setdefault("model", set()).add("keep_attention")
     lines.append("")
     lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(registered.items())]
     return "\n".join(lines)
@@ -331,25 +333,29 @@ def _run_of_layers(body: _Body, first: int, plan: Plan) -> list[LayerCall]:
     return run
 
 
+_POLICIES = {
+    KEEP_INPUT: "These layers keep their input only, and run their forward again in the backward pass.",
+    KEEP_ATTENTION: "These layers keep their input and attention's output, and compute the rest again in backward.",
+    KEEP_ALL: "These layers keep all that their backward pass needs.",
+}
+
+
 def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body: _Body) -> list[str]:
     """A loop over layers, or the call of a single one."""
     layers = f"self.{graph.layers_path}"
     given = [body.names[t] for t in run[0].inputs]
     last = first + len(run) - 1
     made = [body.choose_name(t, [CARRIED], last) for t in run[-1].outputs]
-    recompute = plan.recompute[run[0].index] == "layer"
-    lines = (
-        ["", "# Each layer keeps its input only, and runs its forward again in the backward pass."]
-        if recompute
-        else [""]
-    )
+    policy = plan.recompute[run[0].index]
+    lines = ["", *(f"# {line}" for line in textwrap.wrap(_POLICIES[policy], LINE - 10))]
 
     def call(layer: str, arguments: list[str]) -> str:
-        if not recompute:
+        if policy == KEEP_ALL:
             return f"{layer}({', '.join(arguments)})"
         random = any(op.target.startswith("aten.dropout") for op in _all_ops(graph))
-        state = "" if random else ", preserve_rng_state=False"
-        return f"checkpoint({layer}, {', '.join(arguments)}, use_reentrant=False{state})"
+        options = ["use_reentrant=False"] + ([] if random else ["preserve_rng_state=False"])
+        options += ["context_fn=keep_attention"] if policy == KEEP_ATTENTION else []
+        return f"checkpoint({', '.join([layer, *arguments, *options])})"
 
     if len(run) == 1:
         return [*lines, f"{', '.join(made)} = {call(f'{layers}[{run[0].index}]', given)}"]

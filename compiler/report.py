@@ -3,7 +3,7 @@
 from collections import Counter
 from math import prod
 
-from compiler.planner import Plan
+from compiler.planner import Plan, Setting
 from compiler.trace import Graph, Op
 
 
@@ -21,7 +21,7 @@ def forward_flops(n_parameters: int, n_layers: int, hidden_size: int, sequence_l
     return dense + attention, dense + attention / 2
 
 
-def report(graph: Graph, plan: Plan, facts: dict) -> str:
+def report(graph: Graph, plan: Plan, setting: Setting, facts: dict) -> str:
     """The text of report.md. `facts` is what plan.json holds."""
     n_parameters = count_parameters(graph)
     ranks = facts["runtime_ngpus"]
@@ -29,7 +29,10 @@ def report(graph: Graph, plan: Plan, facts: dict) -> str:
     rows = [
         ("model", f"{graph.class_name}, {n_parameters:,} parameters, {len(graph.layer_calls)} layers"),
         ("sequence length", f"{facts['sequence_length']:,} tokens"),
-        ("ranks", f"plan_ngpus {plan.plan_ngpus}, runtime_ngpus {ranks}: {ranks // plan.plan_ngpus} rows at a time"),
+        (
+            "ranks",
+            f"plan_ngpus {setting.plan_ngpus}, runtime_ngpus {ranks}: {ranks // setting.plan_ngpus} rows at a time",
+        ),
         ("weights, gradients, optimizer", f"FSDP over {ranks} ranks: {master_bytes / 1e9:.2f} GB a rank, in float32"),
         ("recompute", "every layer keeps its input only" if "layer" in plan.recompute else "none"),
         ("forward FLOPs a row", f"{facts['forward_flops'] / 1e12:,.2f} TFLOPs, attention counted whole"),

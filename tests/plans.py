@@ -30,6 +30,7 @@ import train  # noqa: F401 (registers the loss)
 from compiler import codegen, planner
 from compiler.annotation import REPLICATED, Partition, split_along, split_dim
 from compiler.partition import Assignment, legal_partitions, localize
+from compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, can_keep_attention
 from compiler.trace import Graph, Op, Tensor, trace
 from model import build_model
 from runtime import parallel
@@ -73,6 +74,13 @@ def random_assignment(graph: Graph, n_ranks: int, seed: int) -> Assignment:
     return Assignment(n_ranks, partitions, placement(graph.layer_calls[0].inputs[0]), inputs, resident)
 
 
+def random_policies(graph: Graph, seed: int) -> tuple[str, ...]:
+    """What each layer keeps for its backward."""
+    draw = random.Random(seed)
+    keeps = [[KEEP_INPUT, KEEP_ALL] + [KEEP_ATTENTION] * can_keep_attention(kind) for kind in graph.kinds]
+    return tuple(draw.choice(keeps[call.kind]) for call in graph.layer_calls)
+
+
 def trace_family(family: str) -> Graph:
     config = small_config(family, tie_word_embeddings=list(FAMILIES).index(family) % 2 == 1)
     sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
@@ -92,7 +100,8 @@ def write_reference(folder: Path, family: str, n_rows: int) -> None:
 def write_case(folder: Path, case: Case, graph: Graph) -> None:
     """The case's generated code, and what running it takes."""
     assignment = random_assignment(graph, case.plan_ngpus, case.seed)
-    text = codegen.generate(localize(graph, assignment), planner.make_plan(graph, case.plan_ngpus), str(case))
+    plan = planner.Plan(assignment, random_policies(graph, case.seed), seconds=0.0, memory=0.0)
+    text = codegen.generate(localize(graph, assignment), plan, str(case))
     path = folder / f"{case}"
     path.mkdir()
     (path / "gencode.py").write_text(text)
