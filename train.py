@@ -202,8 +202,8 @@ def plan_setting(args: argparse.Namespace, graph) -> planner.Setting:
         known = {kind.class_name.rstrip("0123456789") for kind in graph.kinds}
         if unknown := set(modules) - known:
             raise UserError(
-                f"--recompute_modules {args.recompute_modules}: {sorted(unknown)[0]} is no layer of {graph.class_name}; "
-                f"its layers are {', '.join(sorted(known))}"
+                f"--recompute_modules {args.recompute_modules}: {sorted(unknown)[0]} is no layer of "
+                f"{graph.class_name}; its layers are {', '.join(sorted(known))}"
             )
     device = hardware.load(args.hardware)
     return planner.Setting(args.plan_ngpus, args.runtime_ngpus, device, args.gpu_mem_constraint * 1e9, modules)

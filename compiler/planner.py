@@ -100,7 +100,7 @@ def fix(graph: Graph, decisions: dict, option: str) -> Fixed:
         stored = decisions["ops"].get(name, [])
         if [op.target for op in ops] != [target for target, _ in stored]:
             raise UserError(f"{option}: it is a plan of another model (its {name} has other operators)")
-        for op, (target, dim) in zip(ops, stored, strict=True):
+        for op, (_, dim) in zip(ops, stored, strict=True):
             partitions[op] = dim
     return Fixed(partitions, boundary=decisions["boundary"])
 
