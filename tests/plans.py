@@ -1,6 +1,6 @@
 """Legal plans drawn at random, op by op, with no eye to speed: whatever the algebra allows has to be right.
 
-    python tests/plans.py --cases 500      # on 1, 2 and 4 ranks; prints the worst errors of each family
+    PYTHONPATH=. python tests/plans.py --cases 500      # on 1, 2 and 4 ranks; prints the worst errors of each family
 
 compares loss and every gradient with the Hugging Face model's, in float32.
 """
