@@ -238,14 +238,14 @@ def _operand_dtype(weight):
 
 
 def _block_size(tensor):
-    """How many rows of a matrix make a block: one that a CPU's caches hold; on a GPU one that is worth a launch."""
-    size = 64 << 20 if tensor.is_cuda else 2 << 20
+    """How many rows of a matrix make a block: one that a CPU's caches hold; on a GPU, one that is worth a launch."""
+    size = 64 << 20 if tensor.is_cuda else torch.get_num_threads() * (2 << 20)
     return max(1, size // max(1, tensor.shape[1] * tensor.element_size()))
 
 
 def _word_blocks(weight, dtype):
     """Yields weight in dtype: whole if that is its own, otherwise block by block, with the words that are in it."""
-    size = len(weight) if weight.dtype == dtype else 2 * _block_size(weight)
+    size = len(weight) if weight.dtype == dtype else _block_size(weight)
     for start in range(0, len(weight), size):
         yield slice(start, start + size), weight[start : start + size].to(dtype)
 
@@ -302,7 +302,8 @@ def _softmax_pass(x, dx, labels, row_grads, logit_softcap):
         if dx is None:
             continue
         # As a sum over the other words, 1 - p keeps its digits where the label's probability p is near 1.
-        z.scatter_(1, label, -others).mul_(row_grads[block, None] / (others + at_label.exp()))
+        total, grads = others + at_label.exp(), row_grads[block, None]
+        z.mul_(grads / total).scatter_(1, label, -(others / total) * grads)
         if logit_softcap:
             z.mul_(slope)
         if dx.dtype != x.dtype:
@@ -321,9 +322,10 @@ def _triton_softmax_pass(x, dx, labels, row_grads, logit_softcap):
     out = x if dx is None else dx
     strides = x.stride(0), out.stride(0)
     flags = {"CAPPED": logit_softcap > 0, "WITH_GRADIENT": dx is not None}
-    _softmax_kernel[(c,)](
-        x, out, labels, row_grads, log_ratios, *strides, n, float(logit_softcap), **flags, BLOCK=4096, num_warps=8
-    )
+    with torch.cuda.device_of(x):
+        _softmax_kernel[(c,)](
+            x, out, labels, row_grads, log_ratios, *strides, n, float(logit_softcap), **flags, BLOCK=4096, num_warps=8
+        )
     return _log1p_exp(log_ratios)
 
 
@@ -362,11 +364,12 @@ if triton is not None:
 
         if WITH_GRADIENT:
             dx += row * dx_stride
-            scale = tl.load(row_grads + row) / (others + tl.exp(at_label - top))
+            row_grad, total = tl.load(row_grads + row), others + tl.exp(at_label - top)
+            scale, label_gradient = row_grad / total, -(others / total) * row_grad
             for start in range(0, n, BLOCK):
                 words = start + tl.arange(0, BLOCK)
                 z = _capped(tl.load(x + words, mask=words < n, other=0.0), softcap, CAPPED)
-                gradient = tl.where(words == label, -others, tl.exp(z - top)) * scale
+                gradient = tl.where(words == label, label_gradient, tl.exp(z - top) * scale)
                 if CAPPED:
                     gradient *= 1 - (z / softcap) * (z / softcap)
                 # A half-precision block k is stored over float32 words of blocks up to k: all threads must have read.
