@@ -174,19 +174,21 @@ def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> Path
     fixed = planner.fix(graph, inputs["plan"], f"--plan {args.plan}") if args.plan else None
     plan = planner.make_plan(graph, setting, fixed)
     local = partition.localize(graph, plan.assignment)
-    facts = {**inputs, "fingerprint": fingerprint, **plan_facts(graph, plan, config, sequence_length)}
+    predicted = report.plan_facts(graph, plan, setting, config.hidden_size, sequence_length)
+    facts = {**inputs, "fingerprint": fingerprint, **plan_facts(graph, plan, predicted)}
     title = f"{graph.class_name} at {sequence_length:,} tokens on {args.plan_ngpus} rank(s), {args.precision}."
     with whole_folder(folder) as aside:
         (aside / "gencode.py").write_text(codegen.generate(local, plan, title))
         (aside / "plan.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (aside / "report.md").write_text(report.report(graph, plan, setting, facts))
+        (aside / "report.md").write_text(report.report(graph, plan, setting, predicted, sequence_length))
     if rank_zero:
         print(
-            f"compile: {graph.class_name}, {facts['n_parameters']:,} parameters, {sequence_length:,} tokens: "
-            f"traced in {traced - started:.1f} s, planned and written in {time.perf_counter() - traced:.1f} s\n"
-            f"compile: wrote {folder}/gencode.py, plan.json, report.md",
-            flush=True,
+            f"compile: {graph.class_name} at {sequence_length:,} tokens for {setting.hardware.name}: "
+            f"traced in {traced - started:.1f} s, planned and written in {time.perf_counter() - traced:.1f} s"
         )
+        for line in report.summary(graph, plan, setting, predicted, sequence_length):
+            print(f"  {line}")
+        print(f"compile: wrote {folder}/gencode.py, plan.json, report.md", flush=True)
     return folder
 
 
@@ -241,23 +243,16 @@ def plan_inputs(args: argparse.Namespace, config, sequence_length: int) -> dict:
     }
 
 
-def plan_facts(graph, plan: planner.Plan, config, sequence_length: int) -> dict:
-    """What run needs to know of a plan, and what the report tells."""
-    n_parameters = report.count_parameters(graph)
-    n_layers = len(graph.layer_calls)
-    whole, causal = report.forward_flops(n_parameters, n_layers, config.hidden_size, sequence_length)
+def plan_facts(graph, plan: planner.Plan, predicted: report.Facts) -> dict:
+    """What run needs to know of a plan, and what is predicted of it."""
     return {
         "class_name": graph.class_name,
         "layers_path": graph.layers_path,
+        "recompute": plan.recompute,
         "resident": graph.named(plan.assignment.resident),
         "decisions": planner.describe(graph, plan),
-        "predicted_seconds": plan.seconds,
-        "predicted_memory": plan.memory,
-        "recompute": plan.recompute,
-        "n_parameters": n_parameters,
         "parameters": {name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
-        "forward_flops": whole,
-        "forward_flops_causal": causal,
+        "predicted": dataclasses.asdict(predicted),
     }
 
 
@@ -310,6 +305,7 @@ def train_settings(
     args: argparse.Namespace, config, sequence_length: int, plan: dict, name: str, device: torch.device
 ) -> TrainSettings:
     known = hardware.identify(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    flops = plan["predicted"]
     return TrainSettings(
         sequence_length=sequence_length,
         vocab_size=config.vocab_size,
@@ -325,7 +321,7 @@ def train_settings(
         seed=args.seed,
         checkpoint_dir=Path(args.checkpoint_dir),
         log_dir=Path(args.log_dir) / name,
-        flops=FlopCount(plan["forward_flops"], plan["forward_flops_causal"], known and known.matrix_flops),
+        flops=FlopCount(flops["forward_flops"], flops["forward_flops_causal"], known and known.matrix_flops),
     )
 
 

@@ -4,14 +4,15 @@ An op takes as long as its matrix products at the hardware's achievable rate, or
 whichever is longer (Williams et al., doi:10.1145/1498765.1498785).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from compiler.annotation import Partition, Placement
 from compiler.hardware import Hardware, collective_seconds
-from compiler.partition import Move, local_shape
+from compiler.memory import saved_tensors
+from compiler.partition import COLLECTIVES, Move, local_shape
 from compiler.trace import Op, Tensor
 
 VIEWS = {"view", "transpose", "permute", "t", "unsqueeze", "squeeze", "slice", "select", "expand", "chunk", "split"}
@@ -105,6 +106,20 @@ def move_seconds(tensor: Tensor, move: Move | None, n_ranks: int, hardware: Hard
     return Seconds(forward, backward if tensor.requires_grad else 0.0)
 
 
+def local_move_seconds(op: Op, n_ranks: int, hardware: Hardware) -> Seconds:
+    """The time of an op of one rank's graph, if it is a move; none otherwise."""
+    function = op.target.rsplit(".", 1)[-1]
+    if not op.target.startswith(COLLECTIVES) or function not in _TRAFFIC:
+        return Seconds()
+    before, after = op.inputs[0], op.outputs[0]
+    whole = (
+        replace(before, shape=(prod(before.shape) * n_ranks,))
+        if function == "all_to_all"
+        else max((before, after), key=bytes_of)
+    )
+    return move_seconds(whole, Move(function), n_ranks, hardware)
+
+
 def fsdp_seconds(n_parameters: float, dtype: torch.dtype, world_size: int, hardware: Hardware) -> Seconds:
     """The traffic of FSDP's weights in a micro-batch: gathered for the forward, and for the backward with the
     recomputation; their gradients reduced in float32."""
@@ -115,15 +130,5 @@ def fsdp_seconds(n_parameters: float, dtype: torch.dtype, world_size: int, hardw
 
 
 def saved_by(op: Op) -> list[Tensor]:
-    """The tensors that an op's backward needs, views and parameters left out."""
-    if not op.outputs[0].requires_grad:
-        return []
-    name = op.target.split(".")[1] if op.target.startswith("aten.") else op.target
-    activations = [t for t in op.inputs if t.kind in ("activation", "input")]
-    if name in VIEWS or name in ("add", "sub", "neg", "to", "cat", "stack", "contiguous", "sum", "mean", "reshape"):
-        return []
-    if name == ATTENTION:
-        return [*activations, *op.outputs]
-    if name in ("tanh", "sigmoid", "softmax", "exp", "rsqrt"):
-        return list(op.outputs)
-    return [t for t in activations if t.requires_grad or name == "mul"]
+    """The activations that an op's backward needs."""
+    return [t for t in saved_tensors(op) if t.kind == "activation" and (t.requires_grad or t in op.outputs)]

@@ -16,7 +16,7 @@ Solved by HiGHS through scipy.optimize.milp.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -35,7 +35,8 @@ from compiler.cost import (
     saved_by,
 )
 from compiler.hardware import Hardware
-from compiler.partition import Assignment, find_move, legal_partitions
+from compiler.memory import MemoryPrediction, nbytes, predict
+from compiler.partition import Assignment, find_move, legal_partitions, localize
 from compiler.trace import Graph, LayerKind, Op, Tensor
 from errors import UserError
 
@@ -43,6 +44,8 @@ from errors import UserError
 KEEP_INPUT, KEEP_ATTENTION, KEEP_ALL = "layer", "attention", "none"
 MASTER_BYTES = 16  # of a parameter: float32 weight, gradient and AdamW's two moments
 GB = 1e9  # memory is in GB within the program: HiGHS takes coefficients of 1e-9 and less for zeros
+CORRECTIONS = 4  # solves at most
+CLOSE_ENOUGH = 0.02  # of the memory limit
 TIE_BREAK_SECONDS = 1e-9  # a GB: of plans as fast, the leanest; and the peak is no larger than it has to be
 
 Demand = tuple[Placement, bool]  # a placement, and whether the consumer that wants it is split
@@ -114,21 +117,56 @@ def _ops(graph: Graph) -> list[tuple[str, list[Op]]]:
 def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Plan:
     """The fastest plan that fits.
 
+    The program's memory is linear in its variables; memory.predict walks the plan's own graph step by step. The limit
+    given to the program is corrected by how far the two are apart, until the walk is within the limit too.
+
     Raises:
         UserError: nothing fits, or nothing does under what is fixed; it says by how much.
     """
     program = _Program(graph, setting, fixed or Fixed())
-    solution = program.solve(setting.memory_limit)
-    if solution is None:
+    limit, best = setting.memory_limit, None
+    for _ in range(CORRECTIONS):
+        plan = program.solve(limit)
+        if plan is None:
+            break
+        predicted = predict_memory(graph, plan.assignment, plan.recompute, setting).peak
+        fits = predicted <= setting.memory_limit
+        if fits and (best is None or plan.seconds < best.seconds):
+            best = replace(plan, memory=predicted)
+        correction = setting.memory_limit - predicted - max(0.0, limit - plan.memory) * fits
+        if fits and (set(plan.recompute) <= {KEEP_ALL} or abs(correction) < CLOSE_ENOUGH * setting.memory_limit):
+            break
+        limit += correction
+    if best is None:
         least = program.least_memory()
         if least is None:
             raise UserError("--plan: it asks for partitions that are not legal together for this model and length")
+        least = max(least + setting.memory_limit - limit, setting.memory_limit * (1 + CLOSE_ENOUGH))
         raise UserError(
-            f"--gpu_mem_constraint {setting.memory_limit / 1e9:g}: the leanest plan needs {least / 1e9:.1f} GB a GPU; "
-            f"raise it by {(least - setting.memory_limit) / 1e9:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), "
+            f"--gpu_mem_constraint {setting.memory_limit / GB:g}: the leanest plan needs {least / GB:.1f} GB a GPU; "
+            f"raise it by {(least - setting.memory_limit) / GB:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), "
             "or shorter rows"
         )
-    return solution
+    return best
+
+
+def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
+    """The fastest plan that fits under what is fixed, or None; to compare with the best one."""
+    plan = _Program(graph, setting, fixed).solve(setting.memory_limit)
+    if plan is None:
+        return None
+    return replace(plan, memory=predict_memory(graph, plan.assignment, plan.recompute, setting).peak)
+
+
+def predict_memory(
+    graph: Graph, assignment: Assignment, recompute: tuple[str, ...], setting: Setting
+) -> MemoryPrediction:
+    """What a rank holds at its peak under a plan."""
+    local = localize(graph, assignment)
+    kept = {t for owner in (graph, *graph.kinds) for t in owner.parameters.values() if t in assignment.resident}
+    pairs = [(graph, local), *zip(graph.kinds, local.kinds, strict=True)]
+    resident = {mine.parameters[n] for whole, mine in pairs for n, t in whole.parameters.items() if t in kept}
+    return predict(local, recompute, nbytes, setting.runtime_ngpus, resident)
 
 
 @dataclass

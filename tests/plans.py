@@ -9,7 +9,7 @@ import argparse
 import random
 import tempfile
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,6 +29,7 @@ from tqdm import tqdm
 import train  # noqa: F401 (registers the loss)
 from compiler import codegen, planner
 from compiler.annotation import REPLICATED, Partition, split_along, split_dim
+from compiler.hardware import HARDWARE
 from compiler.partition import Assignment, legal_partitions, localize
 from compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, can_keep_attention
 from compiler.trace import Graph, Op, Tensor, trace
@@ -97,15 +98,27 @@ def write_reference(folder: Path, family: str, n_rows: int) -> None:
     torch.save((weights, gradients_of(reference), loss.item()), folder / f"{family}-{n_rows}.pt")
 
 
-def write_case(folder: Path, case: Case, graph: Graph) -> None:
+def chosen_plan(graph: Graph, case: Case) -> planner.Plan:
+    """The planner's choice, for links and processors as fast against each other as the seed makes them."""
+    draw = random.Random(case.seed)
+    cpu = HARDWARE["cpu"]
+    link = replace(cpu.node_link, latency=1e-7, bandwidth=10 ** draw.uniform(7, 12), pair_bandwidth=1e12)
+    device = replace(cpu, node_link=link, float32_flops=10 ** draw.uniform(9, 13), launch_latency=1e-7)
+    return planner.make_plan(graph, planner.Setting(case.plan_ngpus, case.n_ranks, device, 64e9))
+
+
+def write_case(folder: Path, case: Case, graph: Graph, chosen: bool) -> None:
     """The case's generated code, and what running it takes."""
-    assignment = random_assignment(graph, case.plan_ngpus, case.seed)
-    plan = planner.Plan(assignment, random_policies(graph, case.seed), seconds=0.0, memory=0.0)
-    text = codegen.generate(localize(graph, assignment), plan, str(case))
+    if chosen:
+        plan = chosen_plan(graph, case)
+    else:
+        assignment = random_assignment(graph, case.plan_ngpus, case.seed)
+        plan = planner.Plan(assignment, random_policies(graph, case.seed), seconds=0.0, memory=0.0)
+    text = codegen.generate(localize(graph, plan.assignment), plan, str(case))
     path = folder / f"{case}"
     path.mkdir()
     (path / "gencode.py").write_text(text)
-    resident = graph.named(assignment.resident)
+    resident = graph.named(plan.assignment.resident)
     torch.save((graph.class_name, graph.layers_path, resident), path / "facts.pt")
 
 
@@ -134,7 +147,7 @@ def run_cases(folder: Path, cases: list[Case]) -> None:
             torch.save(errors, folder / "errors.pt")
 
 
-def check_cases(cases: list[Case]) -> dict[Case, tuple[float, float, str]]:
+def check_cases(cases: list[Case], chosen: bool = False) -> dict[Case, tuple[float, float, str]]:
     """Runs cases of one number of ranks; returns each one's relative loss error, worst gradient error and where."""
     (n_ranks,) = {case.n_ranks for case in cases}
     with tempfile.TemporaryDirectory() as name:
@@ -146,7 +159,7 @@ def check_cases(cases: list[Case]) -> dict[Case, tuple[float, float, str]]:
                     n_rows = n_ranks // case.plan_ngpus
                     if not (folder / f"{family}-{n_rows}.pt").exists():
                         write_reference(folder, family, n_rows)
-                    write_case(folder, case, graph)
+                    write_case(folder, case, graph, chosen)
         run_ranks(n_ranks, run_cases, folder, cases)
         return torch.load(folder / "errors.pt", weights_only=False)
 

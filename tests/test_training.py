@@ -36,13 +36,15 @@ def job(tmp_path_factory) -> Path:
     return folder
 
 
-def command(job: Path, n_ranks: int, checkpoints: str, *more: str) -> list[str]:
+def command(job: Path, n_ranks: int, checkpoints: str, *more: str, plan_ngpus: int = 1) -> list[str]:
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
     paths = ["--model_id", str(job / "model"), "--dataset_path", str(job / "rows")]
     paths += ["--compiled_dir", str(job / "compiled"), "--log_dir", str(job / checkpoints / "runs")]
     paths += ["--checkpoint_dir", str(job / checkpoints), "--name", f"{n_ranks}ranks"]
-    accumulation = ["--grad_accumulation_steps", str(4 // n_ranks)]  # a step is the same 4 rows on any number of ranks
-    return [*start, str(ROOT / "train.py"), "--runtime_ngpus", str(n_ranks), *paths, *accumulation, *TRAIN, *more]
+    # A step is the same 4 rows on any number of ranks and any plan.
+    accumulation = ["--grad_accumulation_steps", str(4 // (n_ranks // plan_ngpus))]
+    ranks = ["--plan_ngpus", str(plan_ngpus), "--runtime_ngpus", str(n_ranks), "--hardware", "cpu"]
+    return [*start, str(ROOT / "train.py"), *ranks, *paths, *accumulation, *TRAIN, *more]
 
 
 def run(arguments: list[str]) -> subprocess.CompletedProcess:
@@ -92,29 +94,47 @@ def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uni
     assert uninterrupted[STEPS]["loss"] < uninterrupted[1]["loss"]
 
 
-def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted):
+@pytest.fixture(scope="module")
+def partitioned(job) -> dict[int, dict]:
+    """The same run, each row computed by both ranks together."""
+    run(command(job, 2, "partitioned", plan_ngpus=2))
+    return read_steps(job, 2, "partitioned")
+
+
+def test_a_plan_over_two_ranks_trains_as_two_ranks_apart_do(job, uninterrupted, partitioned):
+    code = (job / "compiled" / "2ranks" / "gencode.py").read_text()
+    assert "from runtime.collectives import" in code
+    for step in range(1, STEPS + 1):
+        assert partitioned[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=2e-5), step
+        assert partitioned[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step
+
+
+@pytest.mark.parametrize("plan_ngpus", [1, 2])
+def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partitioned, plan_ngpus):
+    expected = {1: uninterrupted, 2: partitioned}[plan_ngpus]
+    name = f"killed{plan_ngpus}"
     process = subprocess.Popen(
-        command(job, 2, "killed"),
+        command(job, 2, name, plan_ngpus=plan_ngpus),
         start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     deadline = time.monotonic() + 120
-    while len(read_steps(job, 2, "killed")) < 6 and time.monotonic() < deadline and process.poll() is None:
+    while len(read_steps(job, 2, name)) < 6 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
     os.killpg(process.pid, signal.SIGKILL)  # torchrun; its workers are in sessions of their own
-    subprocess.run(["pkill", "-KILL", "-f", str(job / "killed")])
+    subprocess.run(["pkill", "-KILL", "-f", str(job / name)])
     process.wait()
-    before = read_steps(job, 2, "killed")
+    before = read_steps(job, 2, name)
     assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"
 
-    result = run(command(job, 2, "killed"))
+    result = run(command(job, 2, name, plan_ngpus=plan_ngpus))
     assert "after step 4" in result.stdout
-    after = read_steps(job, 2, "killed")
+    after = read_steps(job, 2, name)
     for step in range(1, STEPS + 1):
         for key in ("loss", "grad_norm", "learning_rate"):
-            assert after[step][key] == uninterrupted[step][key], (step, key)
+            assert after[step][key] == expected[step][key], (step, key)
 
 
 def test_a_merged_checkpoint_resumes_on_another_number_of_ranks(job, uninterrupted):
