@@ -143,7 +143,7 @@ def summary(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_l
         f"{time.total:.3g} s a row: {sequence_length / time.total / n:,.0f} tokens/s/GPU, MFU "
         f"{3 * facts.forward_flops / peak:.1%}, counting causal attention by half "
         f"{3 * facts.forward_flops_causal / peak:.1%}",
-        f"{facts.memory.peak / GB:.1f} GB a GPU at its peak, of {setting.memory_limit / GB:g}, in the {facts.memory.moment}",
+        f"{facts.memory.peak / GB:.1f} GB a GPU at its peak, of {setting.memory_limit / GB:g}: {facts.memory.moment}",
         f"between layers hidden states are {_say(plan.assignment.boundary)}; "
         f"{len(plan.assignment.resident)} kinds of weights are each rank's own, the others FSDP's",
         f"layers: {counts}",

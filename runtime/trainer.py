@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch.distributed.tensor import DTensor
 
 from errors import UserError
 from runtime import checkpoint, data
@@ -64,7 +64,7 @@ def train(
     Raises:
         UserError: a loss or gradient is not finite, or a row does not fit the plan.
     """
-    optimizer = make_optimizer(model.module, settings, device)
+    optimizer = make_optimizer(model, settings, device)
     # Dropout differs from plan to plan, and is the same on the ranks of one: what all compute whole stays equal.
     torch.manual_seed(settings.seed + model.data_parallel_rank)
     position = Position()
@@ -136,7 +136,6 @@ def train_step(
     dist.all_reduce(loss_and_tokens, group=model.mesh.get_group("data_parallel"))
     loss_sum, n_tokens = loss_and_tokens.tolist()
 
-    gradients = [p.grad for p in model.module.parameters() if p.grad is not None]
     grad_norm = total_norm(model) / n_tokens
     if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
         raise UserError(
@@ -145,7 +144,9 @@ def train_step(
             "resume from it with a lower --learning_rate"
         )
     clip = min(1.0, settings.max_grad_norm / (grad_norm + 1e-6))
-    torch._foreach_mul_(gradients, clip / n_tokens)
+    gradients = [p.grad for p in model.module.parameters() if p.grad is not None]
+    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
+    torch._foreach_mul_(local, clip / n_tokens)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
@@ -167,13 +168,18 @@ def total_norm(model: ParallelModel) -> float:
     return squares.sqrt().item()
 
 
-def make_optimizer(module: nn.Module, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
+def make_optimizer(model: ParallelModel, settings: TrainSettings, device: torch.device) -> torch.optim.AdamW:
     """AdamW with its state allocated, so that a checkpoint can be read into it in place."""
     fused = device.type == "cuda"
+    named = dict(model.module.named_parameters())
+    own = [parameter for name, parameter in named.items() if name in model.resident]
+    sharded = [parameter for name, parameter in named.items() if name not in model.resident]
+    # Groups of their own: one fused update can't take plain tensors and DTensors together.
+    groups = [{"params": parameters} for parameters in (sharded, own) if parameters]
     optimizer = torch.optim.AdamW(
-        module.parameters(), settings.learning_rate, BETAS, weight_decay=settings.weight_decay, fused=fused
+        groups, settings.learning_rate, BETAS, weight_decay=settings.weight_decay, fused=fused
     )
-    for parameter in module.parameters():
+    for parameter in named.values():
         optimizer.state[parameter] = {
             "step": torch.zeros((), dtype=torch.float32, device=device if fused else "cpu"),
             "exp_avg": torch.zeros_like(parameter),
