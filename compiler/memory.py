@@ -232,13 +232,17 @@ class Step:
 
 
 def steps(
-    items: Sequence[Op | LayerCall], results: Sequence[Tensor], kept: Mapping[LayerCall, Live] | None = None
+    items: Sequence[Op | LayerCall],
+    results: Sequence[Tensor],
+    kept: Mapping[LayerCall, Live] | None = None,
+    resident: Collection[Tensor] = (),
 ) -> list[Step]:
     """The steps of a body's forward pass, then those of its backward pass.
 
     Args:
         results: the body's outputs; their gradients are the caller's.
         kept: for each layer called, what it keeps beyond its inputs.
+        resident: weights whose gradients are added at once to those of the micro-batches before.
     """
     storage = storages(items)
     saves = {
@@ -248,7 +252,7 @@ def steps(
     extras = {item: _extras(item) if isinstance(item, Op) else kept[item] for item in items}
     live: Live = Counter()
     forward = list(_forward_steps(items, results, storage, saves, extras, live))
-    return forward + list(_backward_steps(items, results, storage, saves, extras, live))
+    return forward + list(_backward_steps(items, results, storage, saves, extras, live, resident))
 
 
 def _extras(op: Op) -> Live:
@@ -291,7 +295,7 @@ def _drop(live: Live, tensor: Tensor) -> None:
         live.pop((kind, tensor), None)
 
 
-def _backward_steps(items, results, storage, saves, extras, live: Live) -> Iterator[Step]:
+def _backward_steps(items, results, storage, saves, extras, live: Live, resident) -> Iterator[Step]:
     """Each op makes its inputs' gradients, then drops its outputs' and what no op before it has saved."""
     first_saver = {tensor: item for item in reversed(items) for tensor in saves[item]}
     for tensor in {storage.get(t, t) for t in results} - set(first_saver):
@@ -305,12 +309,12 @@ def _backward_steps(items, results, storage, saves, extras, live: Live) -> Itera
             yield Step(item, "backward", live - extras[item] + _gradients_live(gradients.values(), weights))
         if any(t in gradients for t in item.outputs):
             made = _made_gradients(item, gradients)
-            weights |= {t for t in made if t.kind == "parameter"}
-            made = {t: owner for t, owner in made.items() if t.kind != "parameter"}
+            weights |= {t for t in made if t.kind == "parameter" and t not in resident}
+            made = {t: owner for t, owner in made.items() if t not in weights}
             both = [*gradients.values(), *made.values()]  # a second gradient of a value, until it is added to the first
             if isinstance(item, Op):
                 yield Step(item, "backward", live + _gradients_live(both, weights) + _working(item, "backward"))
-            gradients = {**made, **gradients}
+            gradients = {**{t: owner for t, owner in made.items() if t not in resident}, **gradients}
         live.subtract(extras[item])
         for tensor in saves[item]:
             if first_saver[tensor] is item:
@@ -386,7 +390,7 @@ def predict(
         own = (local_bytes(t) / t.dtype.itemsize * MASTER_BYTES for t in owner.parameters.values() if t in resident)
         shard += times * sum(own)
 
-    moments = list(_moments(graph, recompute, local_bytes, root, layers))
+    moments = list(_moments(graph, recompute, local_bytes, root, layers, resident))
     end = Counter(weight_gradients=root.gathered, reduce_scatter=root.reduced, transient=root.shard)
     moments.append(("the reduce-scatter of embedding and head", end))
     moment, live = max(moments, key=lambda item: sum(item[1].values()))
@@ -395,27 +399,34 @@ def predict(
 
 
 def _moments(
-    graph: Graph, recompute: Sequence[str], local_bytes: LocalBytes, root: _Weights, layers: Sequence[_Weights]
+    graph: Graph,
+    recompute: Sequence[str],
+    local_bytes: LocalBytes,
+    root: _Weights,
+    layers: Sequence[_Weights],
+    resident: Collection[Tensor],
 ) -> Iterator[tuple[str, Counter]]:
     """What each step of a micro-batch is, and its bytes by kind, persistent ones apart."""
     kept, inside = {}, {}
     for number, kind in enumerate(graph.kinds):
-        own_steps = steps(kind.ops, kind.outputs)
+        own_steps = steps(kind.ops, kind.outputs, resident=resident)
         for policy in {recompute[call.index] for call in graph.layer_calls if call.kind == number}:
             kept[number, policy] = sum(kept_by_op(kind.ops, policy).values(), Counter())
             inside[number, policy, "forward"] = _largest(own_steps, ("forward",), local_bytes)
             phases = ("backward",) if policy == "none" else ("forward", "backward")
             inside[number, policy, "backward"] = _largest(own_steps, phases, local_bytes)
 
-    last = len(layers) - 1
-    for step in steps(graph.body, [graph.output], {c: kept[c.kind, recompute[c.index]] for c in graph.layer_calls}):
+    last, backward_begun = len(layers) - 1, False
+    kept_by_call = {call: kept[call.kind, recompute[call.index]] for call in graph.layer_calls}
+    for step in steps(graph.body, [graph.output], kept_by_call, resident):
         live = _bytes(step.live, local_bytes)
         live["gathered"] += root.gathered
         if isinstance(step.item, Op):
-            if layers and step.phase == "forward":
+            if layers and (step.phase == "forward" or not backward_begun):  # FSDP frees it late, and gathers it early
                 live["gathered"] += layers[last].buffer
             yield f"{step.phase} of {step.item.target}", live
             continue
+        backward_begun = step.phase == "backward"
         i = step.item.index
         live.update(inside[step.item.kind, recompute[i], step.phase])
         live["gathered"] += layers[i].gathered + layers[i - 1 if step.phase == "backward" and i else i].buffer
