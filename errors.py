@@ -15,6 +15,11 @@ class UserError(Exception):
     """
 
 
+def first_line(error: Exception) -> str:
+    """A library's error, short enough to quote within a sentence: its first line."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a UserError is printed as one line and becomes exit status 2.
 

@@ -64,4 +64,19 @@ def sync(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
+    """Where `path` is written first. What processes that are gone have left of earlier tries is removed."""
+    if path.parent.is_dir():
+        for left in path.parent.glob(f".{path.name}.writing-*"):
+            if not _is_running(left.name.rsplit("-", 1)[-1]):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
     return path.with_name(f".{path.name}.writing-{os.getpid()}")
+
+
+def _is_running(pid: str) -> bool:
+    try:
+        os.kill(int(pid), 0)
+    except (ValueError, ProcessLookupError):
+        return False
+    except PermissionError:
+        return True
+    return True

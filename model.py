@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from compiler.annotation import register_op
-from errors import UserError
+from errors import UserError, first_line
 
 try:
     from flash_attn import flash_attn_func
@@ -215,11 +215,6 @@ def load_config(model_id: str):
 
 def _looks_local(model_id: str) -> bool:
     return os.path.exists(model_id) or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
-
-
-def first_line(error: Exception) -> str:
-    """The first line of a library's error, to quote in one of ours."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
 
 
 def build_model(config, dtype: torch.dtype, attn_implementation: str = "auto") -> CausalLMLoss:
