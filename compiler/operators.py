@@ -3,7 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import Any
 
 import torch
@@ -162,7 +162,7 @@ def _permuted(op: Op) -> str:
     order = list(range(len(shape)))
     if op.target.startswith("aten.permute"):
         order = [d % len(shape) for d in op.args[1]]
-    else:
+    elif len(shape) > 1:
         first, second = op.args[1:3] if op.target.startswith("aten.transpose") else (0, 1)
         order[first], order[second] = order[second], order[first]
     names = _names(shape)
@@ -170,7 +170,7 @@ def _permuted(op: Op) -> str:
 
 
 def _reshaped(op: Op) -> str:
-    """view, reshape, flatten, unsqueeze, squeeze: dimensions merged or cut, found from the two shapes.
+    """view, reshape, flatten, unsqueeze: dimensions merged or cut, found from the two shapes.
 
     A group of dimensions that becomes one, or one that becomes a group, may be split by its outermost; where several
     become several, none may.
@@ -215,10 +215,32 @@ def _reshape_groups(before: Sequence[int], after: Sequence[int]) -> list[tuple[l
     return groups
 
 
+def _squeeze(op: Op) -> str:
+    """A dimension that would go if it had length 1 stays whole otherwise: a rank's part of it may have length 1."""
+    shape = op.inputs[0].shape
+    given = op.args[1] if len(op.args) > 1 else range(len(shape))
+    dims = {d % len(shape) for d in ([given] if isinstance(given, int) else given)}
+    names = [str(shape[i]) if i in dims else name for i, name in enumerate(_names(shape))]
+    return f"{_join(names)} -> {_join([name for i, name in enumerate(names) if i not in dims or shape[i] != 1])}"
+
+
+def _unflatten(op: Op) -> str:
+    """A dimension that is cut into pieces may be split by the outermost if its size is left open (-1): the others are
+    the same on every rank."""
+    shape, (dim, sizes) = op.inputs[0].shape, op.args[1:]
+    dim %= len(shape)
+    pieces = [str(size) for size in op.outputs[0].shape[dim : dim + len(sizes)]]
+    whole, names = str(shape[dim]), _names(shape)
+    if sizes[0] == -1:
+        pieces[0] = names[dim]
+        whole = f"({' '.join(pieces)})"
+    return f"{_join([*names[:dim], whole, *names[dim + 1 :]])} -> {_join([*names[:dim], *pieces, *names[dim + 1 :]])}"
+
+
 def _repeat_interleave(op: Op) -> str:
     """Element i becomes elements i * n to i * n + n - 1, so a split of the input is one of the output."""
     shape = op.inputs[0].shape
-    if len(op.args) < 3 or op.args[2] is None or not isinstance(op.args[1], int):
+    if len(op.args) < 3 or op.args[2] is None or not isinstance(op.args[1], int) or op.kwargs:
         return unknown(op)
     dim = op.args[2] % len(shape)
     names = _names(shape)
@@ -247,7 +269,9 @@ _ANNOTATIONS: dict[str, Callable[[Op], str]] = {
     ),
     **dict.fromkeys(["to", "contiguous", "clone", "detach", "alias", "clamp", "clamp_min"], _elementwise),
     **dict.fromkeys(["ones_like", "zeros_like", "full_like", "logical_not", "bitwise_not"], _elementwise),
-    **dict.fromkeys(["view", "reshape", "flatten", "unsqueeze", "squeeze", "unflatten"], _reshaped),
+    **dict.fromkeys(["view", "reshape", "flatten", "unsqueeze"], _reshaped),
+    "squeeze": _squeeze,
+    "unflatten": _unflatten,
     **dict.fromkeys(["transpose", "permute", "t"], _permuted),
     **dict.fromkeys(["matmul", "bmm", "mm"], _matmul),
     **dict.fromkeys(["softmax", "log_softmax", "cumsum"], _whole_along(1)),
@@ -337,7 +361,7 @@ def expression(op: Op, refer: Refer, device: str) -> Expression:
         return Expression(f"{left} {symbol} {right}", binding)
     if name in _METHODS and isinstance(op.args[0], Tensor):
         head, *rest = op.args
-        if name in _SPREAD:
+        if name in _SPREAD and rest[0]:  # x.view(()) for no dimension
             rest = rest[0]
         return _call(f"{values.bind(head, ATOM)}.{name}", rest, op.kwargs, values, _METHODS[name])
     if name in _TORCH:
@@ -367,7 +391,7 @@ class _Values:
         if isinstance(value, (tuple, list)):
             items = ", ".join(self.write(item) for item in value)
             return f"({items},)" if len(value) == 1 else f"({items})"
-        if isinstance(value, float) and value in (float("inf"), float("-inf")):
+        if isinstance(value, float) and not isfinite(value):
             return f'float("{value}")'
         if isinstance(value, (torch.dtype, torch.memory_format, bool, int, float, type(None))):
             return repr(value)
