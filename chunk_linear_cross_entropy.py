@@ -55,7 +55,8 @@ def chunk_linear_cross_entropy(
 
     Under autocast the inputs are cast as torch.nn.functional.linear casts them. On a GPU the host waits for the device
     once, to learn how many tokens count; bad labels come to light in that same wait. Backward waits only where the
-    incoming gradient is not one number expanded to all tokens, which that of .sum() is.
+    incoming gradient is not one number expanded to all tokens, which that of .sum() is. torch.compile calls it as it
+    is, with a graph break.
     """
     device = hidden_states.device.type
     if device != "meta" and torch.is_autocast_enabled(device) and hidden_states.dtype != torch.float64:
@@ -257,7 +258,8 @@ def _multiply(a, b, out, add=False):
     elif _CUBLAS_RETURNS_FLOAT32:
         torch.addmm(out, a, b, out.dtype, beta=int(add), out=out)
     else:
-        out.mul_(int(add)).add_(torch.mm(a, b))
+        product = torch.mm(a, b)
+        out.add_(product) if add else out.copy_(product)
 
 
 @contextlib.contextmanager
