@@ -227,15 +227,16 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("reduction", ["sum", "weights", "no gradient"])
-def test_one_chunk_of_logits_is_the_most_that_is_ever_held(dtype, reduction):
+def test_one_chunk_of_logits_is_the_most_that_is_ever_held(dtype, reduction, logit_softcap):
     tokens, n, chunk_size = 2048, 4096, 512
     hidden, weight, labels = make_inputs(1, tokens, 8, n, dtype)
     labels.clamp_(min=0)
     logits = chunk_size * n * 4
     with Allocations() as allocations:
         with torch.set_grad_enabled(reduction != "no gradient"):
-            losses = chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size)
+            losses = chunk_linear_cross_entropy(hidden, weight, labels, -100, chunk_size, logit_softcap)
         forward = list(allocations.sizes)
         if reduction != "no gradient":
             weights = torch.ones_like(losses) if reduction == "sum" else torch.rand_like(losses)
