@@ -321,7 +321,9 @@ def train_settings(
         seed=args.seed,
         checkpoint_dir=Path(args.checkpoint_dir),
         log_dir=Path(args.log_dir) / name,
-        flops=FlopCount(flops["forward_flops"], flops["forward_flops_causal"], known and known.matrix_flops),
+        flops=FlopCount(
+            flops["forward_flops"], flops["forward_flops_causal"], known and known.peak_rate(DTYPES[args.precision])
+        ),
     )
 
 

@@ -80,6 +80,10 @@ class Hardware:
         """FLOP/s that large products of this dtype reach."""
         return self.float32_flops if dtype == torch.float32 else self.matrix_flops * self.matrix_efficiency
 
+    def peak_rate(self, dtype: torch.dtype) -> float:
+        """FLOP/s that MFU counts by: the datasheet's for 16 bits; for float32, which has no such figure, the reached."""
+        return self.float32_flops if dtype == torch.float32 else self.matrix_flops
+
     @property
     def achievable_bandwidth(self) -> float:
         """Bytes/s, read and written, that a large copy reaches."""

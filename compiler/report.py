@@ -130,7 +130,7 @@ def report(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_le
 def summary(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_length: int) -> list[str]:
     """The plan in a few lines, as compile prints it."""
     n, ranks, time = setting.plan_ngpus, setting.runtime_ngpus, facts.time
-    peak = setting.hardware.matrix_flops * n * time.total
+    peak = setting.hardware.peak_rate(_dtype(graph)) * n * time.total
     policies = {
         KEEP_INPUT: "recompute all",
         KEEP_ATTENTION: "recompute all but attention",
@@ -144,8 +144,7 @@ def summary(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_l
         f"{3 * facts.forward_flops / peak:.1%}, counting causal attention by half "
         f"{3 * facts.forward_flops_causal / peak:.1%}",
         f"{facts.memory.peak / GB:.1f} GB a GPU at its peak, of {setting.memory_limit / GB:g}: {facts.memory.moment}",
-        f"between layers hidden states are {_say(plan.assignment.boundary)}; "
-        f"{len(plan.assignment.resident)} kinds of weights are each rank's own, the others FSDP's",
+        f"between layers hidden states are {_say(plan.assignment.boundary)}; {_say_weights(graph, plan)}",
         f"layers: {counts}",
         f"bound by {_bound(facts.time)}",
     ]
@@ -153,6 +152,13 @@ def summary(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_l
 
 def _say(placement: str) -> str:
     return "the same on every rank" if placement == "R" else f"split along dimension {placement[1:]} ({placement})"
+
+
+def _say_weights(graph: Graph, plan: Plan) -> str:
+    own = graph.named(plan.assignment.resident)
+    if not own:
+        return "all weights are FSDP's"
+    return f"{len(own)} of {len(graph.all_parameters())} weights are split between the plan's ranks, the others FSDP's"
 
 
 def _bound(time: StepTime) -> str:
