@@ -81,7 +81,7 @@ class Hardware:
         return self.float32_flops if dtype == torch.float32 else self.matrix_flops * self.matrix_efficiency
 
     def peak_rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s that MFU counts by: the datasheet's for 16 bits, what is reached for float32, which has no such figure."""
+        """FLOP/s that MFU counts by: the datasheet's for 16 bits; for float32, which has none, what is reached."""
         return self.float32_flops if dtype == torch.float32 else self.matrix_flops
 
     @property
