@@ -13,6 +13,7 @@ import hypothesis
 import hypothesis.strategies as st
 import pytest
 import torch
+import torch._dynamo.testing
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -364,13 +365,16 @@ def test_torch_compile_around_it(reduction):
             * 2
         )
 
-    compiled = torch.compile(loss, backend="aot_eager")
+    backend = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(loss, backend=backend)
     for l in (5, 4):  # the second length makes shapes symbolic
         hidden, weight, labels = make_inputs(2, l, 4, 6)
         weights = torch.rand(2, l, device=DEVICE)
         expected = torch.autograd.grad(loss(hidden, weight, labels), (hidden, weight))
         compiled(hidden, weight, labels).backward()
         torch.testing.assert_close((hidden.grad, weight.grad), expected)
+    compiled_code = "".join(graph.code for graph in backend.graphs)
+    assert "cos" in compiled_code and "argsort" not in compiled_code  # the loss itself was left alone
 
 
 def test_autocast_casts_as_linear_does():
