@@ -166,7 +166,7 @@ def test_bfloat16_is_no_further_from_float64_than_the_peers(scale):
 
 
 def test_float32_sums_over_a_large_vocabulary_are_rounded_once():
-    hidden, weight, labels = make_inputs(1, 64, 32, 100_000, scale=0.01)
+    hidden, weight, labels = make_inputs(1, 64, 32, 100_000, scale=0.5)
     expected, hidden64, weight64 = float64_losses(hidden, weight, labels)
     losses = chunk_linear_cross_entropy(hidden, weight, labels)
     (losses.sum() + expected.sum()).backward()
@@ -451,6 +451,7 @@ def process_group():
     dist.destroy_process_group()
 
 
+@pytest.mark.filterwarnings("error:FSDP2-wrapped module.*returned a view")
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
 def test_a_weight_that_fsdp_gathers_and_frees(process_group, reduction):
     hidden, weight, labels = make_inputs(2, 5, 4, 6, torch.bfloat16)
@@ -479,20 +480,21 @@ def test_operands_of_half_precision(dtype, logit_softcap, monkeypatch):
     """A GPU's arithmetic: half-precision dx in the memory of float32 logits, on any device."""
     monkeypatch.setattr(module, "_operand_dtype", lambda weight: weight.dtype)
     monkeypatch.setattr(module, "_multiply", multiply_in_float32)
-    hidden, weight, labels = make_inputs(2, 5, 4, 30_000, dtype)
+    hidden, weight, labels = make_inputs(2, 5, 4, 30_000, dtype, scale=3.0)
     weights = torch.rand(2, 5, device=DEVICE)
     for reduction in ("sum", "weights"):
         options = {"logit_softcap": logit_softcap}
         losses = chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=3, **options)
         expected, hidden64, weight64 = float64_losses(hidden, weight, labels, **options)
-        actual = torch.autograd.grad(REDUCTIONS[reduction](losses, weights), (hidden, weight))
-        exact = torch.autograd.grad(REDUCTIONS[reduction](expected, weights), (hidden64, weight64))
+        scale = 4096  # of the loss, as float16 needs it
+        actual = torch.autograd.grad(REDUCTIONS[reduction](losses, weights) * scale, (hidden, weight))
+        exact = torch.autograd.grad(REDUCTIONS[reduction](expected, weights) * scale, (hidden64, weight64))
         assert_close(losses, expected, 1e-6)
         assert relative_error(actual[0], exact[0]) < EPS[dtype]
         assert relative_error(actual[1], exact[1]) < EPS[dtype]
-        # Of 30,000 probabilities most are below the least number of float16, and none of them is lost.
-        small = (exact[1].abs() < 1e-5) & (exact[1].abs() > 1e-6)
-        assert small.any() and relative_error(actual[1][small], exact[1][small]) < 0.05
+        # Probabilities below the least number of float16, 6e-8, are not lost. (A cap leaves none that small.)
+        small = (exact[1].abs() / scale < 6e-8) & (exact[1].abs() / scale > 1e-8)
+        assert small.sum() > 100 and (logit_softcap or relative_error(actual[1][small], exact[1][small]) < 0.02)
 
 
 def test_bfloat16_operands_where_cublas_rounds(monkeypatch):
