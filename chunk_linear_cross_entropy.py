@@ -240,7 +240,7 @@ def _operand_dtype(weight):
 
 def _block_size(tensor):
     """How many rows of a matrix make a block: one that a CPU's caches hold; on a GPU, one that is worth a launch."""
-    size = 64 << 20 if tensor.is_cuda else torch.get_num_threads() * (2 << 20)
+    size = 64 << 20 if tensor.is_cuda else torch.get_num_threads() * (4 << 20)
     return max(1, size // max(1, tensor.shape[1] * tensor.element_size()))
 
 

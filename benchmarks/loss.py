@@ -203,11 +203,9 @@ def machine_name():
     return f"{platform.processor()}, {torch.get_num_threads()} threads"
 
 
-def table(dtype, peers, options):
+def table(peers, options):
     """Markdown; "times ours" is of the first chunk size."""
     lines = [
-        f"### {dtype}",
-        "",
         "| | seconds | spread | times ours | peak MB | error of loss | of hidden gradient | of weight gradient |",
         "|---|---:|---:|---:|---:|---:|---:|---:|",
     ]
@@ -218,23 +216,22 @@ def table(dtype, peers, options):
             spread, peak = f"scaled from {peer.tokens:,} tokens", f"{peak} at {peer.tokens:,} tokens"
         cells = [peer.name, f"{median:.2f}", spread, f"{median / statistics.median(peers[0].seconds):.2f}", peak]
         lines.append("| " + " | ".join(cells + [f"{error:.1e}" for error in peer.errors]) + " |")
-    return "\n".join(lines)
+    return "\n".join(lines) + "\n"
 
 
-def plot(results, title, path):
-    """Time against memory, a panel a dtype; what was scaled is left out."""
+def plot(peers, options, title, path):
+    """Time against memory; what was scaled is left out."""
     import matplotlib.pyplot as plt
 
-    figure, panels = plt.subplots(1, len(results), figsize=(6.5 * len(results), 4.5), squeeze=False)
-    for panel, (dtype, peers) in zip(panels[0], results.items(), strict=True):
-        whole = [peer for peer in peers if len(peer.seconds) > 1]
-        for peer in whole:
-            medians = peer.peak_bytes / 1e6, statistics.median(peer.seconds)
-            panel.plot(*medians, "o" if peer.loss.func is ours else "s", color="C0" if peer.loss.func is ours else "C1")
-            panel.annotate(peer.name, medians, xytext=(6, 4), textcoords="offset points", fontsize=8)
-        panel.set(title=dtype, xlabel="peak memory above inputs and gradients, MB", ylabel="forward + backward, s")
-        panel.set(xlim=(0, 1.6 * max(peer.peak_bytes for peer in whole) / 1e6), ylim=(0, None))
-    figure.suptitle(title, fontsize=9)
+    figure, panel = plt.subplots(figsize=(8, 5))
+    whole = [peer for peer in peers if peer.tokens == options.tokens]
+    for peer in whole:
+        place = peer.peak_bytes / 1e6, statistics.median(peer.seconds)
+        panel.plot(*place, "o", color="C0" if peer.name.startswith("ours") else "C1")
+        panel.annotate(peer.name, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
+    panel.set(xlabel="peak memory above inputs and gradients, MB", ylabel="forward + backward, s", ylim=(0, None))
+    panel.set_xlim(0, 1.5 * max(peer.peak_bytes for peer in whole) / 1e6)
+    panel.set_title(title, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
 
@@ -254,25 +251,25 @@ def parse_arguments():
 
 def main():
     options = parse_arguments()
-    machine = machine_name()
-    load = os.getloadavg()[0]
-    results = {dtype: compare(getattr(torch, dtype), options) for dtype in options.dtype}
-    size = f"{options.tokens:,} tokens, hidden size {options.hidden:,}, vocabulary {options.vocab:,}"
-    title = f"Loss, forward + backward: {size}. {machine}, PyTorch {torch.__version__}"
-    text = (
-        f"# {title}\n\nMedian and range of {options.repeats} runs, peers in turn; load before {load:.1f}, after "
-        f"{os.getloadavg()[0]:.1f}. Peak memory is above the inputs and their gradients. Errors are relative, against "
-        "float64, of norms.\n\n"
-    )
-    text += "\n\n".join(table(dtype, peers, options) for dtype, peers in results.items()) + "\n"
-    print(text)
     options.output.mkdir(parents=True, exist_ok=True)
-    path = options.output / f"loss_{re.sub('[^a-z0-9]+', '_', machine.lower())}.md"
-    path.write_text(text)
-    try:
-        plot(results, title, path.with_suffix(".png"))
-    except ImportError:
-        print("matplotlib is not installed: no plot")
+    machine = machine_name()
+    for dtype in options.dtype:
+        load = os.getloadavg()[0]
+        peers = compare(getattr(torch, dtype), options)
+        size = f"{options.tokens:,} tokens, hidden size {options.hidden:,}, vocabulary {options.vocab:,}"
+        title = f"Loss, forward + backward, {dtype}: {size}; {machine}, PyTorch {torch.__version__}"
+        text = (
+            f"# {title}\n\nMedian and range of {options.repeats} runs, peers in turn; load average before "
+            f"{load:.1f}, after {os.getloadavg()[0]:.1f}. Peak memory is above the inputs and their gradients. Errors "
+            "are relative, of norms, against float64.\n\n"
+        ) + table(peers, options)
+        print(text)
+        path = options.output / f"loss_{re.sub('[^a-z0-9]+', '_', machine.lower())}_{dtype}.md"
+        path.write_text(text)
+        try:
+            plot(peers, options, title, path.with_suffix(".png"))
+        except ImportError:
+            print("matplotlib is not installed: no plot")
 
 
 if __name__ == "__main__":
