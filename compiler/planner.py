@@ -29,6 +29,7 @@ from compiler.cost import (
     LOSS,
     Seconds,
     bytes_of,
+    forward_flops,
     fsdp_seconds,
     move_seconds,
     op_seconds,
@@ -123,6 +124,7 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     Raises:
         UserError: nothing fits, or nothing does under what is fixed; it says by how much.
     """
+    check_splittable(graph, setting.plan_ngpus)
     program = _Program(graph, setting, fixed or Fixed())
     limit, best = setting.memory_limit, None
     for _ in range(CORRECTIONS):
@@ -148,6 +150,29 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
             "or shorter rows"
         )
     return best
+
+
+def check_splittable(graph: Graph, n_ranks: int) -> None:
+    """Raises a UserError if ranks would share no work at all, each computing every row whole."""
+    products = [op for _, ops in _ops(graph) for op in ops if forward_flops(op)]
+    if n_ranks == 1 or any(len(legal_partitions(op, n_ranks)) > 1 for op in products):
+        return
+    length = graph.inputs[0].shape[-1]
+    works = [n for n in range(2, 2 * n_ranks + 1) if any(len(legal_partitions(op, n)) > 1 for op in products)]
+    instead = f"choose one of {', '.join(map(str, works))}" if works else "choose 1"
+    raise UserError(
+        f"--plan_ngpus {n_ranks}: it divides neither the rows' {length} tokens nor the heads nor any layer's width, so "
+        f"the ranks could share no work; {instead}"
+    )
+
+
+def unsplittable_attention(graph: Graph, n_ranks: int) -> str | None:
+    """Why attention is computed whole by every rank, if it has to be."""
+    attentions = [op for kind in graph.kinds for op in kind.ops if op.target == ATTENTION]
+    if n_ranks == 1 or all(len(legal_partitions(op, n_ranks)) > 1 for op in attentions):
+        return None
+    key_value_heads = attentions[0].inputs[1].shape[1]
+    return f"its {key_value_heads} key-value heads don't divide by {n_ranks} ranks"
 
 
 def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:

@@ -6,6 +6,7 @@ from math import prod
 
 from compiler.cost import Seconds, fsdp_seconds, local_move_seconds, op_seconds
 from compiler.memory import MemoryPrediction
+from compiler.operators import is_known
 from compiler.partition import COLLECTIVES, Assignment, localize
 from compiler.planner import (
     ATTENTION,
@@ -18,6 +19,7 @@ from compiler.planner import (
     Setting,
     alternative,
     predict_memory,
+    unsplittable_attention,
 )
 from compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor, map_tensors
 from errors import UserError
@@ -137,6 +139,7 @@ def summary(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_l
         KEEP_ALL: "recompute nothing",
     }
     counts = ", ".join(f"{plan.recompute.count(p)} {text}" for p, text in policies.items() if p in plan.recompute)
+    why = unsplittable_attention(graph, n)
     return [
         f"{facts.n_parameters:,} parameters, {len(graph.layer_calls)} layers; plan_ngpus {n}, runtime_ngpus {ranks}: "
         f"{ranks // n} row(s) at a time",
@@ -147,7 +150,13 @@ def summary(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_l
         f"between layers hidden states are {_say(plan.assignment.boundary)}; {_say_weights(graph, plan)}",
         f"layers: {counts}",
         f"bound by {_bound(facts.time)}",
+        *([f"attention is computed whole by every rank: {why}"] if why else []),
+        *(f"warning: {target} is not known: every rank computes it whole" for target in unknown_operators(graph)),
     ]
+
+
+def unknown_operators(graph: Graph) -> list[str]:
+    return sorted({op.target for op in _all_ops(graph) if not is_known(op)})
 
 
 def _say(placement: str) -> str:
@@ -279,9 +288,13 @@ def _all_ops(graph: Graph) -> list[Op]:
 
 
 def resize(graph: Graph, old: int, new: int) -> Graph | None:
-    """The graph at another sequence length; None where that length can't be told from the weights' sizes."""
+    """The graph at another sequence length; None where the model has another size, of a weight or a head, like it."""
     if any(old in tensor.shape for tensor in graph.all_parameters().values()):
         return None
+    for op in _all_ops(graph):
+        shapes = [[new if size == old else size for size in t.shape] for t in (*op.inputs[:1], op.outputs[0])]
+        if op.target.startswith(("aten.view", "aten.reshape")) and prod(shapes[0]) != prod(shapes[-1]):
+            return None
     made: dict[Tensor, Tensor] = {}
 
     def change(tensor: Tensor) -> Tensor:

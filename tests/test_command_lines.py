@@ -95,6 +95,33 @@ def test_one_sentence_names_the_option(job, tmp_path, sentence, changes):
     assert not list(tmp_path.iterdir())  # nothing half-written
 
 
+def test_ranks_that_could_share_no_work_are_refused_with_what_would_work(job, tmp_path):
+    ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 31, "compiled_dir": tmp_path}
+    sentence = "--plan_ngpus 7: it divides neither the rows' 31 tokens nor the heads .*; choose one of 2, 4, 8"
+    refused(job, sentence, plan_ngpus=7, runtime_ngpus=7, **ask)
+
+
+def test_a_plan_that_can_not_fit_is_refused_with_what_is_missing(job, tmp_path):
+    ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 64, "compiled_dir": tmp_path}
+    sentence = r"--gpu_mem_constraint 0.001: the leanest plan needs 0\.0 GB a GPU; raise it by 0\.0"
+    refused(job, sentence, gpu_mem_constraint=0.001, **ask)
+    refused(job, "--hardware abacus: it is neither a profile's file nor one of a100", hardware="abacus", **ask)
+    refused(job, "--plan nowhere: it is no plan.json that compile wrote", plan="nowhere", **ask)
+    refused(job, "--recompute_modules MLP: MLP is no layer of LlamaForCausalLM", recompute_modules="MLP", **ask)
+
+
+def test_a_plans_partitions_are_taken_again_at_another_length(job, tmp_path):
+    ask = {"run_mode": "compile", "dataset_path": None, "compiled_dir": tmp_path, "plan_ngpus": 2, "runtime_ngpus": 2}
+    train.main(arguments(job, sequence_length=64, name="first", **ask))
+    decisions = json.loads((tmp_path / "first" / "plan.json").read_text())["decisions"]
+    train.main(arguments(job, sequence_length=128, name="second", plan=tmp_path / "first" / "plan.json", **ask))
+    assert json.loads((tmp_path / "second" / "plan.json").read_text())["decisions"] == decisions
+    decisions["ops"]["LlamaDecoderLayer"][0][1] = "*1"  # the first norm, along the sequence
+    (tmp_path / "edited.json").write_text(json.dumps({"decisions": decisions}))
+    sentence = "--plan: it splits input_layernorm's model.rms_norm along '\\*1', which 2 ranks can't share evenly here"
+    refused(job, sentence, sequence_length=33, name="third", plan=tmp_path / "edited.json", **ask)
+
+
 def test_rows_of_something_else_are_refused(job, tmp_path):
     refused(job, "it has no rows of 'input_ids'", dataset_path=save_rows(tmp_path / "text", column="text"))
 
