@@ -165,7 +165,7 @@ def count(compiled: Path, facts: dict) -> dict[_FSDPRefType, int]:
         dtype = train.DTYPES[facts["precision"]]
         parts = (facts["layers_path"], CPU, dtype, facts["plan_ngpus"], facts["resident"])
         sharded = parallel.parallelize(module, *parts)
-        optimizer = trainer.make_optimizer(module, _Rates(), CPU)
+        optimizer = trainer.make_optimizer(sharded, _Rates(), CPU)
         tokens, labels = (torch.zeros(1, facts["sequence_length"], dtype=torch.long) for _ in range(2))
         tracker = FSDPMemTracker(module, optimizer)
         tracker.track_inputs((tokens, labels))

@@ -1,0 +1,130 @@
+"""What a rank is predicted to hold against what a tracker counts, what an operator is said to keep against autograd."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from families import FAMILIES, small_config
+from torch.distributed._tools.mem_tracker import MemTracker
+
+import model
+import train  # noqa: F401 (registers the loss)
+from benchmarks import memory as benchmark
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from compiler import codegen, memory
+from compiler.trace import Op, Tensor, map_tensors, trace
+
+LENGTH = 2048
+SIZES = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}
+SIZES |= {"num_attention_heads": 8, "max_position_embeddings": LENGTH}
+COUNTED = ("llama", "mistral", "gemma2", "gpt_neox", "nemotron")
+
+
+def compile_family(folder: Path, family: str, *options: str) -> benchmark.Compiled:
+    """3 layers of width 256, on 4 ranks: activations and weights are of like sizes, and FSDP's are small but there."""
+    changes = {"head_dim": 32} if "head_dim" in FAMILIES[family] else {}
+    changes |= {"sliding_window": 512} if "sliding_window" in FAMILIES[family] else {}
+    small_config(family, **SIZES, **changes).save_pretrained(folder / family)
+    argv = ["--model_id", str(folder / family), "--compiled_dir", str(folder / "compiled"), "--hardware", "h100"]
+    return benchmark.compile_plan([*argv, "--runtime_ngpus", "4", *options], LENGTH)
+
+
+def recomputing(compiled: benchmark.Compiled, *policies: str) -> benchmark.Compiled:
+    """The same plan, its layers' recompute policies changed."""
+    plan = dataclasses.replace(compiled.plan, recompute=policies)
+    folder = compiled.folder.with_name("-".join(policies))
+    folder.mkdir()
+    facts = json.loads((compiled.folder / "plan.json").read_text())
+    (folder / "plan.json").write_text(json.dumps(facts | {"recompute": policies}))
+    (folder / "gencode.py").write_text(codegen.generate(compiled.graph, plan, "Recomputing otherwise."))
+    return benchmark.Compiled(folder, compiled.graph, plan)
+
+
+def predicted_to_counted(compiled: benchmark.Compiled) -> float:
+    facts = json.loads((compiled.folder / "plan.json").read_text())
+    counted = sum(benchmark.count(compiled.folder, facts).values())
+    return benchmark.predict(compiled, facts).peak / counted
+
+
+@pytest.mark.parametrize("family", COUNTED)
+def test_the_peak_is_predicted_within_a_tenth(family, tmp_path):
+    compiled = compile_family(tmp_path, family)
+    for policy in ("layer", "none"):
+        assert predicted_to_counted(recomputing(compiled, *[policy] * 3)) == pytest.approx(1, abs=0.1), policy
+
+
+def test_the_peak_of_a_partitioned_plan_with_mixed_policies_is_predicted_within_a_tenth(tmp_path):
+    compiled = compile_family(tmp_path, "llama", "--plan_ngpus", "2")
+    mixed = recomputing(compiled, "layer", "attention", "none")
+    assert predicted_to_counted(mixed) == pytest.approx(1, abs=0.1)
+
+
+def test_what_a_layer_keeps_is_the_sum_over_its_ops_and_less_the_more_is_recomputed(tmp_path):
+    compiled = compile_family(tmp_path, "llama")
+    (kind,) = compiled.graph.kinds
+    kept = {}
+    for policy in ("layer", "attention", "none"):
+        made = [item for shares in memory.kept_by_op(kind.ops, policy).values() for item in shares.items()]
+        kept[policy] = sum(share * memory.nbytes(tensor) for tensor, share in made)
+    width = LENGTH * 2  # bytes of one feature of all tokens
+    logsumexp, rstd = 2 * width * 8, 2 * width
+    assert kept["layer"] == 0
+    assert kept["attention"] == 256 * width + logsumexp
+    # Two norms' outputs, the residual, q and attention's output; k and v; gate, silu(gate), up and their product.
+    assert kept["none"] == (5 * 256 + 2 * 64 + 4 * 768) * width + logsumexp + 2 * rstd
+
+
+# --- operators -----------------------------------------------------------------------------------------------------
+
+
+def real(tensor: Tensor) -> torch.Tensor:
+    if tensor.dtype.is_floating_point:
+        return torch.rand(tensor.shape, dtype=tensor.dtype).requires_grad_(tensor.requires_grad)
+    return torch.zeros(tensor.shape, dtype=tensor.dtype)
+
+
+def run_op(op: Op) -> tuple[dict[Tensor, torch.Tensor], list[torch.Tensor]]:
+    """Computes an op from random inputs; returns its tensors' values, and what autograd saves."""
+    _, name, overload = op.target.split(".")
+    values = {t: real(t) for t in op.inputs}
+    saved = []
+    args, kwargs = map_tensors((op.args, op.kwargs), values.__getitem__)
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        result = getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
+    values |= dict(zip(op.outputs, result if isinstance(result, (tuple, list)) else [result], strict=True))
+    return values, saved
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_autograd_saves_what_saved_tensors_says(family):
+    sample = {name: torch.empty(1, 32, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    graph = trace(model.build_model(small_config(family), torch.float32), sample)
+    for op in (*graph.kinds[0].ops, *(item for item in graph.body if isinstance(item, Op))):
+        if not op.target.startswith("aten.") or "DEVICE" in repr((op.args, op.kwargs)):
+            continue
+        values, saved = run_op(op)
+        of_storage = {value.untyped_storage().data_ptr(): tensor for tensor, value in values.items()}
+        found = {of_storage.get(value.untyped_storage().data_ptr()) for value in saved}
+        said = {of_storage[values[t].untyped_storage().data_ptr()] for t in memory.saved_tensors(op)}
+        assert found - {None} == said, op.target
+        extra = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
+        unnamed = sum(size for pointer, size in extra.items() if pointer not in of_storage)
+        assert unnamed == pytest.approx(sum(s * memory.nbytes(t) for t, s in memory.extra_saved(op).items())), op.target
+
+
+def peak_bytes(function, *tensors: torch.Tensor) -> int:
+    tracker = MemTracker()
+    tracker.track_external(*tensors)
+    with tracker:
+        function(*tensors).sum().backward()
+    return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+
+
+def test_the_loss_is_played_with_the_memory_it_takes():
+    hidden_states = torch.randn(2, 1024, 128, requires_grad=True)
+    weight = torch.randn(4096, 128, requires_grad=True)
+    labels = torch.zeros(2, 1024, dtype=torch.long)
+    played = peak_bytes(benchmark.loss_on_gpu, hidden_states, weight, labels)
+    assert played == pytest.approx(peak_bytes(chunk_linear_cross_entropy, hidden_states, weight, labels), rel=0.1)
