@@ -172,10 +172,8 @@ def compare(dtype, options):
     hidden, weight, labels = inputs
     peers = make_peers(dtype, options.chunk_size)
     for peer in peers:
-        few = max(1, options.tokens // 64)
-        few_inputs = hidden.detach()[:few].requires_grad_(), weight, labels[:few]
-        run(peer, *few_inputs)
-        expected_s = run(peer, *few_inputs)[0] * options.tokens / few
+        few = max(1, options.tokens // 16)  # fewer would mislead: every chunk costs a pass over the weight's gradient
+        expected_s = run(peer, hidden.detach()[:few].requires_grad_(), weight, labels[:few])[0] * options.tokens / few
         peer.tokens = options.tokens
         while expected_s * peer.tokens / options.tokens > LONGEST_S and peer.tokens > few:
             peer.tokens //= 2
@@ -230,7 +228,7 @@ def plot(peers, options, title, path):
         panel.plot(*place, "o", color="C0" if peer.name.startswith("ours") else "C1")
         panel.annotate(peer.name, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
     panel.set(xlabel="peak memory above inputs and gradients, MB", ylabel="forward + backward, s", ylim=(0, None))
-    panel.set_xlim(0, 1.5 * max(peer.peak_bytes for peer in whole) / 1e6)
+    panel.set_xlim(0, 1.5 * max((peer.peak_bytes for peer in whole), default=1) / 1e6)
     panel.set_title(title, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
