@@ -30,7 +30,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from corpus.documents import open_corpus
 from corpus.tokens import Tokens, tokenize
-from errors import UserError, first_line, run_script
+from errors import UserError, one_line, run_script
 from files import whole_folder
 
 BLOCK = 2**22  # tokens packed and written at a time (16 MiB)
@@ -54,7 +54,7 @@ def main() -> None:
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably for want of memory: give a smaller --num_proc") from error
     except OSError as error:  # no permission to read or write, no space left
-        raise UserError(first_line(error)) from error
+        raise UserError(one_line(error)) from error
     seconds = time.monotonic() - began
     print(
         f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens -> {corpus['rows']:,} rows of"
@@ -97,9 +97,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # each library and each way a file can be broken has its own
-        raise UserError(
-            f"--tokenizer_path_or_name {name}: no tokenizer loads from there: {first_line(error)}"
-        ) from error
+        raise UserError(f"--tokenizer_path_or_name {name}: no tokenizer loads from there: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"--tokenizer_path_or_name {name}: this tokenizer has no fast version (a tokenizer.json)")
     for token in ("bos", "eos"):

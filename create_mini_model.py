@@ -14,7 +14,7 @@ import huggingface_hub
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from errors import UserError, first_line, run_script
+from errors import UserError, one_line, run_script
 from files import whole_folder
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -88,7 +88,7 @@ def source_folder(model_id: str) -> Path:
             raise UserError(f"--model_id {model_id}: there is no such folder") from error
         except Exception as error:  # of the network, the hub, or the disk: each has its own
             raise UserError(
-                f"--model_id {model_id}: no such folder, and no model from the hub: {first_line(error)}"
+                f"--model_id {model_id}: no such folder, and no model from the hub: {one_line(error)}"
             ) from error
     if not (folder / "config.json").is_file():
         raise UserError(f"--model_id {model_id}: there is no config.json in it")
@@ -100,7 +100,7 @@ def causal_lm_config(source: Path, model_id: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # not JSON, no model type, values of wrong types, code of its own
-        raise UserError(f"--model_id {model_id}: its config.json can't be used: {first_line(error)}") from error
+        raise UserError(f"--model_id {model_id}: its config.json can't be used: {one_line(error)}") from error
     text_config = config.get_text_config()
     made_for = [] if text_config is not config else config.architectures or []
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for) or not made_for
@@ -140,7 +140,7 @@ def mini_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedCo
         mini = type(config).from_dict(values)
         mini.validate()
     except Exception as error:  # each architecture checks its own values, by exceptions of several kinds
-        raise UserError(f"{config.model_type} can't have these sizes: {first_line(error)}") from error
+        raise UserError(f"{config.model_type} can't have these sizes: {one_line(error)}") from error
     check_heads(mini)
     return mini
 
@@ -206,7 +206,7 @@ def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> tor
         with torch.no_grad():
             model(torch.arange(2).unsqueeze(0), use_cache=False)
     except Exception as error:  # a shape that doesn't fit, a package or a kernel that isn't there
-        raise UserError(f"{config.model_type} doesn't run with these sizes: {first_line(error)}") from error
+        raise UserError(f"{config.model_type} doesn't run with these sizes: {one_line(error)}") from error
     return model
 
 

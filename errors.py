@@ -5,6 +5,7 @@ import sys
 import time
 from collections.abc import Callable
 
+QUOTED = 300  # characters of somebody else's message at most
 OTHER_RANKS_WAIT_S = 10  # for rank 0 to say it first; torchrun then ends them
 
 
@@ -15,9 +16,10 @@ class UserError(Exception):
     """
 
 
-def first_line(error: Exception) -> str:
-    """A library's error, short enough to quote within a sentence: its first line."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+def one_line(error: Exception) -> str:
+    """A library's error on one line, cut where it rambles, to quote within a sentence."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return (text if len(text) <= QUOTED else f"{text[:QUOTED]} ...").rstrip(".")
 
 
 def run_script(main: Callable[[], None]) -> None:

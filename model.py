@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from compiler.annotation import register_op
-from errors import UserError, first_line
+from errors import UserError, one_line
 
 try:
     from flash_attn import flash_attn_func
@@ -207,7 +207,7 @@ def load_config(model_id: str):
     try:
         config = AutoConfig.from_pretrained(model_id)
     except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"--model_id {model_id}: its configuration can't be loaded: {first_line(error)}") from error
+        raise UserError(f"--model_id {model_id}: its configuration can't be loaded: {one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"--model_id {model_id}: a {config.model_type!r} model is no causal language model")
     return config
@@ -433,7 +433,7 @@ def _download(model_id: str) -> Path:
     try:  # every rank of a node asks; the hub's client lets one download while the others wait
         return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, no space
-        raise UserError(f"--model_id {model_id}: its weights can't be downloaded: {first_line(error)}") from error
+        raise UserError(f"--model_id {model_id}: its weights can't be downloaded: {one_line(error)}") from error
 
 
 def check_weights(model_id: str, files: dict[str, Path], parameters: dict[str, list[int]]) -> None:
@@ -450,7 +450,7 @@ def check_weights(model_id: str, files: dict[str, Path], parameters: dict[str, l
             with safe_open(file, "pt") as tensors:
                 shapes = {n: tensors.get_slice(n).get_shape() for n in parameters if files[n] == file}
         except Exception as error:  # missing, cut short, or no safetensors at all
-            raise UserError(f"--model_id {model_id}: {file} can't be read ({first_line(error)})") from error
+            raise UserError(f"--model_id {model_id}: {file} can't be read ({one_line(error)})") from error
         for name, shape in shapes.items():
             if shape != parameters[name]:
                 raise UserError(

@@ -19,7 +19,7 @@ import torch
 from torch import fx, nn
 
 from compiler.annotation import REGISTERED_OPS, RegisteredOp, output_shapes
-from errors import UserError, first_line
+from errors import UserError, one_line
 
 ENGINE_FILES = ("model.py", "trace.py")  # frames of ours, that say nothing of the model
 
@@ -171,7 +171,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
         except UserError:
             raise
         except Exception as error:
-            reason = first_line(error)
+            reason = one_line(error)
             raise UserError(f"--model_id: torch.export can't trace {type(module.model).__name__}: {reason}") from error
     flat = _flatten(module, exported, buffers, opaque)
     return _fold_layers(_without_dead_ops(flat), type(module.model).__name__, *_decoder_layers(module.model))

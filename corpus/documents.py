@@ -14,7 +14,7 @@ import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from errors import UserError, first_line
+from errors import UserError, one_line
 
 PIECE = 2**18  # characters
 OVERLAP = 2**13  # characters that neighbouring pieces share, to see that their tokens agree
@@ -63,7 +63,7 @@ def load_hub_dataset(name: str) -> datasets.Dataset:
             return datasets.load_dataset(name, split="train", revision="refs/convert/parquet")
     except Exception as error:  # of the network, the hub or the dataset: each has its own
         raise UserError(
-            f"--data_path_or_name {name}: no such file or folder, and no dataset of the hub: {first_line(error)}"
+            f"--data_path_or_name {name}: no such file or folder, and no dataset of the hub: {one_line(error)}"
         ) from error
 
 
@@ -129,7 +129,7 @@ def read_parquet(file: Path, text_key: str) -> Documents:
                 for text in batch.column(0).to_pylist():
                     yield from row_documents(text, share)
     except pa.ArrowInvalid as error:
-        raise UserError(f"{file}: no Parquet that can be read: {first_line(error)}") from error
+        raise UserError(f"{file}: no Parquet that can be read: {one_line(error)}") from error
 
 
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".parquet": read_parquet}

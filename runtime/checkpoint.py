@@ -26,7 +26,7 @@ from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from tqdm import tqdm
 
-from errors import UserError, first_line
+from errors import UserError, one_line
 from files import publish_folder, whole_file, whole_folder
 from runtime.data import Position
 from runtime.parallel import ParallelModel, load_slice
@@ -211,7 +211,7 @@ def _open_merged(path: Path, option: str) -> dict[str, Any]:
             return merged
         reason = "it holds something else"
     except Exception as error:  # whatever a foreign or damaged file makes torch raise
-        reason = first_line(error)
+        reason = one_line(error)
     raise UserError(f"{option} {path}: it is no merged checkpoint ({reason}); make one with ckpt_merger.py")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from errors import UserError, first_line
+from errors import UserError, one_line
 
 IGNORE_INDEX = -100  # a label that does not count
 
@@ -36,7 +36,7 @@ def open_dataset(path: str) -> Any:
     try:
         dataset = load_from_disk(path)
     except Exception as error:  # whatever a damaged or foreign folder makes datasets raise
-        reason = first_line(error)
+        reason = one_line(error)
         raise UserError(f"--dataset_path {path}: it is no dataset that bookcorpus.py wrote ({reason})") from error
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
         raise UserError(f"--dataset_path {path}: it has no rows of 'input_ids'; make it with bookcorpus.py")
