@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 DEMO=demo
-STEPS=30
+STEPS=18
 export OMP_NUM_THREADS=1 # one thread a process, as torchrun would have it
 
 say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
@@ -16,8 +16,8 @@ run() {
 train() {
     run torchrun --nproc_per_node=2 train.py --plan_ngpus 2 --runtime_ngpus 2 --name llama3_demo \
         --model_id $DEMO/llama3_mini --dataset_path $DEMO/plays_1K --compiled_dir $DEMO/compiled \
-        --checkpoint_dir $DEMO/checkpoints --log_dir $DEMO/runs --learning_rate 2e-3 --warmup_steps 4 \
-        --grad_accumulation_steps 2 --max_train_steps $STEPS --checkpoint_interval 10 --precision fp32 --hardware cpu
+        --checkpoint_dir $DEMO/checkpoints --log_dir $DEMO/runs --learning_rate 3e-3 --warmup_steps 3 \
+        --grad_accumulation_steps 2 --max_train_steps $STEPS --checkpoint_interval 6 --precision fp32 --hardware cpu
 }
 
 rm -rf $DEMO
@@ -40,7 +40,7 @@ run python train.py --run_mode compile --model_id configs/llama3_8b --sequence_l
 say "Compile the small one for two ranks, and train it in two processes"
 (train) & # killed in the middle
 TRAINING=$!
-until [ "$(cat $DEMO/runs/llama3_demo/metrics.jsonl 2>/dev/null | wc -l)" -ge 13 ]; do
+until [ "$(cat $DEMO/runs/llama3_demo/metrics.jsonl 2>/dev/null | wc -l)" -ge 8 ]; do
     sleep 0.5
     kill -0 $TRAINING 2>/dev/null || { echo "training ended before it could be killed" >&2; exit 1; }
 done
