@@ -79,7 +79,7 @@ def refused(job: Path, sentence: str, **changes) -> None:
         ("--model_id ./nowhere: no config.json there", {"model_id": "./nowhere"}),
         (
             "--model_id .*: it has no model.safetensors; pass --random_init",
-            {"model_id": ROOT / "configs" / "llama3_8b"},
+            {"model_id": ROOT / "configs" / "llama3_8b", "checkpoint_dir": "none_yet"},
         ),
         ("--resume_path nowhere: there is no such file or folder", {"resume_path": "nowhere"}),
         ("--resume_path .*configs: it has no checkpoint in it", {"resume_path": ROOT / "configs"}),
