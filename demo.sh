@@ -5,7 +5,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 DEMO=demo
-STEPS=18
+STEPS=30
 export OMP_NUM_THREADS=1 # one thread a process, as torchrun would have it
 
 say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
@@ -56,11 +56,12 @@ run python ckpt_merger.py --ckpt_dir $DEMO/checkpoints --output_fname $DEMO/merg
 
 say "The trained model opens in transformers"
 run python -c "
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+set_seed(0)
 tokenizer = AutoTokenizer.from_pretrained('$DEMO/llama3_trained')
 model = AutoModelForCausalLM.from_pretrained('$DEMO/llama3_trained')
 prompt = tokenizer('**KING HENRY**', return_tensors='pt')
-words = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+words = model.generate(**prompt, max_new_tokens=24, do_sample=True, top_k=50, pad_token_id=tokenizer.eos_token_id)
 print(repr(tokenizer.decode(words[0], skip_special_tokens=True)))
 "
 run python -c "

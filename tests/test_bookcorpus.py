@@ -371,7 +371,14 @@ def test_a_disk_that_cannot_be_written_to_is_said_so(run, tmp_path):
 def start(data, tokenizer_path, save_path):
     command = [sys.executable, ROOT / "bookcorpus.py", "--data_path_or_name", data, "--num_proc", 2]
     command += ["--tokenizer_path_or_name", tokenizer_path, "--save_path", save_path, "--sequence_length", 4096]
-    return subprocess.Popen(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # A job that a shell runs in the background ignores SIGINT, and its children would too.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
 
 
 def test_a_corpus_too_short_ends_with_status_2_and_one_line(tmp_path, llama3_tokenizer_path):
