@@ -15,6 +15,7 @@ flows between layers has one placement throughout. Variables, all of one micro-b
 Solved by HiGHS through scipy.optimize.milp.
 """
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from math import prod
@@ -47,6 +48,7 @@ MASTER_BYTES = 16  # of a parameter: float32 weight, gradient and AdamW's two mo
 GB = 1e9  # memory is in GB within the program: HiGHS takes coefficients of 1e-9 and less for zeros
 CORRECTIONS = 4  # solves at most
 CLOSE_ENOUGH = 0.02  # of the memory limit
+LEANEST_TOLERANCE = 1e-4  # of the least memory: the solver's own
 TIE_BREAK_SECONDS = 1e-9  # a GB: of plans as fast, the leanest; and the peak is no larger than it has to be
 
 Demand = tuple[Placement, bool]  # a placement, and whether the consumer that wants it is split
@@ -126,28 +128,33 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     """
     check_splittable(graph, setting.plan_ngpus)
     program = _Program(graph, setting, fixed or Fixed())
+
+    def with_predicted_memory(plan: Plan) -> Plan:
+        return replace(plan, memory=predict_memory(graph, plan.assignment, plan.recompute, setting).peak)
+
     limit, best = setting.memory_limit, None
     for _ in range(CORRECTIONS):
-        plan = program.solve(limit)
-        if plan is None:
+        solved = program.solve(limit)
+        if solved is None:
             break
-        predicted = predict_memory(graph, plan.assignment, plan.recompute, setting).peak
-        fits = predicted <= setting.memory_limit
-        if fits and (best is None or plan.seconds < best.seconds):
-            best = replace(plan, memory=predicted)
-        correction = setting.memory_limit - predicted - max(0.0, limit - plan.memory) * fits
-        if fits and (set(plan.recompute) <= {KEEP_ALL} or abs(correction) < CLOSE_ENOUGH * setting.memory_limit):
+        plan = with_predicted_memory(solved)
+        room = setting.memory_limit - plan.memory
+        if room >= 0 and (best is None or plan.seconds < best.seconds):
+            best = plan
+        if room >= 0 and (set(plan.recompute) <= {KEEP_ALL} or room < CLOSE_ENOUGH * setting.memory_limit):
             break
-        limit += correction
+        limit = solved.memory + room
     if best is None:
-        least = program.least_memory()
-        if least is None:
+        leanest = program.leanest()
+        if leanest is None:
             raise UserError("--plan: it asks for partitions that are not legal together for this model and length")
-        least = max(least + setting.memory_limit - limit, setting.memory_limit * (1 + CLOSE_ENOUGH))
+        best = with_predicted_memory(leanest)
+    if best.memory > setting.memory_limit:
+        more = math.ceil(10 * (best.memory - setting.memory_limit) / GB) / 10
         raise UserError(
-            f"--gpu_mem_constraint {setting.memory_limit / GB:g}: the leanest plan needs {least / GB:.1f} GB a GPU; "
-            f"raise it by {(least - setting.memory_limit) / GB:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), "
-            "or shorter rows"
+            f"--gpu_mem_constraint {setting.memory_limit / GB:g}: the leanest plan needs "
+            f"{math.ceil(10 * best.memory / GB) / 10:.1f} GB a GPU; raise it by {more:.1f}, take more GPUs "
+            "(--plan_ngpus, --runtime_ngpus), or shorter rows"
         )
     return best
 
@@ -231,6 +238,7 @@ class _Program:
         self.x: dict[Op, list[tuple[Partition, int]]] = {}
         self.resident: dict[Tensor, list[tuple[int, int]]] = {}
         self.counts: dict[tuple[int, int], int] = {}  # (x or z, m or a) -> wx or wz
+        self.maxima: dict[int, tuple[Expression, ...]] = {}  # variable -> what it is the largest of
         self.persistent: Expression = {}
         self.kept: Expression = {}  # saved from the forward to the backward, all layers
         self.build()
@@ -258,6 +266,7 @@ class _Program:
         variable = self.variable(upper=np.inf)
         for expression in expressions:
             self.row(_sum({variable: 1.0}, _scaled(expression, -1)), lower=0)
+        self.maxima[variable] = expressions
         return variable
 
     def count(self, chosen: int, layers: int, n_layers: int) -> int:
@@ -490,14 +499,14 @@ class _Program:
         values = self.minimize(np.array(self.costs), [(self.memory, -np.inf, memory_limit / GB)])
         return None if values is None else self.read_plan(values)
 
-    def least_memory(self) -> float | None:
-        """The least bytes that any plan needs, or None if no plan is legal."""
+    def leanest(self) -> Plan | None:
+        """The fastest plan of those that need the least memory, or None if no plan is legal."""
         costs = np.zeros(len(self.costs))
         for variable, coefficient in self.memory.items():
             if variable != _CONSTANT:
                 costs[variable] += coefficient
         values = self.minimize(costs, [])
-        return None if values is None else _value(self.memory, values) * GB
+        return None if values is None else self.solve(_value(self.memory, values) * GB * (1 + LEANEST_TOLERANCE))
 
     def minimize(self, costs: np.ndarray, more_rows: list) -> np.ndarray | None:
         rows = [
@@ -521,7 +530,14 @@ class _Program:
             constraints=constraints,
             options=options,
         )
-        return result.x
+        return None if result.x is None else self.tightened(result.x)
+
+    def tightened(self, values: np.ndarray) -> np.ndarray:
+        """A solution without what the solver's tolerances leave: integers round, maxima no larger than they must be."""
+        values = np.where(self.integer, np.round(values), values)
+        for variable, expressions in self.maxima.items():  # inner ones first, as they were made
+            values[variable] = max(0.0, *(_value(expression, values) for expression in expressions))
+        return values
 
     def read_plan(self, values: np.ndarray) -> Plan:
         chosen = {op: next(p for p, x in choices if values[x] > 0.5) for op, choices in self.x.items()}
