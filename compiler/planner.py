@@ -522,7 +522,7 @@ class _Program:
         constraints = LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [up for _, _, up in rows])
         bounds = Bounds(0.0, np.array(self.upper))
         options = {"mip_rel_gap": 1e-4, "time_limit": 60}
-        scale = 1 / max(costs.max(), 1e-30)  # HiGHS's tolerances are absolute
+        scale = 1e4 / max(costs.max(), 1e-30)  # HiGHS's tolerances are absolute, its gap of 1e-6 too
         result = milp(
             costs * scale,
             integrality=np.array(self.integer, int),
