@@ -103,7 +103,7 @@ def test_ranks_that_could_share_no_work_are_refused_with_what_would_work(job, tm
 
 def test_a_plan_that_can_not_fit_is_refused_with_what_is_missing(job, tmp_path):
     ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 64, "compiled_dir": tmp_path}
-    sentence = r"--gpu_mem_constraint 0.001: the leanest plan needs 0\.0 GB a GPU; raise it by 0\.0"
+    sentence = r"--gpu_mem_constraint 0.001: the leanest plan needs 0\.1 GB a GPU; raise it by 0\.1"
     refused(job, sentence, gpu_mem_constraint=0.001, **ask)
     refused(job, "--hardware abacus: it is neither a profile's file nor one of a100", hardware="abacus", **ask)
     refused(job, "--plan nowhere: it is no plan.json that compile wrote", plan="nowhere", **ask)
