@@ -35,6 +35,7 @@ try:  # PyPI's `apex` is another project: only NVIDIA's has this module
 except Exception:  # that other project raises all sorts of things when imported
     apex_rms_norm = None
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # of compute, by --precision
 IGNORE_INDEX = -100  # a label that does not count
 ATTN_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 QUERY_BLOCK = 1024  # rows of scores held at a time where no fused kernel does the job
@@ -396,6 +397,16 @@ def _head_operators(model: nn.Module) -> list[tuple[str, float | None]]:
     finally:
         del decoder.forward
     return ops
+
+
+def forward_flops(config, n_parameters: int, sequence_length: int) -> tuple[float, float]:
+    """FLOPs of one row's forward pass: with attention counted whole, and by half as causal attention needs.
+
+    The first is the reference's count, 2 * (parameters * l + 2 * layers * hidden * l ** 2); a step is three times that.
+    """
+    dense = 2.0 * n_parameters * sequence_length
+    attention = 4.0 * config.num_hidden_layers * config.hidden_size * sequence_length**2
+    return dense + attention, dense + attention / 2
 
 
 # --- weights -------------------------------------------------------------------------------------------------------

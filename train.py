@@ -3,15 +3,14 @@
     python train.py --run_mode compile --model_id MODEL --dataset_path ROWS --plan_ngpus 1 --runtime_ngpus 8
     torchrun --nproc_per_node=8 train.py --model_id MODEL --dataset_path ROWS --plan_ngpus 1 --runtime_ngpus 8
 
-Compile needs no GPU and reads no weights. Run compiles too, unless the compiled folder is up to date.
+Two engines do the job: torch_engine.py, built in, on stock PyTorch, which compiles with no GPU and no weights; and
+nnscaler_engine.py, on upstream nnScaler. Run compiles too, unless what is compiled is up to date.
 """
 
 import argparse
-import dataclasses
-import hashlib
-import json
+import importlib
+import importlib.util
 import os
-import time
 from pathlib import Path
 
 import torch
@@ -19,16 +18,18 @@ import transformers
 
 import model
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from compiler import codegen, hardware, partition, planner, report
-from compiler.annotation import REGISTERED_OPS, register_op
-from compiler.trace import trace
+from compiler import hardware
+from compiler.annotation import register_op
 from errors import UserError, run_script
-from files import whole_folder
-from runtime import checkpoint, data, parallel
-from runtime.metrics import FlopCount
-from runtime.trainer import Resume, TrainSettings, train
+from runtime import data
+from runtime.trainer import TrainSettings
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NNSCALER_NEWEST_TORCH = (2, 6)
+# What only one engine has a meaning for.
+ENGINE_OPTIONS = {
+    "torch": ("hardware", "plan"),
+    "nnscaler": ("pas_policy", "pipeline_pivots", "pipeline_nstages", "trace_strategy"),
+}
 
 register_op("b l d^, n^ d^, b l -> b l")(chunk_linear_cross_entropy)
 
@@ -37,6 +38,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     add = parser.add_argument
     add("--run_mode", choices=("compile", "run"), default="run", help="compile: write the plan's code and stop")
+    add("--engine", choices=("auto", *ENGINE_OPTIONS), default="auto", help="auto: nnscaler where it works, else torch")
     add("--model_id", required=True, help="a Hugging Face model: a name on the hub, or a folder")
     add("--dataset_path", help="rows of tokens that bookcorpus.py wrote")
     add("--sequence_length", type=int, help="tokens a row; stands in for --dataset_path in compile")
@@ -54,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--plan", help="the plan.json whose partitions to take, at this sequence length")
     add("--random_init", action="store_true", help="start from seeded random weights, not from the model's")
-    add("--precision", choices=DTYPES, default="bf16", help="of compute; masters, optimizer and sums are float32")
+    add("--precision", choices=model.DTYPES, default="bf16", help="of compute; masters, optimizer and sums are float32")
     add("--attn_implementation", choices=model.ATTN_IMPLEMENTATIONS, default="auto", help="force one kernel")
     add("--learning_rate", type=float, default=2e-5)
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant", help="after the warm-up")
@@ -66,6 +68,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max_train_steps", type=int, help="stop here even if epochs are left")
     add("--checkpoint_interval", type=int, default=1000, help="steps between checkpoints; the last step has one anyway")
     add("--seed", type=int, default=0, help="of the order of the rows, of dropout and of --random_init")
+    only = parser.add_argument_group("of nnScaler alone").add_argument
+    only("--pas_policy", choices=("autodist", "tp", "dp", "hybrid"), help="what partitions (default: autodist)")
+    only("--pipeline_pivots", help="class names, by commas, that pipeline stages may begin at")
+    only("--pipeline_nstages", help="pipeline stages, or 'auto' (default: 1)")
+    only("--trace_strategy", help="how the tracer runs the model (default: reuse_cache)")
     return parser.parse_args(argv)
 
 
@@ -73,17 +80,21 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     args = parse_args(argv)
     check_args(args)
+    name, reason = choose_engine(args.engine)
+    check_engine_options(args, name)
     config = model.load_config(args.model_id)
     dataset = data.open_dataset(args.dataset_path) if args.dataset_path else None
     sequence_length = choose_sequence_length(args, dataset)
     check_vocabulary(args, config)
+    if args.name is None:
+        args.name = f"{Path(args.model_id).name}-{sequence_length}-{args.plan_ngpus}of{args.runtime_ngpus}"
+    if os.environ.get("RANK", "0") == "0":
+        print(f"engine: {name}, {reason}", flush=True)
+    engine = importlib.import_module(f"{name}_engine")
     if args.run_mode == "compile":
-        compile_plan(args, config, sequence_length)
+        engine.compile_plan(args, config, sequence_length)
     else:
-        run(args, config, dataset, sequence_length)
-
-
-# --- what was asked ------------------------------------------------------------------------------------------------
+        engine.run(args, config, dataset, train_settings(args, config, sequence_length))
 
 
 def check_args(args: argparse.Namespace) -> None:
@@ -113,6 +124,44 @@ def check_args(args: argparse.Namespace) -> None:
             f"--runtime_ngpus {args.runtime_ngpus}: there are {world_size} processes; start with "
             f"torchrun --nproc_per_node={args.runtime_ngpus} train.py ..."
         )
+
+
+def choose_engine(asked: str) -> tuple[str, str]:
+    """The engine, 'torch' or 'nnscaler', and why it is that one.
+
+    Raises:
+        UserError: nnScaler is asked for, and is not here or does not work with the PyTorch that is.
+    """
+    if asked == "torch":
+        return asked, "as asked"
+    problem = None
+    if importlib.util.find_spec("nnscaler") is None:
+        problem = "nnscaler is not installed"
+    elif tuple(int(part) for part in torch.__version__.split(".")[:2]) > NNSCALER_NEWEST_TORCH:
+        newest = ".".join(map(str, NNSCALER_NEWEST_TORCH))
+        problem = f"nnscaler works with PyTorch up to {newest} and here is {torch.__version__}"
+    if asked == "nnscaler":
+        if problem:
+            raise UserError(
+                f"--engine nnscaler: {problem}; see requirements-nnscaler.txt for what it needs, or choose torch"
+            )
+        return asked, "as asked"
+    if problem is None and not torch.cuda.is_available():
+        problem = "nnscaler needs a GPU and there is none"
+    return (
+        ("torch", f"since {problem}") if problem else ("nnscaler", "since it is installed and works with this PyTorch")
+    )
+
+
+def check_engine_options(args: argparse.Namespace, engine: str) -> None:
+    """Raises a UserError for an option that means nothing to the engine."""
+    for other, options in ENGINE_OPTIONS.items():
+        given = [option for option in options if getattr(args, option) is not None]
+        if other != engine and given:
+            raise UserError(
+                f"--{given[0]} {getattr(args, given[0])}: it means nothing to the {engine} engine; leave it out, or "
+                f"choose --engine {other}"
+            )
 
 
 def choose_sequence_length(args: argparse.Namespace, dataset) -> int:
@@ -146,166 +195,7 @@ def check_vocabulary(args: argparse.Namespace, config) -> None:
         )
 
 
-# --- compile -------------------------------------------------------------------------------------------------------
-
-
-def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> Path:
-    """Writes the compiled folder (gencode.py, plan.json, report.md) unless an equal one is there; returns it."""
-    inputs = plan_inputs(args, config, sequence_length)
-    fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-    default_name = f"{Path(args.model_id).name}-{sequence_length}-{args.plan_ngpus}of{args.runtime_ngpus}"
-    folder = Path(args.compiled_dir) / (args.name or default_name)
-    rank_zero = os.environ.get("RANK", "0") == "0"
-    if fingerprint_of(folder) == fingerprint:
-        if rank_zero:
-            print(f"compile: {folder} is up to date, reusing it", flush=True)
-        return folder
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # one rank a node compiles, the others wait for its folder
-        while fingerprint_of(folder) != fingerprint:
-            time.sleep(0.2)
-        return folder
-
-    started = time.perf_counter()
-    wrapped = model.build_model(config, DTYPES[args.precision], args.attn_implementation)
-    sample = {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    graph = trace(wrapped, sample)
-    traced = time.perf_counter()
-    setting = plan_setting(args, graph)
-    fixed = planner.fix(graph, inputs["plan"], f"--plan {args.plan}") if args.plan else None
-    plan = planner.make_plan(graph, setting, fixed)
-    local = partition.localize(graph, plan.assignment)
-    predicted = report.plan_facts(graph, plan, setting, config.hidden_size, sequence_length)
-    facts = {**inputs, "fingerprint": fingerprint, **plan_facts(graph, plan, predicted)}
-    title = f"{graph.class_name} at {sequence_length:,} tokens on {args.plan_ngpus} rank(s), {args.precision}."
-    with whole_folder(folder) as aside:
-        (aside / "gencode.py").write_text(codegen.generate(local, plan, title))
-        (aside / "plan.json").write_text(json.dumps(facts, indent=1) + "\n")
-        (aside / "report.md").write_text(report.report(graph, plan, setting, predicted, sequence_length))
-    if rank_zero:
-        print(
-            f"compile: {graph.class_name} at {sequence_length:,} tokens for {setting.hardware.name}: "
-            f"traced in {traced - started:.1f} s, planned and written in {time.perf_counter() - traced:.1f} s"
-        )
-        for line in report.summary(graph, plan, setting, predicted, sequence_length):
-            print(f"  {line}")
-        print(f"compile: wrote {folder}/gencode.py, plan.json, report.md", flush=True)
-    return folder
-
-
-def plan_setting(args: argparse.Namespace, graph) -> planner.Setting:
-    """What the plan is for.
-
-    Raises:
-        UserError: --recompute_modules names no layer class of the model.
-    """
-    modules = None
-    if args.recompute_modules is not None:
-        modules = tuple(name for name in args.recompute_modules.split(",") if name)
-        known = {kind.class_name.rstrip("0123456789") for kind in graph.kinds}
-        if unknown := set(modules) - known:
-            raise UserError(
-                f"--recompute_modules {args.recompute_modules}: {sorted(unknown)[0]} is no layer of "
-                f"{graph.class_name}; its layers are {', '.join(sorted(known))}"
-            )
-    device = hardware.load(args.hardware)
-    return planner.Setting(args.plan_ngpus, args.runtime_ngpus, device, args.gpu_mem_constraint * 1e9, modules)
-
-
-def read_plan(path: str) -> dict:
-    """The decisions in a plan.json.
-
-    Raises:
-        UserError: it is none.
-    """
-    try:
-        return json.loads(Path(path).read_text())["decisions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--plan {path}: it is no plan.json that compile wrote") from error
-
-
-def plan_inputs(args: argparse.Namespace, config, sequence_length: int) -> dict:
-    """All that the plan depends on: compiled folders with equal ones are the same."""
-    sources = sorted([*Path(planner.__file__).parent.glob("*.py"), Path(model.__file__)])
-    return {
-        "config": json.loads(config.to_json_string()),
-        "sequence_length": sequence_length,
-        "plan_ngpus": args.plan_ngpus,
-        "runtime_ngpus": args.runtime_ngpus,
-        "precision": args.precision,
-        "attn_implementation": args.attn_implementation,
-        "hardware": dataclasses.asdict(hardware.load(args.hardware)),
-        "gpu_mem_constraint": args.gpu_mem_constraint,
-        "recompute_modules": args.recompute_modules,
-        "plan": read_plan(args.plan) if args.plan else None,
-        "annotations": {op.name: str(op.annotation) for op in REGISTERED_OPS.values()},
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-        "compiler": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest(),
-    }
-
-
-def plan_facts(graph, plan: planner.Plan, predicted: report.Facts) -> dict:
-    """What run needs to know of a plan, and what is predicted of it."""
-    return {
-        "class_name": graph.class_name,
-        "layers_path": graph.layers_path,
-        "recompute": plan.recompute,
-        "resident": graph.named(plan.assignment.resident),
-        "decisions": planner.describe(graph, plan),
-        "parameters": {name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
-        "predicted": dataclasses.asdict(predicted),
-    }
-
-
-def fingerprint_of(folder: Path) -> str | None:
-    """The fingerprint of a compiled folder; None where there is none."""
-    try:
-        return json.loads((folder / "plan.json").read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError):
-        return None
-
-
-# --- run -----------------------------------------------------------------------------------------------------------
-
-
-def run(args: argparse.Namespace, config, dataset, sequence_length: int) -> None:
-    """Trains: checks first all that can be checked without a process group, then joins the ranks."""
-    resume = find_resume(args, len(dataset))
-    weights = None if args.random_init or resume else model.find_weights(args.model_id)
-    folder = compile_plan(args, config, sequence_length)
-    plan = json.loads((folder / "plan.json").read_text())
-    if resume:
-        checkpoint.check_same_model(resume.state, plan["parameters"], resume.option, resume.path)
-    elif weights:
-        model.check_weights(args.model_id, weights, plan["parameters"])
-    with parallel.process_group() as device:
-        module = parallel.load_generated(folder, plan["class_name"])
-        parts = (plan["layers_path"], device, DTYPES[args.precision], args.plan_ngpus, plan["resident"])
-        sharded = parallel.parallelize(module, *parts)
-        if resume is None and args.random_init:
-            parallel.load_tensors(sharded, model.random_weights(config, args.seed))
-        elif resume is None:
-            parallel.load_safetensors(sharded, weights)
-        settings = train_settings(args, config, sequence_length, plan, folder.name, device)
-        announce(args, resume, settings, len(dataset))
-        train(sharded, dataset, settings, device, resume, lambda path: model.save_hf_files(args.model_id, config, path))
-
-
-def find_resume(args: argparse.Namespace, n_rows: int) -> Resume | None:
-    """What to resume from, known to be whole and of these rows; None to start from the model's weights."""
-    path = checkpoint.find(Path(args.checkpoint_dir), args.resume_path)
-    if path is None:
-        return None
-    option = "--resume_path" if args.resume_path else "--checkpoint_dir"
-    state = checkpoint.read_state(path, option)
-    checkpoint.check_same_order(state, args.seed, n_rows, option, path)
-    return Resume(path, state, option)
-
-
-def train_settings(
-    args: argparse.Namespace, config, sequence_length: int, plan: dict, name: str, device: torch.device
-) -> TrainSettings:
-    known = hardware.identify(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    flops = plan["predicted"]
+def train_settings(args: argparse.Namespace, config, sequence_length: int) -> TrainSettings:
     return TrainSettings(
         sequence_length=sequence_length,
         vocab_size=config.vocab_size,
@@ -320,23 +210,7 @@ def train_settings(
         checkpoint_interval=args.checkpoint_interval,
         seed=args.seed,
         checkpoint_dir=Path(args.checkpoint_dir),
-        log_dir=Path(args.log_dir) / name,
-        flops=FlopCount(
-            flops["forward_flops"], flops["forward_flops_causal"], known and known.peak_rate(DTYPES[args.precision])
-        ),
-    )
-
-
-def announce(args: argparse.Namespace, resume: Resume | None, settings: TrainSettings, n_rows: int) -> None:
-    if os.environ.get("RANK", "0") != "0":
-        return
-    start = f"random weights, seed {args.seed}" if args.random_init else f"the weights of {args.model_id}"
-    if resume:
-        start = f"{resume.path}, after step {resume.state.position.step}"
-    print(
-        f"run: {args.runtime_ngpus} rank(s), {n_rows:,} rows of {settings.sequence_length:,} tokens, from {start}\n"
-        f"run: logs in {settings.log_dir} (metrics.jsonl, TensorBoard), checkpoints in {settings.checkpoint_dir}",
-        flush=True,
+        log_dir=Path(args.log_dir) / args.name,
     )
 
 

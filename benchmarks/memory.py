@@ -117,11 +117,13 @@ def compile_again(compiled: Path, folder: Path) -> Compiled:
 
 def compile_plan(argv: list[str], sequence_length: int) -> Compiled:
     """What train.py --run_mode compile does with these arguments."""
-    args = train.parse_args(["--run_mode", "compile", *argv])
+    argv = ["--run_mode", "compile", "--engine", "torch", "--sequence_length", str(sequence_length), *argv]
+    args = train.parse_args(argv)
+    name = f"{sequence_length}-{args.plan_ngpus}of{args.runtime_ngpus}"
     with mock.patch.object(codegen, "generate", wraps=codegen.generate) as generate:
-        folder = train.compile_plan(args, model.load_config(args.model_id), sequence_length)
+        train.main([*argv, "--name", name])
     graph, plan, _ = generate.call_args.args
-    return Compiled(folder, graph, plan)
+    return Compiled(Path(args.compiled_dir) / name, graph, plan)
 
 
 def predict(compiled: Compiled, facts: dict) -> memory.MemoryPrediction:
@@ -162,7 +164,7 @@ def count(compiled: Path, facts: dict) -> dict[_FSDPRefType, int]:
         module = parallel.load_generated(compiled, facts["class_name"])
         stack.enter_context(_gpu_kernels(module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        dtype = train.DTYPES[facts["precision"]]
+        dtype = model.DTYPES[facts["precision"]]
         parts = (facts["layers_path"], CPU, dtype, facts["plan_ngpus"], facts["resident"])
         sharded = parallel.parallelize(module, *parts)
         optimizer = trainer.make_optimizer(sharded, _Rates(), CPU)

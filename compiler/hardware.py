@@ -140,6 +140,12 @@ def identify(device_name: str) -> Hardware | None:
     return next((HARDWARE[word] for word in words if word in HARDWARE), None)
 
 
+def peak_rate_here(dtype: torch.dtype) -> float | None:
+    """FLOP/s that the GPU that is here is specified for; None where there is none, or it is not in the table."""
+    here = identify(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+    return here and here.peak_rate(dtype)
+
+
 def load(name_or_path: str | None) -> Hardware:
     """The hardware of a table's name or a measured profile's file; of None, the GPU that is here, else the H100.
 

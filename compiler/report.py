@@ -51,21 +51,11 @@ class Facts:
     memory: MemoryPrediction
 
 
-def plan_facts(graph: Graph, plan: Plan, setting: Setting, hidden_size: int, sequence_length: int) -> Facts:
-    n_parameters = sum(prod(t.shape) for t in graph.all_parameters().values())
-    whole, causal = forward_flops(n_parameters, len(graph.layer_calls), hidden_size, sequence_length)
+def plan_facts(
+    graph: Graph, plan: Plan, setting: Setting, n_parameters: int, forward_flops: tuple[float, float]
+) -> Facts:
     memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
-    return Facts(n_parameters, whole, causal, step_time(graph, plan, setting), memory)
-
-
-def forward_flops(n_parameters: int, n_layers: int, hidden_size: int, sequence_length: int) -> tuple[float, float]:
-    """FLOPs of one row's forward pass: with attention counted whole, and by half as causal attention needs.
-
-    The first is the reference's count, 2 * (parameters * l + 2 * layers * hidden * l ** 2); a step is three times that.
-    """
-    dense = 2.0 * n_parameters * sequence_length
-    attention = 4.0 * n_layers * hidden_size * sequence_length**2
-    return dense + attention, dense + attention / 2
+    return Facts(n_parameters, *forward_flops, step_time(graph, plan, setting), memory)
 
 
 def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:

@@ -1,6 +1,8 @@
 """The training loop: AdamW on float32 masters under FSDP2, gradients averaged over the tokens that count."""
 
+import argparse
 import math
+import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -39,7 +41,6 @@ class TrainSettings:
     seed: int
     checkpoint_dir: Path
     log_dir: Path
-    flops: FlopCount
 
 
 @dataclass(frozen=True)
@@ -51,10 +52,24 @@ class Resume:
     option: str
 
 
+def announce(args: argparse.Namespace, settings: TrainSettings, n_rows: int, resume: Resume | None) -> None:
+    if os.environ.get("RANK", "0") != "0":
+        return
+    start = f"random weights, seed {args.seed}" if args.random_init else f"the weights of {args.model_id}"
+    if resume:
+        start = f"{resume.path}, after step {resume.state.position.step}"
+    print(
+        f"run: {args.runtime_ngpus} rank(s), {n_rows:,} rows of {settings.sequence_length:,} tokens, from {start}\n"
+        f"run: logs in {settings.log_dir} (metrics.jsonl, TensorBoard), checkpoints in {settings.checkpoint_dir}",
+        flush=True,
+    )
+
+
 def train(
     model: ParallelModel,
     dataset: Any,
     settings: TrainSettings,
+    flops: FlopCount,
     device: torch.device,
     resume: Resume | None,
     save_hf_files: Callable[[Path], None],
@@ -100,7 +115,7 @@ def train(
                         sequence_length=settings.sequence_length,
                         seconds=seconds,
                         world_size=world_size,
-                        flops=settings.flops,
+                        flops=flops,
                     )
                 )
             if position.step % settings.checkpoint_interval == 0 or position.step == total_steps:
@@ -137,12 +152,7 @@ def train_step(
     loss_sum, n_tokens = loss_and_tokens.tolist()
 
     grad_norm = total_norm(model) / n_tokens
-    if not (math.isfinite(loss_sum) and math.isfinite(grad_norm)):
-        raise UserError(
-            f"step {step}: the loss ({loss_sum / n_tokens:g}) or the gradient norm ({grad_norm:g}) is not finite, on "
-            f"rows {', '.join(map(str, rows))} of the dataset; the last checkpoint is kept: look at these rows, or "
-            "resume from it with a lower --learning_rate"
-        )
+    check_finite(step, rows, loss_sum / n_tokens, grad_norm)
     clip = min(1.0, settings.max_grad_norm / (grad_norm + 1e-6))
     gradients = [p.grad for p in model.module.parameters() if p.grad is not None]
     local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
@@ -152,6 +162,16 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad()
     return loss_sum / n_tokens, grad_norm
+
+
+def check_finite(step: int, rows: list[int], loss: float, grad_norm: float) -> None:
+    """Raises a UserError that names the step and its rows if the loss or the gradient norm is not finite."""
+    if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        raise UserError(
+            f"step {step}: the loss ({loss:g}) or the gradient norm ({grad_norm:g}) is not finite, on "
+            f"rows {', '.join(map(str, rows))} of the dataset; the last checkpoint is kept: look at these rows, or "
+            "resume from it with a lower --learning_rate"
+        )
 
 
 def total_norm(model: ParallelModel) -> float:

@@ -29,9 +29,14 @@ def compile_small(folder: Path, family: str, **changes) -> tuple[Path, object]:
     """Saves a reference model in `folder` and compiles it in float32; returns the compiled folder and the model."""
     reference = reference_model(small_config(family, **changes))
     reference.save_pretrained(folder / family)
-    args = ["--run_mode", "compile", "--model_id", str(folder / family), "--precision", "fp32"]
-    args = train.parse_args([*args, "--compiled_dir", str(folder / "compiled"), "--runtime_ngpus", "1"])
-    return train.compile_plan(args, model.load_config(args.model_id), LENGTH), reference
+    return compile_folder(folder / family, folder / "compiled", "--precision", "fp32"), reference
+
+
+def compile_folder(model_id: Path, compiled_dir: Path, *more: str) -> Path:
+    """What `train.py --run_mode compile` makes of a model's folder."""
+    paths = ["--model_id", str(model_id), "--compiled_dir", str(compiled_dir), "--name", model_id.name]
+    train.main(["--run_mode", "compile", "--engine", "torch", *paths, "--sequence_length", str(LENGTH), *more])
+    return compiled_dir / model_id.name
 
 
 def load_plan(compiled: Path) -> dict:
@@ -116,9 +121,7 @@ def test_parameters_keep_their_hugging_face_names(tmp_path):
 def test_compiling_reads_no_weights(tmp_path):
     reference = reference_model(small_config("llama"))
     reference.config.save_pretrained(tmp_path / "config_only")
-    args = train.parse_args(["--model_id", str(tmp_path / "config_only"), "--compiled_dir", str(tmp_path / "out")])
-    args.runtime_ngpus = 1
-    compiled = train.compile_plan(args, model.load_config(args.model_id), LENGTH)
+    compiled = compile_folder(tmp_path / "config_only", tmp_path / "out")
     assert {file.name for file in compiled.iterdir()} == {"gencode.py", "plan.json", "report.md"}
 
 
