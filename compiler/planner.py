@@ -432,9 +432,11 @@ class _Program:
         dtype = next((t.dtype for t in scope.owner.parameters.values()), None)
         if total and self.setting.runtime_ngpus > 1:
             seconds = fsdp_seconds(total, dtype, self.setting.runtime_ngpus, self.setting.hardware)
-            traffic = _scaled(sharded, scope.times * (seconds.forward + seconds.backward) / total)
-            exposed = self.largest(_sum(traffic, _scaled(scope.compute, -1)))
-            self.costs[exposed] = 1.0
+            whole = scope.times * (seconds.forward + seconds.backward)
+            # As a share of the whole traffic: the solver's tolerance of 1e-6 would be a microsecond otherwise.
+            traffic = _scaled(sharded, 1 / total)
+            exposed = self.largest(_sum(traffic, _scaled(scope.compute, -1 / whole)))
+            self.costs[exposed] = whole
         itemsize = dtype.itemsize if dtype else 0
         # The layer at work and the one prefetched; its gradients, and what reduces them in float32.
         gathered = 3 * itemsize + 4 if isinstance(scope.owner, LayerKind) else 2 * itemsize + 4
