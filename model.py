@@ -447,6 +447,17 @@ def _download(model_id: str) -> Path:
         raise UserError(f"--model_id {model_id}: its weights can't be downloaded: {one_line(error)}") from error
 
 
+def read_weights(model_id: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every stored tensor by name, one file open at a time."""
+    from safetensors import safe_open
+
+    files = find_weights(model_id)
+    for file in sorted(set(files.values())):
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield name, tensors.get_tensor(name)
+
+
 def check_weights(model_id: str, files: dict[str, Path], parameters: dict[str, list[int]]) -> None:
     """Raises a UserError unless the files have every parameter, in its shape."""
     from safetensors import safe_open

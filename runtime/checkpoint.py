@@ -4,6 +4,10 @@ A checkpoint is a folder `checkpoints/<epoch>-<step>` of one `.distcp` file a ra
 `checkpoint.json` (what it is of, how far training had come, and the size of every file) and `hf/` (configuration and
 tokenizer). `checkpoints/last` links to the newest. Its tensors have flat names: `model/<parameter>`,
 `optimizer/<parameter>/exp_avg`, `random/<rank>/cpu`.
+
+A merged file is one for torch.load: {'model': {parameter: tensor}, 'optimizer': {'<parameter>/exp_avg': tensor},
+'state': what checkpoint.json holds, as JSON, 'hf': {file name: bytes, uint8}}. nnScaler's checkpoints, a
+`<rank>.ckpt` a rank, and its merged files have the last two beside their own entries, and are read here too.
 """
 
 import json
@@ -15,6 +19,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -34,7 +39,10 @@ from runtime.parallel import ParallelModel, load_slice
 FORMAT = 1
 LAST = "last"
 STATE = "checkpoint.json"
-MERGED_STATE = "state"  # the merged file's entry that holds what checkpoint.json holds
+NNSCALER_SHARD = "0.ckpt"  # of rank 0, in a checkpoint of nnScaler's
+MARKS = {"torch": STATE, "nnscaler": NNSCALER_SHARD}  # the file by which to know an engine's checkpoint
+NNSCALER_PREFIX = "loss.model."  # of a parameter's name there, before the name that Hugging Face gives it
+STATE_ENTRY, HF_ENTRY = "state", "hf"  # of a merged file
 
 
 @dataclass(frozen=True)
@@ -121,42 +129,56 @@ def _point_last(checkpoint_dir: Path, name: str) -> None:
 # --- finding and checking ------------------------------------------------------------------------------------------
 
 
-def find(checkpoint_dir: Path, resume_path: str | None) -> Path | None:
+def find(checkpoint_dir: Path, resume_path: str | None, engine: str = "torch") -> Path | None:
     """What to resume from: `resume_path` (a checkpoint, a folder of checkpoints or a merged file), else the last.
 
     None where there is no checkpoint yet.
 
     Raises:
-        UserError: `resume_path` is no such thing.
+        UserError: `resume_path` is no such thing, or the checkpoint is another engine's and not merged.
     """
-    if resume_path is None:
-        return _checkpoint_in(checkpoint_dir)
-    path = Path(resume_path)
-    if path.is_file():
+    path = Path(resume_path or checkpoint_dir)
+    option = "--resume_path" if resume_path else "--checkpoint_dir"
+    if resume_path and path.is_file():
         return path
-    if (found := _checkpoint_in(path)) is None:
+    if found := _checkpoint_in(path, engine):
+        return found
+    for other in MARKS:
+        if _checkpoint_in(path, other):
+            raise UserError(
+                f"{option} {path}: its checkpoint is the {other} engine's; choose --engine {other}, or merge it with "
+                "ckpt_merger.py and name the merged file with --resume_path"
+            )
+    if resume_path:
         what = "it has no checkpoint in it" if path.is_dir() else "there is no such file or folder"
         raise UserError(f"--resume_path {resume_path}: {what}; name a checkpoint folder or a merged file")
-    return found
+    return None
 
 
-def find_shards(ckpt_dir: Path) -> Path:
-    """The checkpoint that --ckpt_dir names: itself, or the last in it.
+def find_stored(ckpt_dir: Path) -> Path:
+    """What --ckpt_dir names: a merged file, a checkpoint of either engine, or the last one in a folder of them.
 
     Raises:
         UserError: there is none.
     """
-    if (found := _checkpoint_in(ckpt_dir)) is None:
+    found = [ckpt_dir] if ckpt_dir.is_file() else [_checkpoint_in(ckpt_dir, engine) for engine in MARKS]
+    if not any(found):
         what = "it has no checkpoint in it" if ckpt_dir.is_dir() else "there is no such folder"
         raise UserError(f"--ckpt_dir {ckpt_dir}: {what}; name the --checkpoint_dir that train.py wrote to")
-    return found
+    return next(path for path in found if path)
 
 
-def _checkpoint_in(folder: Path) -> Path | None:
-    """`folder` itself if it is a checkpoint, else the last one in it, if any."""
-    if (folder / STATE).is_file():
+def is_nnscalers(path: Path) -> bool:
+    """Whether a checkpoint folder is nnScaler's."""
+    return (path / NNSCALER_SHARD).is_file()
+
+
+def _checkpoint_in(folder: Path, engine: str) -> Path | None:
+    """`folder` itself if it is a checkpoint of the engine's, else the last one in it, if any."""
+    mark = MARKS[engine]
+    if (folder / mark).is_file():
         return folder
-    return (folder / LAST).resolve() if (folder / LAST / STATE).is_file() else None
+    return (folder / LAST / mark).resolve().parent if (folder / LAST / mark).is_file() else None
 
 
 def read_state(path: Path, option: str) -> State:
@@ -166,8 +188,9 @@ def read_state(path: Path, option: str) -> State:
         UserError: it is none, or files of it are missing or cut short.
     """
     if path.is_file():
-        merged = _open_merged(path, option)
-        return State.from_json(json.loads(merged[MERGED_STATE]))
+        return State.from_json(json.loads(_open_merged(path, option)[STATE_ENTRY]))
+    if is_nnscalers(path):
+        return State.from_json(json.loads(_torch_load(path / NNSCALER_SHARD, option)[STATE_ENTRY]))
     manifest = json.loads((path / STATE).read_text())
     for name, facts in manifest["files"].items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
@@ -204,15 +227,39 @@ def check_same_order(state: State, seed: int, n_rows: int, option: str, path: Pa
 
 
 def _open_merged(path: Path, option: str) -> dict[str, Any]:
-    """A merged file's entries, its tensors mapped, not read."""
+    """A merged file's entries, whichever engine's, its tensors mapped, not read."""
+    return normalized(_torch_load(path, option))
+
+
+def _torch_load(path: Path, option: str) -> dict[str, Any]:
     try:
-        merged = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if MERGED_STATE in merged:
-            return merged
+        with torch.serialization.safe_globals([slice]):  # nnScaler's shards say which slices they are
+            entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+        if STATE_ENTRY in entries:
+            return entries
         reason = "it holds something else"
     except Exception as error:  # whatever a foreign or damaged file makes torch raise
         reason = one_line(error)
     raise UserError(f"{option} {path}: it is no merged checkpoint ({reason}); make one with ckpt_merger.py")
+
+
+def normalized(merged: dict[str, Any]) -> dict[str, Any]:
+    """A merged file's entries in the form of the built-in engine's.
+
+    nnScaler numbers the optimizer's entries in the order of the parameters, keeps the float32 masters among them, and
+    lists what else ranks saved by rank.
+    """
+    if not isinstance(merged[STATE_ENTRY], list):
+        return merged
+    state = merged[STATE_ENTRY][0]
+    optimizer = {}
+    for number, name in enumerate(json.loads(state)["parameters"]):
+        optimizer |= {f"{name}/{key}": value for key, value in merged["optimizer"]["state"][number].items()}
+    weights = {}
+    for stored, tensor in merged["model"].items():
+        name = stored.removeprefix(NNSCALER_PREFIX)
+        weights[name] = optimizer.pop(f"{name}/fp32_params", tensor)
+    return {"model": weights, "optimizer": optimizer, STATE_ENTRY: state, HF_ENTRY: merged[HF_ENTRY][0]}
 
 
 # --- loading -------------------------------------------------------------------------------------------------------
@@ -243,7 +290,7 @@ def _read_shards(path: Path, tensors: dict[str, torch.Tensor], no_dist: bool = F
 
 
 def merge(path: Path, output: Path) -> None:
-    """A checkpoint's shards -> one file for torch.load: {'model': {name: tensor}, 'optimizer': {...}, 'state': json}.
+    """A checkpoint's shards -> one file for torch.load.
 
     Memory stays bounded, however large the model: the file is laid out with room for every tensor, then mapped, and
     the shards are read into the map.
@@ -251,36 +298,70 @@ def merge(path: Path, output: Path) -> None:
     state = read_state(path, "--ckpt_dir")
     with whole_file(output) as aside:
         with FakeTensorMode():
-            entries = {"model": {}, "optimizer": {}, MERGED_STATE: json.dumps(state.to_json())}
+            hf = {name: torch.empty(len(content), dtype=torch.uint8) for name, content in _hf_bytes(path / "hf")}
+            entries = {"model": {}, "optimizer": {}, STATE_ENTRY: json.dumps(state.to_json()), HF_ENTRY: hf}
             for kind, name, size, dtype in _stored_tensors(path, ("model", "optimizer")):
                 entries[kind][name] = torch.empty(size, dtype=dtype)
         with _layout_only():
             torch.save(entries, aside)
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(aside, mmap=True, weights_only=True)
+        for name, content in _hf_bytes(path / "hf"):
+            mapped[HF_ENTRY][name].copy_(_as_tensor(content))
         for kind in ("model", "optimizer"):
             for name, tensor in tqdm(mapped[kind].items(), desc=f"merging {kind}", unit="tensor"):
                 _read_shards(path, {f"{kind}/{name}": tensor}, no_dist=True)
 
 
-def export_hf(path: Path, hf_dir: Path) -> None:
-    """A checkpoint's weights -> a folder for AutoModelForCausalLM.from_pretrained, in the dtype of its configuration.
+def hf_entry(save_hf_files: Callable[[Path], None]) -> dict[str, torch.Tensor]:
+    """A merged file's 'hf' entry: the files that `save_hf_files` writes to a folder."""
+    with TemporaryDirectory() as folder:
+        save_hf_files(Path(folder))
+        return {name: _as_tensor(content) for name, content in _hf_bytes(Path(folder))}
 
-    One safetensors file is in memory at a time.
+
+def _hf_bytes(folder: Path) -> Iterator[tuple[str, bytes]]:
+    """The files of a folder that has no subfolders; empty ones hold nothing to keep."""
+    for file in sorted(folder.iterdir()):
+        if content := file.read_bytes():
+            yield file.name, content
+
+
+def _as_tensor(content: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(content), dtype=torch.uint8)
+
+
+def export_hf(path: Path, hf_dir: Path) -> None:
+    """The weights of a checkpoint or merged file -> a folder for AutoModelForCausalLM.from_pretrained.
+
+    They are in the dtype of its configuration. One safetensors file is in memory at a time.
     """
-    dtype = getattr(torch, _config_dtype(path / "hf" / "config.json"))
-    shapes = {n: torch.empty(size, dtype=dtype, device="meta") for _, n, size, _ in _stored_tensors(path, ("model",))}
-    split = split_torch_state_dict_into_shards(shapes)
+    merged = _open_merged(path, "--ckpt_dir") if path.is_file() else None
     with whole_folder(hf_dir) as aside:
-        shutil.copytree(path / "hf", aside, dirs_exist_ok=True)
+        if merged is None:
+            shutil.copytree(path / "hf", aside, dirs_exist_ok=True)
+            sizes = {name: size for _, name, size, _ in _stored_tensors(path, ("model",))}
+        else:
+            for name, content in merged[HF_ENTRY].items():
+                (aside / name).write_bytes(content.numpy().tobytes())
+            sizes = {name: tensor.shape for name, tensor in merged["model"].items()}
+        dtype = getattr(torch, _config_dtype(aside / "config.json"))
+        split = split_torch_state_dict_into_shards(
+            {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
+        )
         for file, names in tqdm(split.filename_to_tensors.items(), desc="writing safetensors", unit="file"):
-            tensors = {f"model/{name}": torch.empty(shapes[name].shape, dtype=torch.float32) for name in names}
-            _read_shards(path, tensors, no_dist=True)
-            named = {name.removeprefix("model/"): tensor.to(dtype) for name, tensor in tensors.items()}
+            tensors = merged["model"] if merged else _read_weights(path, {name: sizes[name] for name in names})
+            named = {name: tensors[name].to(dtype) for name in names}
             save_file(named, aside / file, metadata={"format": "pt"})
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
+
+
+def _read_weights(path: Path, sizes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
+    tensors = {name: torch.empty(size, dtype=torch.float32) for name, size in sizes.items()}
+    _read_shards(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, no_dist=True)
+    return tensors
 
 
 def _stored_tensors(path: Path, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, torch.Size, torch.dtype]]:

@@ -80,6 +80,12 @@ def advance(position: Position, rows: list[int], n_rows: int) -> Position:
     return Position(position.step + 1, position.epoch, row)
 
 
+def position_after(step: int, n_rows: int, per_step: int) -> Position:
+    """Where training stands after so many steps that all took `per_step` rows, but the last of each epoch."""
+    epoch, steps = divmod(step, steps_per_epoch(n_rows, per_step))
+    return Position(step, epoch, steps * per_step)
+
+
 def micro_batches(rows: list[int], data_parallel: int, rank: int) -> list[int | None]:
     """The rows that data-parallel rank `rank` computes, one a micro-batch; None where the others have one and it not.
 
