@@ -242,7 +242,9 @@ def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> Ag
     sums = sum(torch.stack((loss.double(), n_tokens.double())) for _, loss, n_tokens in outputs)
     dist.all_reduce(sums, group=sync_group)
     loss_sum, n_tokens = sums.tolist()
-    return AggregatedOutputs(loss_sum, num_batches=len(outputs) * sync_group.size(), num_tokens=int(n_tokens))
+    return AggregatedOutputs(
+        loss_sum, num_batches=len(outputs) * dist.get_world_size(sync_group), num_tokens=int(n_tokens)
+    )
 
 
 # --- the training loop's callbacks ---------------------------------------------------------------------------------

@@ -1,0 +1,301 @@
+"""nnScaler as an engine: the same job, on the same rows, as the built-in engine does it.
+
+What is marked nnscaler runs the real nnScaler 0.8 in real processes, on CPUs by the stand-ins of nnscaler_on_cpu.py.
+Run this file with the Python of requirements-nnscaler.txt; the built-in engine, which needs another PyTorch, runs
+beside it with the Python of `make .venv`.
+"""
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import datasets
+import pytest
+import torch
+from families import reference_model, small_config
+from transformers import AutoModelForCausalLM
+
+import ckpt_merger
+import train
+from errors import UserError
+from runtime import checkpoint, data
+
+ROOT = Path(__file__).parent.parent
+LENGTH, ROWS, STEPS = 64, 22, 8  # of 4 rows each: an epoch is 6 steps, the last of 2 rows
+TORCH_PYTHON = ROOT / ".venv" / "bin" / "python"
+
+
+def needs_nnscaler(test):
+    here = importlib.util.find_spec("nnscaler") is not None
+    skip = pytest.mark.skipif(not here, reason="nnscaler is not installed: see requirements-nnscaler.txt")
+    return pytest.mark.nnscaler(skip(test))
+
+
+# --- which engine --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Makes this one that has nnScaler or not, a PyTorch and GPUs or none."""
+
+    def make(installed: bool, version: str, gpu: bool) -> None:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if installed else None)
+        monkeypatch.setattr(torch, "__version__", version)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("installed", "version", "gpu", "engine", "reason"),
+    [
+        (True, "2.6.0+cu124", True, "nnscaler", "it is installed and works with this PyTorch"),
+        (True, "2.6.0+cu124", False, "torch", "nnscaler needs a GPU and there is none"),
+        (True, "2.13.0", True, "torch", "nnscaler works with PyTorch up to 2.6 and here is 2.13.0"),
+        (False, "2.6.0", True, "torch", "nnscaler is not installed"),
+    ],
+)
+def test_auto_takes_nnscaler_where_it_works_and_says_why(machine, installed, version, gpu, engine, reason):
+    machine(installed, version, gpu)
+    assert train.choose_engine("auto") == (engine, f"since {reason}")
+    assert train.choose_engine("torch") == ("torch", "as asked")
+
+
+@pytest.mark.parametrize(
+    ("installed", "version", "sentence"),
+    [
+        (False, "2.6.0", "--engine nnscaler: nnscaler is not installed; see requirements-nnscaler.txt"),
+        (True, "2.13.0", "--engine nnscaler: nnscaler works with PyTorch up to 2.6 and here is 2.13.0; see"),
+    ],
+)
+def test_nnscaler_is_refused_where_it_can_not_work(machine, installed, version, sentence):
+    machine(installed, version, True)
+    with pytest.raises(UserError, match=sentence):
+        train.choose_engine("nnscaler")
+
+
+@pytest.mark.parametrize(
+    ("engine", "option"),
+    [
+        ("torch", ["--pas_policy", "tp"]),
+        ("torch", ["--pipeline_pivots", "LlamaDecoderLayer"]),
+        ("torch", ["--pipeline_nstages", "2"]),
+        ("torch", ["--trace_strategy", "cpu"]),
+        ("nnscaler", ["--hardware", "h100"]),
+        ("nnscaler", ["--plan", "plan.json"]),
+    ],
+)
+def test_an_option_that_means_nothing_to_the_engine_is_refused(engine, option):
+    other = {"torch": "nnscaler", "nnscaler": "torch"}[engine]
+    sentence = (
+        f"{option[0]} {option[1]}: it means nothing to the {engine} engine; leave it out, or choose --engine {other}"
+    )
+    with pytest.raises(UserError, match=sentence):
+        train.check_engine_options(train.parse_args(["--model_id", "any", *option]), engine)
+
+
+# --- nnScaler's files, read without it -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def nnscaler_merged(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
+    """A merged file as nnScaler writes it of two ranks in bfloat16, and the float32 masters within."""
+    model = reference_model(small_config("llama"))
+    masters = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    shapes = {name: list(tensor.shape) for name, tensor in masters.items()}
+    state = checkpoint.State(data.Position(4, 0, 16), 0, ROWS, 2, shapes)
+    moments = [
+        {"step": torch.tensor(4.0), "exp_avg": m * 2, "exp_avg_sq": m * m, "fp32_params": m} for m in masters.values()
+    ]
+    hf = checkpoint.hf_entry(model.config.save_pretrained)
+    entries = {
+        "model": {f"loss.model.{name}": tensor.bfloat16() for name, tensor in masters.items()},
+        "optimizer": {"state": dict(enumerate(moments)), "param_groups": [{"lr": 1e-3}]},
+        "train_status": {"finished_train_steps": 4},
+        "state": 2 * [json.dumps(state.to_json())],
+        "hf": [hf, None],
+    }
+    torch.save(entries, tmp_path / "merged.ckpt")
+    return tmp_path / "merged.ckpt", masters
+
+
+def test_nnscalers_merged_file_becomes_a_hugging_face_folder_of_its_float32_masters(nnscaler_merged, tmp_path):
+    merged, masters = nnscaler_merged
+    ckpt_merger.main(["--ckpt_dir", str(merged), "--hf_dir", str(tmp_path / "hf")])
+    opened = AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32)
+    for name, parameter in opened.named_parameters():
+        assert torch.equal(parameter, masters[name]), name
+
+
+def test_nnscalers_merged_file_is_read_as_the_built_in_engines(nnscaler_merged):
+    merged, masters = nnscaler_merged
+    assert checkpoint.read_state(merged, "--resume_path").position == data.Position(4, 0, 16)
+    entries = checkpoint.normalized(torch.load(merged, weights_only=True))
+    assert {name.rpartition("/")[2] for name in entries["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"}
+    for name, master in masters.items():
+        assert torch.equal(entries["model"][name], master)
+        assert torch.equal(entries["optimizer"][f"{name}/exp_avg"], master * 2)
+
+
+def test_a_checkpoint_of_the_other_engine_is_named_as_such(tmp_path):
+    (tmp_path / "last").mkdir()
+    (tmp_path / "last" / "0.ckpt").write_bytes(b"")
+    sentence = "--checkpoint_dir .*: its checkpoint is the nnscaler engine's; choose --engine nnscaler, or merge it"
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.find(tmp_path, None, "torch")
+    assert checkpoint.find(tmp_path, None, "nnscaler") == tmp_path / "last"
+
+
+def test_what_is_merged_already_is_not_merged_again(nnscaler_merged, tmp_path):
+    with pytest.raises(UserError, match="--ckpt_dir .*: it is merged already; leave out --output_fname"):
+        ckpt_merger.main(["--ckpt_dir", str(nnscaler_merged[0]), "--output_fname", str(tmp_path / "again.ckpt")])
+
+
+# --- the real nnScaler -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory) -> Path:
+    """A folder with a model and rows that have something to learn: each token is a function of the one before."""
+    folder = tmp_path_factory.mktemp("job")
+    reference_model(small_config("llama")).save_pretrained(folder / "model")
+    rows = [torch.randint(0, 256, (ROWS, 1), generator=torch.Generator().manual_seed(1))]
+    for _ in range(LENGTH - 1):
+        rows.append((rows[-1] * 5 + 17) % 256)
+    datasets.Dataset.from_dict({"input_ids": torch.cat(rows, 1).int().numpy()}).save_to_disk(folder / "rows")
+    return folder
+
+
+def run(job: Path, engine: str, name: str, *more: str, plan_ngpus: int = 2, check: bool = True):
+    """train.py on two ranks with an engine; its checkpoints and logs go to `name`."""
+    script = ["train.py", "--engine", engine]
+    if engine == "nnscaler":
+        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        script = [str(ROOT / "tests" / "nnscaler_on_cpu.py"), str(ROOT / "train.py"), "--engine", engine]
+    else:
+        start = [str(TORCH_PYTHON), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+        script = [str(ROOT / "train.py"), "--engine", engine, "--hardware", "cpu"]
+    paths = ["--model_id", "model", "--dataset_path", "rows", "--name", "job", "--compiled_dir", f"{name}/compiled"]
+    paths += ["--checkpoint_dir", f"{name}/checkpoints", "--log_dir", f"{name}/runs"]
+    ranks = ["--plan_ngpus", str(plan_ngpus), "--runtime_ngpus", "2", "--grad_accumulation_steps", str(2 * plan_ngpus)]
+    steps = ["--max_train_steps", str(STEPS), "--max_epochs", "3", "--checkpoint_interval", "4"]
+    rates = ["--learning_rate", "1e-3", "--lr_schedule", "cosine", "--warmup_steps", "2", "--weight_decay", "0.1"]
+    command = [*start, *script, *paths, *ranks, *steps, *rates, *more]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, cwd=job)
+    assert not check or result.returncode == 0, result.stderr[-3000:]
+    return result
+
+
+def read_steps(job: Path, name: str) -> dict[int, dict]:
+    lines = (job / name / "runs" / "job" / "metrics.jsonl").read_text().splitlines()
+    return {line["step"]: line for line in map(json.loads, lines)}
+
+
+def assert_same_training(job: Path, name: str, other: str, first: int, rel: float) -> None:
+    """Whether two runs' steps, from the first to the last, are the same to within rounding."""
+    steps, others = read_steps(job, name), read_steps(job, other)
+    assert max(steps) == max(others) == STEPS
+    for step in range(first, STEPS + 1):
+        for key, tolerance in (("loss", rel), ("grad_norm", 20 * rel), ("learning_rate", 0)):
+            assert steps[step][key] == pytest.approx(others[step][key], rel=tolerance, abs=0), (step, key)
+        assert [steps[step][key] for key in ("epoch", "tokens")] == [others[step][key] for key in ("epoch", "tokens")]
+
+
+TP = ("--pas_policy", "tp", "--precision", "fp32")
+
+
+@pytest.fixture(scope="module")
+def trained(job) -> Path:
+    """The job, once trained by each engine in float32, nnScaler with its policy 'tp'."""
+    run(job, "nnscaler", "nnscaler", *TP)
+    run(job, "torch", "torch", "--precision", "fp32")
+    return job
+
+
+@needs_nnscaler
+def test_a_run_takes_the_same_steps_as_the_built_in_engines(trained):
+    assert_same_training(trained, "nnscaler", "torch", 1, rel=1e-6)
+
+
+@needs_nnscaler
+def test_generated_code_calls_our_ops(trained):
+    folder = trained / "nnscaler" / "compiled" / "_parallel_modules" / "nnscaler_engine" / "WrappedModel" / "job"
+    for rank in range(2):
+        code = (folder / f"gencode{rank}.py").read_text()
+        for call in ("model.attention(", "model.rms_norm(", "chunk_linear_cross_entropy.chunk_linear_cross_entropy("):
+            assert call in code
+
+
+@needs_nnscaler
+def test_data_parallel_ranks_share_the_rows_as_the_built_in_engines_do(trained):
+    run(trained, "nnscaler", "nnscaler_dp", *TP, plan_ngpus=1)
+    assert_same_training(trained, "nnscaler_dp", "torch", 1, rel=1e-6)
+
+
+@needs_nnscaler
+def test_in_bfloat16_runs_differ_by_its_rounding(trained):
+    run(trained, "nnscaler", "nnscaler_bf16", "--pas_policy", "tp", "--precision", "bf16")
+    run(trained, "torch", "torch_bf16", "--precision", "bf16")
+    assert_same_training(trained, "nnscaler_bf16", "torch_bf16", 1, rel=2**-9)
+
+
+@needs_nnscaler
+def test_autodist_plans_and_trains_to_the_same_losses(trained):
+    run(trained, "nnscaler", "autodist", "--precision", "fp32", "--recompute_modules", "LlamaDecoderLayer")
+    assert_same_training(trained, "autodist", "torch", 1, rel=1e-6)
+
+
+@needs_nnscaler
+def test_a_run_goes_on_from_its_shards_bit_for_bit(trained):
+    run(trained, "nnscaler", "resumed", *TP, "--resume_path", "nnscaler/checkpoints/0000-0004")
+    assert min(read_steps(trained, "resumed")) == 5
+    assert_same_training(trained, "resumed", "nnscaler", 5, rel=0)
+
+
+@pytest.fixture(scope="module")
+def merged(trained) -> Path:
+    """The job, with both engines' checkpoints of step 4 merged."""
+    merger = [str(ROOT / "ckpt_merger.py"), "--ckpt_dir"]
+    for python, folder in (
+        (sys.executable, "nnscaler/checkpoints/0000-0004"),
+        (TORCH_PYTHON, "torch/checkpoints/0000-000004"),
+    ):
+        output = f"{folder.split('/')[0]}.ckpt"
+        subprocess.run([str(python), *merger, folder, "--output_fname", output], check=True, cwd=trained)
+    return trained
+
+
+@needs_nnscaler
+@pytest.mark.parametrize("start", ["nnscaler", "torch"])
+@pytest.mark.parametrize("engine", ["nnscaler", "torch"])
+def test_either_engine_goes_on_from_a_merged_file_of_either(merged, start, engine):
+    options = TP if engine == "nnscaler" else ("--precision", "fp32")
+    run(merged, engine, f"{start}_then_{engine}", *options, "--resume_path", f"{start}.ckpt")
+    assert_same_training(merged, f"{start}_then_{engine}", "torch", 5, rel=1e-6)
+
+
+@needs_nnscaler
+def test_the_merged_weights_open_in_transformers(merged):
+    merger = [sys.executable, str(ROOT / "ckpt_merger.py"), "--ckpt_dir", "nnscaler.ckpt", "--hf_dir", "hf"]
+    subprocess.run(merger, check=True, cwd=merged)
+    opened = AutoModelForCausalLM.from_pretrained(merged / "hf", dtype=torch.float32)
+    of_nnscaler, of_torch = (
+        checkpoint.normalized(torch.load(merged / f"{engine}.ckpt", weights_only=True))["model"]
+        for engine in ("nnscaler", "torch")
+    )
+    for name, parameter in opened.named_parameters():
+        assert torch.equal(parameter, of_nnscaler[name])
+        # AdamW moves a weight by up to the learning rate, 1e-3, even where its gradient is all rounding.
+        torch.testing.assert_close(parameter, of_torch[name], rtol=1e-4, atol=1e-4)
+
+
+@needs_nnscaler
+def test_a_checkpoint_of_other_rows_a_step_is_refused_before_ranks_start(trained):
+    refusal = run(trained, "nnscaler", "nnscaler", *TP, "--grad_accumulation_steps", "3", check=False)
+    assert re.search("--grad_accumulation_steps 3: --checkpoint_dir .*/0001-0008 is of a run", refusal.stderr)
+    assert "exitcode  : 2" in refusal.stderr
