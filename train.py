@@ -72,7 +72,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     only("--pas_policy", choices=("autodist", "tp", "dp", "hybrid"), help="what partitions (default: autodist)")
     only("--pipeline_pivots", help="class names, by commas, that pipeline stages may begin at")
     only("--pipeline_nstages", help="pipeline stages, or 'auto' (default: 1)")
-    only("--trace_strategy", help="how the tracer runs the model (default: reuse_cache)")
+    strategies = ("cpu", "cuda", "meta", "cuda_run_cpu_offload", "reuse_cache")
+    only("--trace_strategy", choices=strategies, help="how the tracer runs the model (default: reuse_cache)")
     return parser.parse_args(argv)
 
 
@@ -162,6 +163,11 @@ def check_engine_options(args: argparse.Namespace, engine: str) -> None:
                 f"--{given[0]} {getattr(args, given[0])}: it means nothing to the {engine} engine; leave it out, or "
                 f"choose --engine {other}"
             )
+    stages = args.pipeline_nstages
+    if stages not in (None, "auto") and not (stages.isdigit() and int(stages) >= 1):
+        raise UserError(f"--pipeline_nstages {stages}: it has to be 1 or more, or 'auto'")
+    if stages not in (None, "auto", "1") and not args.pipeline_pivots:
+        raise UserError(f"--pipeline_nstages {stages}: --pipeline_pivots is missing; name the layers it may cut before")
 
 
 def choose_sequence_length(args: argparse.Namespace, dataset) -> int:

@@ -98,6 +98,19 @@ def test_an_option_that_means_nothing_to_the_engine_is_refused(engine, option):
         train.check_engine_options(train.parse_args(["--model_id", "any", *option]), engine)
 
 
+@pytest.mark.parametrize(
+    ("stages", "sentence"),
+    [
+        ("none", "--pipeline_nstages none: it has to be 1 or more, or 'auto'"),
+        ("0", "--pipeline_nstages 0: it has to be 1 or more, or 'auto'"),
+        ("2", "--pipeline_nstages 2: --pipeline_pivots is missing"),
+    ],
+)
+def test_pipeline_stages_that_can_not_be_are_refused(stages, sentence):
+    with pytest.raises(UserError, match=sentence):
+        train.check_engine_options(train.parse_args(["--model_id", "any", "--pipeline_nstages", stages]), "nnscaler")
+
+
 # --- nnScaler's files, read without it -------------------------------------------------------------------------------
 
 
@@ -248,6 +261,13 @@ def test_in_bfloat16_runs_differ_by_its_rounding(trained):
 def test_autodist_plans_and_trains_to_the_same_losses(trained):
     run(trained, "nnscaler", "autodist", "--precision", "fp32", "--recompute_modules", "LlamaDecoderLayer")
     assert_same_training(trained, "autodist", "torch", 1, rel=1e-6)
+
+
+@needs_nnscaler
+def test_two_pipeline_stages_train_to_the_same_losses(trained):
+    stages = ("--pipeline_nstages", "2", "--pipeline_pivots", "LlamaDecoderLayer")
+    run(trained, "nnscaler", "pipeline", "--precision", "fp32", *stages)
+    assert_same_training(trained, "pipeline", "torch", 1, rel=1e-6)
 
 
 @needs_nnscaler
