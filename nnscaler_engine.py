@@ -61,12 +61,7 @@ def run(args: argparse.Namespace, config, dataset: Any, settings: TrainSettings)
     parameters = check_weights(args, config)
     resume = find_resume(args, parameters, len(dataset))
     announce(args, settings, len(dataset), resume)
-    n_parameters = sum(torch.Size(shape).numel() for shape in parameters.values())
-    flops = FlopCount(
-        *model.forward_flops(config, n_parameters, settings.sequence_length),
-        hardware.peak_rate_here(model.DTYPES[args.precision]),
-    )
-    hook = Callbacks(args, config, settings, parameters, len(dataset), flops)
+    hook = Callbacks(args, config, settings, parameters, len(dataset))
     options = resume_options(resume, parameters, args.precision)
     register_ops()
     rows = Rows(dataset, settings)
@@ -253,22 +248,16 @@ def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> Ag
 class Callbacks(TrainHook):
     """What the built-in engine does around a step, done within nnScaler's loop."""
 
-    def __init__(
-        self,
-        args: argparse.Namespace,
-        config,
-        settings: TrainSettings,
-        parameters: Parameters,
-        n_rows: int,
-        flops: FlopCount,
-    ):
-        self.args, self.config, self.settings, self.flops = args, config, settings, flops
-        self.parameters, self.n_rows = parameters, n_rows
-        self.per_step = rows_per_step(args)
+    def __init__(self, args: argparse.Namespace, config, settings: TrainSettings, parameters: Parameters, n_rows: int):
+        self.args, self.config, self.settings = args, config, settings
+        self.parameters, self.n_rows, self.per_step = parameters, n_rows, rows_per_step(args)
         self.open_files = ExitStack()
 
     def on_train_start(self, trainer: Trainer) -> None:
         self.position = data.position_after(trainer.train_status.finished_train_steps, self.n_rows, self.per_step)
+        n_parameters = sum(torch.Size(shape).numel() for shape in self.parameters.values())
+        forward_flops = model.forward_flops(self.config, n_parameters, self.settings.sequence_length)
+        self.flops = FlopCount(*forward_flops, hardware.peak_rate_here(model.DTYPES[self.args.precision]))
         if trainer.rank == 0:
             files = metrics_log(self.settings.log_dir, self.position.step, trainer.max_train_steps)
             self.log = self.open_files.enter_context(files)
