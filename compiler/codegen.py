@@ -16,7 +16,7 @@ from math import prod
 import numpy
 import torch
 
-from compiler.operators import Expression, expression
+from compiler.operators import Expression, draws_random_numbers, expression
 from compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, Plan
 from compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor
 
@@ -352,7 +352,7 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
     def call(layer: str, arguments: list[str]) -> str:
         if policy == KEEP_ALL:
             return f"{layer}({', '.join(arguments)})"
-        random = any(op.target.startswith("aten.dropout") for op in _all_ops(graph))
+        random = any(draws_random_numbers(op) for op in graph.kinds[run[0].kind].ops)
         options = ["use_reentrant=False"] + ([] if random else ["preserve_rng_state=False"])
         options += ["context_fn=keep_attention"] if policy == KEEP_ATTENTION else []
         return f"checkpoint({', '.join([layer, *arguments, *options])})"

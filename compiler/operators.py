@@ -31,6 +31,20 @@ def is_known(op: Op) -> bool:
     return op.target in REGISTERED_OPS or op.target.split(".")[1] in _ANNOTATIONS
 
 
+# Registered functions that draw random numbers only for an argument `dropout`; of any other one nothing is known.
+_RANDOM_BY_DROPOUT_ONLY = {"model.attention", "model.rms_norm", "chunk_linear_cross_entropy.chunk_linear_cross_entropy"}
+
+
+def draws_random_numbers(op: Op) -> bool:
+    """Whether an op may draw random numbers, which have to be the same when it is computed again."""
+    if op.target.startswith("aten."):
+        _, name, overload = op.target.split(".")
+        return torch.Tag.nondeterministic_seeded in getattr(getattr(torch.ops.aten, name), overload).tags
+    if op.target in _RANDOM_BY_DROPOUT_ONLY:
+        return bool(op.kwargs.get("dropout"))
+    return op.target in REGISTERED_OPS  # else a move of runtime.collectives
+
+
 def _annotate_registered(op: Op) -> Annotation:
     registered = REGISTERED_OPS[op.target]
     annotation = registered.annotate(op.args, op.kwargs)

@@ -111,6 +111,33 @@ def test_layers_that_alternate_have_a_class_each(tmp_path):
     assert "window=16" not in text.split("class Gemma2DecoderLayer1")[1].split("class ")[0]
 
 
+def gradients_after(compiled: Path, reference, seed: int) -> dict[str, torch.Tensor]:
+    """Every gradient of the generated module on one row, whatever it draws at random drawn from `seed`."""
+    module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])
+    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    torch.manual_seed(seed)
+    module(*random_rows(1, LENGTH, 256)).backward()
+    return gradients_of(module)
+
+
+@pytest.mark.parametrize("family", ["llama", "opt"])  # dropout within attention's operator, and of its own
+def test_a_layer_with_dropout_has_the_same_gradients_when_it_is_recomputed(family, tmp_path):
+    changes = {"dropout": 0.1} if family == "opt" else {}
+    reference = reference_model(small_config(family, attention_dropout=0.1, **changes))
+    reference.save_pretrained(tmp_path / family)
+    gradients = []
+    for modules in ("", f"{type(reference).__name__.removesuffix('ForCausalLM')}DecoderLayer"):
+        options = ["--precision", "fp32", "--recompute_modules", modules]
+        compiled = compile_folder(tmp_path / family, tmp_path / f"compiled-{modules}", *options)
+        assert ("checkpoint(layer" in (compiled / "gencode.py").read_text()) == bool(modules)
+        gradients.append(gradients_after(compiled, reference, seed=0))
+    kept, recomputed = gradients
+    error, name = worst_gradient_error(recomputed, kept)
+    assert error < 1e-6, name
+    error, _ = worst_gradient_error(gradients_after(compiled, reference, seed=1), kept)
+    assert error > 1e-2  # another seed drops others
+
+
 def test_parameters_keep_their_hugging_face_names(tmp_path):
     compiled, reference = compile_small(tmp_path, "qwen3")
     module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])

@@ -21,7 +21,16 @@ from torch.fx.node import map_aggregate
 import model  # registers attention and rms_norm
 import train  # noqa: F401 (registers the loss)
 from compiler import operators
-from compiler.annotation import PARTIAL, REGISTERED_OPS, REPLICATED, Partition, Placement, split_along, split_dim
+from compiler.annotation import (
+    PARTIAL,
+    REGISTERED_OPS,
+    REPLICATED,
+    Partition,
+    Placement,
+    RegisteredOp,
+    split_along,
+    split_dim,
+)
 from compiler.operators import ATOM, PRODUCT, SUM, UNARY, Expression, expression, is_known
 from compiler.partition import Assignment, legal_partitions, localize
 from compiler.trace import DEVICE, Device, Graph, Op, Tensor, map_tensors
@@ -729,3 +738,21 @@ def test_a_registered_op_is_called_by_its_name_with_its_own_arguments():
     written = expression(op, lambda tensor: Expression(tensor.name), "device")
     assert written.text == "attention(x1, x2, x3, scale=0.5, window=3)"
     assert model.attention is REGISTERED_OPS[ATTENTION].fn
+
+
+# --- random numbers ------------------------------------------------------------------------------------------------
+
+
+def test_an_op_that_may_draw_random_numbers_is_known_for_one(monkeypatch):
+    monkeypatch.setitem(REGISTERED_OPS, "theirs.noisy", RegisteredOp(lambda x: x, "* -> *"))
+    drawing = [
+        ("aten.dropout.default", {}),
+        ("aten.bernoulli.p", {}),
+        ("theirs.noisy", {}),
+        (ATTENTION, {"dropout": 0.1}),
+    ]
+    others = [("aten.linear.default", {}), (ATTENTION, {"scale": 1.0}), (ATTENTION, {"dropout": 0.0}), (RMS_NORM, {})]
+    others += [(LOSS, {}), ("runtime.collectives.all_gather", {"dim": 0})]
+    for target, kwargs in drawing + others:
+        found = operators.draws_random_numbers(Op(target, (), kwargs, (), "", None))
+        assert found == ((target, kwargs) in drawing), target
