@@ -7,9 +7,11 @@ import hashlib
 import json
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import transformers
 
 import model
@@ -22,22 +24,58 @@ from runtime import checkpoint, parallel
 from runtime.metrics import FlopCount
 from runtime.trainer import Resume, TrainSettings, announce, train
 
+COMPILE_TIMEOUT = timedelta(hours=1)  # far beyond what any model takes
+
 
 def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> Path:
-    """Writes the compiled folder (gencode.py, plan.json, report.md) unless an equal one is there; returns it."""
+    """Writes the compiled folder (gencode.py, plan.json, report.md) unless an equal one is there; returns it.
+
+    Of ranks that torchrun started, the first of each node compiles, and the others wait to hear of it.
+
+    Raises:
+        UserError: the plan can't be made as asked, or this rank would make another one than its node's first.
+    """
     inputs = plan_inputs(args, config, sequence_length)
     fingerprint = hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
     folder = Path(args.compiled_dir) / args.name
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        write_plan(args, config, sequence_length, folder, {**inputs, "fingerprint": fingerprint})
+        return folder
+    store = rendezvous_store()
+    compiled = f"{folder.resolve()} of node {os.environ.get('GROUP_RANK', 0)}"
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        try:
+            write_plan(args, config, sequence_length, folder, {**inputs, "fingerprint": fingerprint})
+        except BaseException:
+            store.set(compiled, "")
+            raise
+        store.set(compiled, fingerprint)
+        return folder
+    store.wait([compiled], COMPILE_TIMEOUT)
+    of_first = store.get(compiled).decode()
+    if not of_first:
+        raise UserError(f"--compiled_dir {args.compiled_dir}: compiling {folder} failed on this node's first rank")
+    if of_first != fingerprint:
+        raise UserError(
+            f"--compiled_dir {args.compiled_dir}: this node's first rank compiled {folder} from other options, code or "
+            "devices than this rank has; start all ranks alike"
+        )
+    return folder
+
+
+@functools.cache  # where it is rank 0's own, it ends with the object
+def rendezvous_store() -> dist.Store:
+    """What the ranks tell each other before there is a process group: torchrun's key-value store, or rank 0's."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+def write_plan(args: argparse.Namespace, config, sequence_length: int, folder: Path, inputs: dict) -> None:
+    """Compiles into `folder` unless what is there has the fingerprint in `inputs`; rank 0 says which it did."""
     rank_zero = os.environ.get("RANK", "0") == "0"
-    if fingerprint_of(folder) == fingerprint:
+    if fingerprint_of(folder) == inputs["fingerprint"]:
         if rank_zero:
             print(f"compile: {folder} is up to date, reusing it", flush=True)
-        return folder
-    if os.environ.get("LOCAL_RANK", "0") != "0":  # one rank a node compiles, the others wait for its folder
-        while fingerprint_of(folder) != fingerprint:
-            time.sleep(0.2)
-        return folder
-
+        return
     started = time.perf_counter()
     wrapped = model.build_model(config, model.DTYPES[args.precision], args.attn_implementation)
     sample = {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
@@ -50,7 +88,7 @@ def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> Path
     n_parameters = sum(parameter.numel() for parameter in wrapped.parameters())
     flops = model.forward_flops(config, n_parameters, sequence_length)
     predicted = report.plan_facts(graph, plan, setting, n_parameters, flops)
-    facts = {**inputs, "fingerprint": fingerprint, **plan_facts(graph, plan, predicted)}
+    facts = {**inputs, **plan_facts(graph, plan, predicted)}
     title = f"{graph.class_name} at {sequence_length:,} tokens on {args.plan_ngpus} rank(s), {args.precision}."
     with whole_folder(folder) as aside:
         (aside / "gencode.py").write_text(codegen.generate(local, plan, title))
@@ -64,7 +102,6 @@ def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> Path
         for line in report.summary(graph, plan, setting, predicted, sequence_length):
             print(f"  {line}")
         print(f"compile: wrote {folder}/gencode.py, plan.json, report.md", flush=True)
-    return folder
 
 
 def plan_setting(args: argparse.Namespace, graph) -> planner.Setting:
@@ -112,7 +149,7 @@ def plan_inputs(args: argparse.Namespace, config, sequence_length: int) -> dict:
         "gpu_mem_constraint": args.gpu_mem_constraint,
         "recompute_modules": args.recompute_modules,
         "plan": read_plan(args.plan) if args.plan else None,
-        "annotations": {op.name: str(op.annotation) for op in REGISTERED_OPS.values()},
+        "annotations": {op.name: op.fingerprint() for op in REGISTERED_OPS.values()},
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         "compiler": hashlib.sha256(b"".join(file.read_bytes() for file in sources)).hexdigest(),
     }

@@ -13,11 +13,14 @@
 An annotation may also be a function of the op's arguments that returns such a string.
 """
 
+import hashlib
 import inspect
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
+from types import FunctionType
 
 from errors import UserError
 
@@ -259,6 +262,17 @@ class RegisteredOp:
         text = self.annotation if isinstance(self.annotation, str) else self.annotation(*args, **kwargs)
         return parse(text)
 
+    def fingerprint(self) -> str:
+        """What the annotation is, the same in every process: its text, or where its function is and the source there.
+
+        The whole file counts, since the function may use anything in it.
+        """
+        if isinstance(self.annotation, str):
+            return self.annotation
+        file = inspect.getsourcefile(self.annotation)
+        source = Path(file).read_bytes() if file and Path(file).is_file() else self.annotation.__code__.co_code
+        return f"{self.annotation.__module__}.{self.annotation.__qualname__} {hashlib.sha256(source).hexdigest()}"
+
 
 REGISTERED_OPS: dict[str, RegisteredOp] = {}
 
@@ -269,10 +283,13 @@ def register_op(annotation: str | Callable[..., str]) -> Callable[[Callable], Ca
     The annotation's entries stand for the function's first arguments, in order; the rest are values, never partitioned.
 
     Raises:
-        UserError: the annotation breaks the grammar, or generated code could not import the function.
+        UserError: the annotation is neither text nor a function, or breaks the grammar, or generated code could not
+            import the function.
     """
     if isinstance(annotation, str):
         parse(annotation)
+    elif not isinstance(annotation, FunctionType):
+        raise UserError(f"register_op: annotation {annotation!r} is neither a string nor a function that returns one")
 
     def register(fn: Callable) -> Callable:
         if fn.__qualname__ != fn.__name__ or fn.__module__ == "__main__":

@@ -1,9 +1,12 @@
 """Annotations: nnScaler's grammar, its errors quoting the annotation and pointing at the place."""
 
+import functools
+import importlib.util
+
 import pytest
 import torch
 
-from compiler.annotation import output_shapes, parse, register_op
+from compiler.annotation import RegisteredOp, output_shapes, parse, register_op
 from errors import UserError
 
 
@@ -74,6 +77,28 @@ def test_only_what_generated_code_can_import_is_registered():
 
     with pytest.raises(UserError, match="move it to the top level of a module"):
         register_op("a -> a")(local)
+
+
+def whole(x: torch.Tensor) -> str:
+    return "a^ -> a^"
+
+
+def test_an_annotation_that_is_a_function_is_told_by_where_it_is_and_by_its_source(tmp_path):
+    fingerprint = RegisteredOp(torch.relu, whole).fingerprint()
+    assert fingerprint.startswith(f"{__name__}.whole ") and "0x" not in fingerprint
+    told = set()
+    for body in ('"a -> a"', '"a^ -> a^"'):
+        (tmp_path / "theirs.py").write_text(f"def whole(x):\n    return {body}\n")
+        spec = importlib.util.spec_from_file_location("theirs", tmp_path / "theirs.py")
+        theirs = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(theirs)
+        told.add(RegisteredOp(torch.relu, theirs.whole).fingerprint())
+    assert len(told) == 2
+
+
+def test_an_annotation_is_text_or_a_function():
+    with pytest.raises(UserError, match="neither a string nor a function"):
+        register_op(functools.partial(whole))
 
 
 def test_an_annotation_that_contradicts_the_op_is_an_error_when_it_is_traced(monkeypatch):

@@ -1,6 +1,7 @@
 """The generated code computes what the Hugging Face model computes."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,9 @@ from families import (
 from ranks import run_ranks
 
 import model
+import torch_engine
 import train
+from compiler import annotation
 from errors import UserError
 from runtime import parallel
 
@@ -158,6 +161,47 @@ def test_an_equal_compile_is_reused_and_a_different_one_is_not(tmp_path, capsys)
     assert "up to date" in capsys.readouterr().out.splitlines()[-1]
     compile_small(tmp_path, "llama", rope_theta=20_000.0)
     assert "wrote" in capsys.readouterr().out.splitlines()[-1]
+
+
+def like_a_norm(hidden_states, weight, eps, offset=0.0) -> str:
+    return "* d^, d^ -> * d^"
+
+
+def _compile_on_ranks(folder: Path, options: list[list[str]]) -> None:
+    """Each rank compiles with its own options, and writes down how that ended."""
+    annotation.register_op(like_a_norm)(model.rms_norm)  # a function, at another address in each process
+    rank = int(os.environ["RANK"])
+    try:
+        said = str(compile_folder(folder / "llama", folder / "compiled", "--precision", "fp32", *options[rank]))
+    except UserError as error:
+        said = f"error: {error}"
+    (folder / str(rank)).write_text(said)
+    store = torch_engine.rendezvous_store()
+    store.set(f"done {rank}", "")
+    store.wait([f"done {other}" for other in range(len(options))])  # rank 0 holds the store of all
+
+
+def compile_on_ranks(folder: Path, *options: list[str]) -> list[str]:
+    """How compiling one small model ended on each rank: the compiled folder, or 'error: ...'."""
+    reference_model(small_config("llama")).save_pretrained(folder / "llama")
+    run_ranks(len(options), _compile_on_ranks, folder, list(options))
+    return [(folder / str(rank)).read_text() for rank in range(len(options))]
+
+
+def test_the_first_rank_compiles_for_the_others(tmp_path):
+    assert compile_on_ranks(tmp_path, [], []) == [str(tmp_path / "compiled" / "llama")] * 2
+
+
+def test_a_rank_that_would_compile_another_plan_stops(tmp_path):
+    first, second = compile_on_ranks(tmp_path, [], ["--gpu_mem_constraint", "63"])
+    assert first == str(tmp_path / "compiled" / "llama")
+    assert second.startswith("error: --compiled_dir") and "start all ranks alike" in second
+
+
+def test_where_the_first_rank_fails_the_others_stop(tmp_path):
+    first, second = compile_on_ranks(tmp_path, *[["--gpu_mem_constraint", "0.0001"]] * 2)
+    assert first.startswith("error: --gpu_mem_constraint")
+    assert second.startswith("error: --compiled_dir") and "failed on this node's first rank" in second
 
 
 def test_a_head_that_the_loss_can_not_compute_is_refused(monkeypatch):
