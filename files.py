@@ -1,10 +1,15 @@
 """Files and folders that appear whole or not at all: written aside, synced to disk, then renamed into place."""
 
+import errno
+import glob
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+HOST = socket.gethostname()  # several may share a file system, and a process id says nothing on another
 
 
 @contextmanager
@@ -25,33 +30,59 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yields an empty folder beside `path` to fill; on success it replaces `path`, on any exception it is removed."""
+    """Yields an empty folder beside `path` to fill; on success it replaces `path`, on any exception it is removed.
+
+    Where another process has put a folder at `path` in the meantime, that one stays: both made the same, and the other
+    may be in use.
+    """
     path = Path(path)
     aside = _aside(path)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
+    before = _inode(path)
     try:
         yield aside
-        publish_folder(aside, path)
-    except BaseException:
+        if _inode(path) == before:
+            with suppress(FileExistsError):
+                publish_folder(aside, path)
+    finally:
         shutil.rmtree(aside, ignore_errors=True)
-        raise
 
 
 def publish_folder(aside: Path, path: Path) -> None:
-    """Syncs every file of `aside`, then renames it to `path`, in place of the folder that may be there."""
+    """Syncs every file of `aside`, then renames it to `path`, in place of the folder that may be there.
+
+    A folder can't be renamed over one that holds files, so for a moment `path` is not there. Whoever is killed in it
+    leaves what was at `path` as `.<name>.old-*`, which is removed by the first to have `path` in place again.
+
+    Raises:
+        FileExistsError: another process was faster.
+    """
     for folder, _, names in os.walk(aside):
         for name in names:
             sync(Path(folder) / name)
         sync(Path(folder))
-    if path.exists():  # a folder can't be renamed over a folder that holds files
-        old = path.with_name(f".{path.name}.old-{os.getpid()}")
+    old = path.with_name(f".{path.name}.old-{HOST}-{os.getpid()}")
+    with suppress(FileNotFoundError):
         os.rename(path, old)
+    try:
         os.rename(aside, path)
-        shutil.rmtree(old)
-    else:
-        os.rename(aside, path)
+    except OSError as error:
+        if error.errno == errno.ENOTEMPTY:  # the same as EEXIST, by another name
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
+        raise
     sync(path.parent)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def why_not_writable(path: str | os.PathLike) -> str | None:
+    """What keeps a file or folder from being made at `path`, or in the folder there; None if nothing does."""
+    path = Path(path)
+    nearest = next(place for place in (path, *path.parents) if os.path.lexists(place))
+    if not os.path.isdir(nearest):
+        return f"{nearest} is no folder"
+    return None if os.access(nearest, os.W_OK | os.X_OK) else f"the folder {nearest} can't be written to"
 
 
 def sync(path: Path) -> None:
@@ -64,12 +95,21 @@ def sync(path: Path) -> None:
 
 
 def _aside(path: Path) -> Path:
-    """Where `path` is written first. What processes that are gone have left of earlier tries is removed."""
+    """Where `path` is written first. What this host's processes that are gone have left of earlier tries is removed."""
+    prefix = f".{path.name}.writing-{HOST}-"
     if path.parent.is_dir():
-        for left in path.parent.glob(f".{path.name}.writing-*"):
-            if not _is_running(left.name.rsplit("-", 1)[-1]):
+        for left in path.parent.glob(f"{glob.escape(prefix)}*"):
+            if not _is_running(left.name.removeprefix(prefix)):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
-    return path.with_name(f".{path.name}.writing-{os.getpid()}")
+    return path.with_name(f"{prefix}{os.getpid()}")
+
+
+def _inode(path: Path) -> int | None:
+    """What tells a folder from one that took its place; None where there is none."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None
 
 
 def _is_running(pid: str) -> bool:

@@ -3,10 +3,14 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
-from files import whole_file, whole_folder
+import files
+from files import HOST, publish_folder, whole_file, whole_folder, why_not_writable
+
+ROOT = Path(__file__).parent.parent
 
 
 def test_a_file_keeps_its_old_contents_until_the_new_ones_are_whole(tmp_path):
@@ -39,8 +43,87 @@ def test_a_folder_replaces_the_one_before_it_whole(tmp_path):
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(tmp_path):
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
-    (tmp_path / f".folder.writing-{dead.pid}").mkdir()
-    (tmp_path / f".folder.writing-{os.getppid()}").mkdir()
+    (tmp_path / f".folder.writing-{HOST}-{dead.pid}").mkdir()
+    (tmp_path / f".folder.writing-{HOST}-{os.getppid()}").mkdir()
     with whole_folder(tmp_path / "folder"):
         pass
-    assert sorted(os.listdir(tmp_path)) == [f".folder.writing-{os.getppid()}", "folder"]
+    assert sorted(os.listdir(tmp_path)) == [f".folder.writing-{HOST}-{os.getppid()}", "folder"]
+
+
+def test_what_another_host_writes_is_left_alone_whatever_runs_here(tmp_path):
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    for name in ("folder", "file"):
+        (tmp_path / f".{name}.writing-elsewhere-{dead.pid}").mkdir()
+    with whole_folder(tmp_path / "folder"), whole_file(tmp_path / "file") as aside:
+        aside.write_text("")
+    assert len(list(tmp_path.glob(f".*.writing-elsewhere-{dead.pid}"))) == 2
+
+
+WRITE = """
+import sys
+from files import whole_folder
+with whole_folder(sys.argv[1]) as aside:
+    (aside / "theirs").write_text("")
+"""
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_of_two_processes_that_make_the_same_folder_the_first_keeps_its_place(tmp_path, there_before):
+    path = tmp_path / "folder"
+    if there_before:
+        path.mkdir()
+        (path / "old").write_text("")
+    with whole_folder(path) as aside:
+        (aside / "ours").write_text("")
+        subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, cwd=ROOT)
+    assert os.listdir(path) == ["theirs"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_process_that_comes_between_the_two_renames_keeps_its_place(tmp_path, monkeypatch):
+    path, rename = tmp_path / "folder", os.rename
+    path.mkdir()
+
+    def rename_late(source, target):
+        if target == path:
+            subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, cwd=ROOT)
+        rename(source, target)
+
+    monkeypatch.setattr(files.os, "rename", rename_late)
+    with whole_folder(path) as aside:
+        (aside / "ours").write_text("")
+    assert os.listdir(path) == ["theirs"]
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_folder_that_was_being_replaced_stays_until_its_place_is_taken(tmp_path, monkeypatch):
+    path, rename = tmp_path / "folder", os.rename
+    path.mkdir()
+    (path / "old").write_text("")
+
+    def killed_before_the_second(source, target):
+        if target == path:
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.os, "rename", killed_before_the_second)
+        (tmp_path / "new").mkdir()
+        publish_folder(tmp_path / "new", path)
+    [kept] = tmp_path.glob(".folder.old-*")
+    assert os.listdir(kept) == ["old"]
+    publish_folder(tmp_path / "new", path)
+    assert os.listdir(tmp_path) == ["folder"]
+
+
+def test_a_place_that_can_not_be_written_to_is_known_before_it_is(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    (tmp_path / "link").symlink_to("nowhere")
+    assert why_not_writable(tmp_path) is None
+    assert why_not_writable(tmp_path / "a" / "b") is None
+    for name in ("file", "link"):
+        for path in (tmp_path / name, tmp_path / name / "a"):
+            assert why_not_writable(path) == f"{tmp_path / name} is no folder"
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may do everything
+    assert why_not_writable(tmp_path / "a") == f"the folder {tmp_path} can't be written to"
