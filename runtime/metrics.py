@@ -1,6 +1,8 @@
 """What a run says of itself: a progress bar, TensorBoard, one JSON line a step; throughput, MFU and memory."""
 
+import itertools
 import json
+import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -109,14 +111,23 @@ class MetricsLog:
 
 @contextmanager
 def metrics_log(folder: Path, first_step: int, total_steps: int) -> Iterator[MetricsLog]:
-    """Opens the bar, TensorBoard events and metrics.jsonl in `folder`; steps after `first_step`, of a run that this
-    one takes over from, are dropped from both."""
+    """Opens the bar, TensorBoard events and metrics.jsonl in `folder`.
+
+    Steps after `first_step`, of a run that this one takes over from, are dropped from both. A run that starts from step
+    0 takes over from none: the file of the one before it stays, as metrics.<number>.jsonl.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "metrics.jsonl"
-    if file.is_file():
-        kept = [line for line in file.read_text().splitlines() if json.loads(line)["step"] <= first_step]
+    if file.is_file() and first_step == 0:
+        numbered = (folder / f"metrics.{number}.jsonl" for number in itertools.count(1))
+        kept_as = next(name for name in numbered if not name.exists())
+        file.rename(kept_as)
+        print(f"run: the metrics of the run before are in {kept_as}", flush=True)
+    elif file.is_file():
+        lines = file.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= first_step]
         with whole_file(file) as aside:
             aside.write_text("".join(f"{line}\n" for line in kept))
     bar = tqdm(initial=first_step, total=total_steps, unit="step", desc="training", dynamic_ncols=True)
@@ -126,3 +137,11 @@ def metrics_log(folder: Path, first_step: int, total_steps: int) -> Iterator[Met
             yield MetricsLog(bar, board, lines)
         finally:
             board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -1,0 +1,43 @@
+"""metrics.jsonl: one line a step, whatever a kill has left of it, and no other run's lines lost."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runtime.metrics import FlopCount, metrics_log, step_metrics
+
+
+def log_steps(folder: Path, first_step: int, last_step: int) -> None:
+    with metrics_log(folder, first_step, last_step) as log:
+        for step in range(first_step + 1, last_step + 1):
+            numbers = {"epoch": 0, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "rows": 1, "seconds": 1.0}
+            numbers |= {"sequence_length": 8, "world_size": 1, "flops": FlopCount(1.0, 1.0, None)}
+            log.write(step_metrics(step=step, **numbers))
+
+
+def steps_in(file: Path) -> list[int]:
+    return [json.loads(line)["step"] for line in file.read_text().splitlines()]
+
+
+def test_steps_that_are_taken_again_replace_those_of_the_run_before(tmp_path):
+    log_steps(tmp_path, 0, 6)
+    log_steps(tmp_path, 4, 5)
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 5, "lo', '{"step"', "4", '{"loss": 1.0}', "\0\0"])
+def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path, torn):
+    log_steps(tmp_path, 0, 4)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(torn)
+    log_steps(tmp_path, 4, 5)
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_starts_anew_keeps_the_metrics_of_those_before_it(tmp_path):
+    for last in (3, 2, 1):
+        log_steps(tmp_path, 0, last)
+    assert steps_in(tmp_path / "metrics.1.jsonl") == [1, 2, 3]
+    assert steps_in(tmp_path / "metrics.2.jsonl") == [1, 2]
+    assert steps_in(tmp_path / "metrics.jsonl") == [1]
