@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-LONGEST_S = 200  # a run that would take longer is made once, on fewer tokens, and its time scaled
+DISTURBED = 0.05  # a timed run is made again if other processes take more than this part of the CPUs
 
 
 @dataclasses.dataclass
@@ -41,6 +41,7 @@ class Peer:
     loss: Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
     tokens: int = 0  # of a run
     seconds: list[float] = dataclasses.field(default_factory=list)  # scaled to all tokens
+    disturbance: float = 0.0  # the most that other processes took of the CPUs in those seconds
     peak_bytes: int = 0  # above the inputs and their gradients
     errors: tuple[float, float, float] = ()  # of the loss, the hidden states' gradient and the weight's
 
@@ -132,6 +133,26 @@ def run(peer, hidden, weight, labels):
     return time.perf_counter() - start, loss.detach()
 
 
+def run_undisturbed(peer, hidden, weight, labels, attempts=2):
+    """Adds a run to a peer's measurements: the first that other processes leave alone, or else the least disturbed."""
+    runs = []
+    while len(runs) < attempts and not (runs and runs[-1][0] <= DISTURBED):
+        others_before = cpu_seconds_of_others()
+        seconds, _ = run(peer, hidden, weight, labels)
+        others = cpu_seconds_of_others() - others_before
+        runs.append((max(0.0, others) / (seconds * os.cpu_count()), seconds))
+    disturbance, seconds = min(runs)
+    peer.seconds.append(seconds)
+    peer.disturbance = max(peer.disturbance, disturbance)
+
+
+def cpu_seconds_of_others():
+    """CPU time since the machine started that was not this process's, what its host took from it included."""
+    user, nice, system, _, _, *interrupts_and_steal = map(int, Path("/proc/stat").read_text().split()[1:9])
+    ticks = user + nice + system + sum(interrupts_and_steal)
+    return ticks / os.sysconf("SC_CLK_TCK") - sum(os.times()[:2])
+
+
 def synchronize():
     if DEVICE == "cuda":
         torch.cuda.synchronize()
@@ -170,12 +191,12 @@ def compare(dtype, options):
     """Peers with their measurements."""
     inputs = make_inputs(options.tokens, options.hidden, options.vocab, dtype)
     hidden, weight, labels = inputs
-    peers = make_peers(dtype, options.chunk_size)
+    peers = [peer for peer in make_peers(dtype, options.chunk_size) if peer.name not in options.without]
     for peer in peers:
         few = max(1, options.tokens // 16)  # fewer would mislead: every chunk costs a pass over the weight's gradient
         expected_s = run(peer, hidden.detach()[:few].requires_grad_(), weight, labels[:few])[0] * options.tokens / few
         peer.tokens = options.tokens
-        while expected_s * peer.tokens / options.tokens > LONGEST_S and peer.tokens > few:
+        while expected_s * peer.tokens / options.tokens > options.longest_s and peer.tokens > few:
             peer.tokens //= 2
     for tokens in sorted({peer.tokens for peer in peers}):
         part = hidden.detach()[:tokens].requires_grad_(), weight, labels[:tokens]
@@ -184,11 +205,12 @@ def compare(dtype, options):
                 seconds = measure_peak_and_errors(peer, *part)
                 print(f"{dtype} {peer.name}: {tokens:,} tokens in {seconds:.2f} s", flush=True)
                 if tokens < options.tokens:
-                    peer.seconds.append(seconds * options.tokens / tokens)
+                    run_undisturbed(peer, *part)
+                    peer.seconds = [seconds * options.tokens / tokens for seconds in peer.seconds]
     for _ in range(options.repeats):
         for peer in peers:
             if peer.tokens == options.tokens:
-                peer.seconds.append(run(peer, *inputs)[0])
+                run_undisturbed(peer, *inputs)
     return peers
 
 
@@ -227,8 +249,9 @@ def plot(peers, options, title, path):
         place = peer.peak_bytes / 1e6, statistics.median(peer.seconds)
         panel.plot(*place, "o", color="C0" if peer.name.startswith("ours") else "C1")
         panel.annotate(peer.name, place, xytext=(6, 4), textcoords="offset points", fontsize=8)
-    panel.set(xlabel="peak memory above inputs and gradients, MB", ylabel="forward + backward, s", ylim=(0, None))
+    panel.set(xlabel="peak memory above inputs and gradients, MB", ylabel="forward + backward, s")
     panel.set_xlim(0, 1.5 * max((peer.peak_bytes for peer in whole), default=1) / 1e6)
+    panel.set_ylim(0, 1.15 * max((statistics.median(peer.seconds) for peer in whole), default=1))
     panel.set_title(title, fontsize=8)
     figure.tight_layout()
     figure.savefig(path, dpi=120)
@@ -242,7 +265,9 @@ def parse_arguments():
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--dtype", nargs="+", default=["bfloat16"] if on_gpu else ["float32", "bfloat16"])
     parser.add_argument("--chunk_size", type=int, nargs="+", default=[1024, 256, 4096], help="of ours")
+    parser.add_argument("--without", nargs="*", default=[], help="peers to leave out, by name")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--longest_s", type=float, default=200, help="what would take longer runs fewer tokens, once")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
     return parser.parse_args()
 
@@ -252,14 +277,13 @@ def main():
     options.output.mkdir(parents=True, exist_ok=True)
     machine = machine_name()
     for dtype in options.dtype:
-        load = os.getloadavg()[0]
         peers = compare(getattr(torch, dtype), options)
         size = f"{options.tokens:,} tokens, hidden size {options.hidden:,}, vocabulary {options.vocab:,}"
         title = f"Loss, forward + backward, {dtype}: {size}; {machine}, PyTorch {torch.__version__}"
         text = (
-            f"# {title}\n\nMedian and range of {options.repeats} runs, peers in turn; load average before "
-            f"{load:.1f}, after {os.getloadavg()[0]:.1f}. Peak memory is above the inputs and their gradients. Errors "
-            "are relative, of norms, against float64.\n\n"
+            f"# {title}\n\nMedian and range of {options.repeats} runs, peers in turn; in none did other processes take "
+            f"more than {max(peer.disturbance for peer in peers):.0%} of the CPUs. Peak memory is above the inputs and "
+            "their gradients. Errors are relative, of norms, against float64.\n\n"
         ) + table(peers, options)
         print(text)
         path = options.output / f"loss_{re.sub('[^a-z0-9]+', '_', machine.lower())}_{dtype}.md"
