@@ -300,7 +300,8 @@ class Callbacks(TrainHook):
             )
 
     def on_save_checkpoint(self, trainer: Trainer, state_dict: dict[str, Any]) -> None:
-        state = checkpoint.State(self.position, self.settings.seed, self.n_rows, trainer.world_size, self.parameters)
+        ranks = trainer.world_size, self.args.plan_ngpus
+        state = checkpoint.State(self.position, self.settings.seed, self.n_rows, *ranks, self.parameters)
         state_dict[checkpoint.STATE_ENTRY] = json.dumps(state.to_json())
         if trainer.rank == 0:
             save_hf_files = functools.partial(model.save_hf_files, self.args.model_id, self.config)

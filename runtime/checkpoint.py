@@ -5,6 +5,9 @@ A checkpoint is a folder `checkpoints/<epoch>-<step>` of one `.distcp` file a ra
 tokenizer). `checkpoints/last` links to the newest. Its tensors have flat names: `model/<parameter>`,
 `optimizer/<parameter>/exp_avg`, `random/<rank>/cpu`.
 
+A kill leaves no more than a folder half written, `.<epoch>-<step>.writing`, and, where a checkpoint was being replaced,
+the whole one that it replaces, `.<epoch>-<step>.old-*`; the next save removes them.
+
 A merged file is one for torch.load: {'model': {parameter: tensor}, 'optimizer': {'<parameter>/exp_avg': tensor},
 'state': what checkpoint.json holds, as JSON, 'hf': {file name: bytes, uint8}}. nnScaler's checkpoints, a
 `<rank>.ckpt` a rank, and its merged files have the last two beside their own entries, and are read here too.
@@ -13,8 +16,10 @@ A merged file is one for torch.load: {'model': {parameter: tensor}, 'optimizer':
 import json
 import mmap
 import os
+import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,6 +48,8 @@ NNSCALER_SHARD = "0.ckpt"  # of rank 0, in a checkpoint of nnScaler's
 MARKS = {"torch": STATE, "nnscaler": NNSCALER_SHARD}  # the file by which to know an engine's checkpoint
 NNSCALER_PREFIX = "loss.model."  # of a parameter's name there, before the name that Hugging Face gives it
 STATE_ENTRY, HF_ENTRY = "state", "hf"  # of a merged file
+SAVED = re.compile(r"(\d+)-(\d+)|\.(\d+)-(\d+)\.old-.+")  # names of whole folders: epoch and step
+LEFTOVER = re.compile(r"\.\d+-\d+\.(writing|old-.+)")
 
 
 @dataclass(frozen=True)
@@ -53,6 +60,7 @@ class State:
     seed: int  # of the order of the rows
     n_rows: int
     world_size: int
+    plan_ngpus: int | None  # None in checkpoints that did not record it yet
     parameters: dict[str, list[int]]  # name -> shape: the model it is of
 
     def to_json(self) -> dict[str, Any]:
@@ -60,9 +68,9 @@ class State:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "State":
-        return State(
-            Position(**value["position"]), value["seed"], value["n_rows"], value["world_size"], value["parameters"]
-        )
+        position = Position(**value["position"])
+        ranks = value["world_size"], value.get("plan_ngpus")
+        return State(position, value["seed"], value["n_rows"], *ranks, value["parameters"])
 
 
 def parameter_shapes(model: ParallelModel) -> dict[str, list[int]]:
@@ -99,6 +107,7 @@ def save(
         (aside / STATE).write_text(json.dumps(manifest))
         publish_folder(aside, path)
         _point_last(checkpoint_dir, path.name)
+        _remove_leftovers(checkpoint_dir)
     dist.barrier()
     return path
 
@@ -126,6 +135,13 @@ def _point_last(checkpoint_dir: Path, name: str) -> None:
     os.replace(aside, checkpoint_dir / LAST)
 
 
+def _remove_leftovers(checkpoint_dir: Path) -> None:
+    """Removes what saves that were killed have left; only once `last` is whole, for it may be all that there is."""
+    for folder in checkpoint_dir.iterdir():
+        if LEFTOVER.fullmatch(folder.name):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 # --- finding and checking ------------------------------------------------------------------------------------------
 
 
@@ -135,13 +151,21 @@ def find(checkpoint_dir: Path, resume_path: str | None, engine: str = "torch") -
     None where there is no checkpoint yet.
 
     Raises:
-        UserError: `resume_path` is no such thing, or the checkpoint is another engine's and not merged.
+        UserError: `resume_path` is no such thing, the checkpoint is another engine's and not merged, `checkpoint_dir`
+            has another engine's in it, or the one that `last` names is gone and there is no other.
     """
     path = Path(resume_path or checkpoint_dir)
     option = "--resume_path" if resume_path else "--checkpoint_dir"
+    for other in MARKS:
+        if resume_path and other != engine and _checkpoint_in(checkpoint_dir, other):
+            raise UserError(
+                f"--checkpoint_dir {checkpoint_dir}: the checkpoints in it are the {other} engine's, and those of "
+                "another would not stay apart from them; name another folder"
+            )
     if resume_path and path.is_file():
         return path
     if found := _checkpoint_in(path, engine):
+        _say_if_not_last(path, found, engine)
         return found
     for other in MARKS:
         if _checkpoint_in(path, other):
@@ -149,6 +173,11 @@ def find(checkpoint_dir: Path, resume_path: str | None, engine: str = "torch") -
                 f"{option} {path}: its checkpoint is the {other} engine's; choose --engine {other}, or merge it with "
                 "ckpt_merger.py and name the merged file with --resume_path"
             )
+    if link := next((link for link in (path / LAST, path / LAST / NNSCALER_SHARD) if link.is_symlink()), None):
+        raise UserError(
+            f"{option} {path}: its last checkpoint, {os.readlink(link)}, is gone, and there is no other; put it back, "
+            f"or remove {path / LAST} to start anew"
+        )
     if resume_path:
         what = "it has no checkpoint in it" if path.is_dir() else "there is no such file or folder"
         raise UserError(f"--resume_path {resume_path}: {what}; name a checkpoint folder or a merged file")
@@ -161,11 +190,14 @@ def find_stored(ckpt_dir: Path) -> Path:
     Raises:
         UserError: there is none.
     """
-    found = [ckpt_dir] if ckpt_dir.is_file() else [_checkpoint_in(ckpt_dir, engine) for engine in MARKS]
-    if not any(found):
-        what = "it has no checkpoint in it" if ckpt_dir.is_dir() else "there is no such folder"
-        raise UserError(f"--ckpt_dir {ckpt_dir}: {what}; name the --checkpoint_dir that train.py wrote to")
-    return next(path for path in found if path)
+    if ckpt_dir.is_file():
+        return ckpt_dir
+    for engine in MARKS:
+        if found := _checkpoint_in(ckpt_dir, engine):
+            _say_if_not_last(ckpt_dir, found, engine)
+            return found
+    what = "it has no checkpoint in it" if ckpt_dir.is_dir() else "there is no such folder"
+    raise UserError(f"--ckpt_dir {ckpt_dir}: {what}; name the --checkpoint_dir that train.py wrote to")
 
 
 def is_nnscalers(path: Path) -> bool:
@@ -174,11 +206,51 @@ def is_nnscalers(path: Path) -> bool:
 
 
 def _checkpoint_in(folder: Path, engine: str) -> Path | None:
-    """`folder` itself if it is a checkpoint of the engine's, else the last one in it, if any."""
+    """`folder` itself if it is a checkpoint of the engine's, else the last whole one in it.
+
+    That is the one that `last` names; where it is gone or damaged, what it was to replace; then the one of most steps.
+    Where none is whole, the first of these, for read_state to say what is wrong with it.
+    """
     mark = MARKS[engine]
     if (folder / mark).is_file():
         return folder
-    return (folder / LAST / mark).resolve().parent if (folder / LAST / mark).is_file() else None
+    found = sorted(_saved_in(folder), key=_by_steps(folder), reverse=True)
+    if (folder / LAST / mark).is_file():
+        found.insert(0, (folder / LAST / mark).resolve().parent)
+    found = [path for path in found if (path / mark).is_file()]
+    return next((path for path in found if _is_whole(path)), found[0] if found else None)
+
+
+def _saved_in(folder: Path) -> list[Path]:
+    """Every folder of the name of a whole checkpoint, those included that were being replaced."""
+    folder = folder.resolve()
+    return [path for path in folder.iterdir() if SAVED.fullmatch(path.name)] if folder.is_dir() else []
+
+
+def _by_steps(folder: Path) -> Callable[[Path], tuple]:
+    """What to sort checkpoints by: what stands in for the one that `last` names comes after all others."""
+    last = os.readlink(folder / LAST) if (folder / LAST).is_symlink() else None
+
+    def key(path: Path) -> tuple:
+        epoch, step = (number for number in SAVED.fullmatch(path.name).groups() if number)
+        return f"{epoch}-{step}" == last, int(step), int(epoch), not path.name.startswith(".")
+
+    return key
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        _read_folder(path)
+    except ValueError:
+        return False
+    return True
+
+
+def _say_if_not_last(folder: Path, found: Path, engine: str) -> None:
+    """Prints that `found` was taken in the place of `last`."""
+    last = (folder / LAST / MARKS[engine]).resolve().parent
+    if found not in (folder, last) and _is_whole(found) and os.environ.get("RANK", "0") == "0":
+        print(f"checkpoint: {folder / LAST} is missing or damaged, taking {found.name}, the newest that is whole")
 
 
 def read_state(path: Path, option: str) -> State:
@@ -189,15 +261,43 @@ def read_state(path: Path, option: str) -> State:
     """
     if path.is_file():
         return State.from_json(json.loads(_open_merged(path, option)[STATE_ENTRY]))
-    if is_nnscalers(path):
-        return State.from_json(json.loads(_torch_load(path / NNSCALER_SHARD, option)[STATE_ENTRY]))
-    manifest = json.loads((path / STATE).read_text())
-    for name, facts in manifest["files"].items():
+    try:
+        return _read_folder(path)
+    except ValueError as error:
+        raise UserError(f"{option} {path}: {error}; name another checkpoint") from error
+
+
+def _read_folder(path: Path) -> State:
+    """The state of a checkpoint folder of either engine.
+
+    Raises:
+        ValueError: it is not whole; the message says why.
+    """
+    sizes: dict[str, int | None] = {}
+    mark = NNSCALER_SHARD if is_nnscalers(path) else STATE
+    try:
+        if mark == NNSCALER_SHARD:
+            state = State.from_json(json.loads(_torch_load(path / mark)[STATE_ENTRY]))
+            sizes = {f"{rank}.ckpt": None for rank in range(state.world_size)}  # nnScaler writes no sizes down
+        else:
+            manifest = json.loads((path / mark).read_text())
+            state = State.from_json(manifest)
+            sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
+    except Exception as error:  # whatever a damaged file makes json or torch raise
+        raise ValueError(f"its file {mark} is damaged ({_reason(error)})") from error
+    for name, expected in sizes.items():
         size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size != facts["bytes"]:
-            problem = "is missing" if size is None else f"has {size} bytes instead of {facts['bytes']}"
-            raise UserError(f"{option} {path}: its file {name} {problem}; resume from another checkpoint")
-    return State.from_json(manifest)
+        if size is None:
+            raise ValueError(f"its file {name} is missing")
+        if expected is None and not zipfile.is_zipfile(path / name):  # a zip file's table of contents is its end
+            raise ValueError(f"its file {name} is cut short")
+        if expected not in (None, size):
+            raise ValueError(f"its file {name} has {size} bytes instead of {expected}")
+    return state
+
+
+def _reason(error: Exception) -> str:
+    return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
 
 
 def check_same_model(state: State, parameters: dict[str, list[int]], option: str, path: Path) -> None:
@@ -228,19 +328,21 @@ def check_same_order(state: State, seed: int, n_rows: int, option: str, path: Pa
 
 def _open_merged(path: Path, option: str) -> dict[str, Any]:
     """A merged file's entries, whichever engine's, its tensors mapped, not read."""
-    return normalized(_torch_load(path, option))
-
-
-def _torch_load(path: Path, option: str) -> dict[str, Any]:
     try:
-        with torch.serialization.safe_globals([slice]):  # nnScaler's shards say which slices they are
-            entries = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
-        if STATE_ENTRY in entries:
-            return entries
-        reason = "it holds something else"
-    except Exception as error:  # whatever a foreign or damaged file makes torch raise
-        reason = one_line(error)
-    raise UserError(f"{option} {path}: it is no merged checkpoint ({reason}); make one with ckpt_merger.py")
+        merged = normalized(_torch_load(path))
+        State.from_json(json.loads(merged[STATE_ENTRY]))
+    except Exception as error:  # whatever a foreign or damaged file makes torch or json raise
+        reason = _reason(error)
+        raise UserError(
+            f"{option} {path}: it is no merged checkpoint ({reason}); make one with ckpt_merger.py"
+        ) from error
+    return merged
+
+
+def _torch_load(path: Path) -> dict[str, Any]:
+    """The entries of a file of torch.save's, their tensors mapped, not read."""
+    with torch.serialization.safe_globals([slice]):  # nnScaler's shards say which slices they are
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
 
 
 def normalized(merged: dict[str, Any]) -> dict[str, Any]:
@@ -266,14 +368,18 @@ def normalized(merged: dict[str, Any]) -> dict[str, Any]:
 
 
 def load(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, state: State, option: str) -> None:
-    """Fills parameters and optimizer by slices and, on as many ranks as saved it, random state."""
+    """Fills parameters and optimizer by slices and, where each rank does what it did, random state.
+
+    Random state is a rank's own, but the same within a plan: on other plans ranks that have to agree would not.
+    """
     tensors = _named_tensors(model, optimizer)
     if path.is_file():
         merged = _open_merged(path, option)
         for name, tensor in tensors.items():
             load_slice(tensor, merged[name.split("/")[0]][name.split("/", 1)[1]].__getitem__)
         return
-    random = _random_state() if state.world_size == dist.get_world_size() else {}
+    same_ranks = (state.world_size, state.plan_ngpus) == (dist.get_world_size(), model.plan_ngpus)
+    random = _random_state() if same_ranks else {}
     _read_shards(path, tensors | random)
     for name, value in random.items():
         (torch.cuda if name.endswith("/cuda") else torch).set_rng_state(value)
@@ -294,6 +400,9 @@ def merge(path: Path, output: Path) -> None:
 
     Memory stays bounded, however large the model: the file is laid out with room for every tensor, then mapped, and
     the shards are read into the map.
+
+    Raises:
+        UserError: the disk has no room for it.
     """
     state = read_state(path, "--ckpt_dir")
     with whole_file(output) as aside:
@@ -302,8 +411,15 @@ def merge(path: Path, output: Path) -> None:
             entries = {"model": {}, "optimizer": {}, STATE_ENTRY: json.dumps(state.to_json()), HF_ENTRY: hf}
             for kind, name, size, dtype in _stored_tensors(path, ("model", "optimizer")):
                 entries[kind][name] = torch.empty(size, dtype=dtype)
-        with _layout_only():
-            torch.save(entries, aside)
+        try:
+            with _layout_only():
+                torch.save(entries, aside)
+            _reserve(aside)
+        except (OSError, RuntimeError) as error:  # torch.save's of a full disk is a RuntimeError
+            raise UserError(
+                f"--output_fname {output}: there is no room for it ({one_line(error)}); make some, or name a file on "
+                "another disk"
+            ) from error
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(aside, mmap=True, weights_only=True)
         for name, content in _hf_bytes(path / "hf"):
@@ -311,6 +427,13 @@ def merge(path: Path, output: Path) -> None:
         for kind in ("model", "optimizer"):
             for name, tensor in tqdm(mapped[kind].items(), desc=f"merging {kind}", unit="tensor"):
                 _read_shards(path, {f"{kind}/{name}": tensor}, no_dist=True)
+
+
+def _reserve(file: Path) -> None:
+    """Takes room on the disk for a file's holes: writing to a map for which there is none kills the process."""
+    if hasattr(os, "posix_fallocate"):  # macOS has none
+        with open(file, "r+b") as opened:
+            os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
 
 
 def hf_entry(save_hf_files: Callable[[Path], None]) -> dict[str, torch.Tensor]:

@@ -64,6 +64,10 @@ class ParallelModel:
     resident: dict[str, int]
 
     @property
+    def plan_ngpus(self) -> int:
+        return self.mesh.size(1)
+
+    @property
     def data_parallel_size(self) -> int:
         return self.mesh.size(0)
 

@@ -120,7 +120,7 @@ def train(
                 )
             if position.step % settings.checkpoint_interval == 0 or position.step == total_steps:
                 shapes = checkpoint.parameter_shapes(model)
-                state = checkpoint.State(position, settings.seed, n_rows, world_size, shapes)
+                state = checkpoint.State(position, settings.seed, n_rows, world_size, model.plan_ngpus, shapes)
                 path = checkpoint.save(settings.checkpoint_dir, model, optimizer, state, save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")

@@ -120,7 +120,7 @@ def nnscaler_merged(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
     model = reference_model(small_config("llama"))
     masters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: list(tensor.shape) for name, tensor in masters.items()}
-    state = checkpoint.State(data.Position(4, 0, 16), 0, ROWS, 2, shapes)
+    state = checkpoint.State(data.Position(4, 0, 16), 0, ROWS, 2, 2, shapes)
     moments = [
         {"step": torch.tensor(4.0), "exp_avg": m * 2, "exp_avg_sq": m * m, "fp32_params": m} for m in masters.values()
     ]

@@ -1,0 +1,236 @@
+"""Checkpoints: the newest whole one is found whatever a kill has left, and what is damaged is named."""
+
+import errno
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from ranks import run_ranks
+from torch import nn
+
+import ckpt_merger
+import files
+from errors import UserError
+from runtime import checkpoint, parallel, trainer
+from runtime.data import Position
+
+ROOT = Path(__file__).parent.parent
+
+
+def write_checkpoint(folder: Path, name: str, engine: str = "torch") -> Path:
+    """A whole checkpoint as far as its files tell, of two ranks."""
+    path = folder / name
+    path.mkdir(parents=True)
+    epoch, step = name.split("-")
+    state = checkpoint.State(Position(int(step), int(epoch), 0), 0, 8, 2, 1, {}).to_json()
+    if engine == "nnscaler":
+        for rank in range(2):
+            torch.save({"state": json.dumps(state)}, path / f"{rank}.ckpt")
+    else:
+        (path / "shard").write_text("whole")
+        (path / "checkpoint.json").write_text(json.dumps({**state, "files": {"shard": {"bytes": 5}}}))
+    return path
+
+
+def point_last(folder: Path, name: str, engine: str = "torch") -> None:
+    if engine == "torch":
+        (folder / "last").symlink_to(name)
+    else:
+        (folder / "last").mkdir()
+        for rank in range(2):
+            (folder / "last" / f"{rank}.ckpt").symlink_to(f"../{name}/{rank}.ckpt")
+
+
+# --- finding -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("engine", ["torch", "nnscaler"])
+@pytest.mark.parametrize("last", [None, "0000-000003", "0000-000009"])
+def test_where_last_is_missing_damaged_or_names_nothing_the_newest_whole_one_is_taken(tmp_path, capsys, engine, last):
+    for name in ("0000-000001", "0001-000002", "0000-000003"):
+        write_checkpoint(tmp_path, name, engine)
+    next((tmp_path / "0000-000003").glob("shard" if engine == "torch" else "1.ckpt")).write_text("cut")
+    if last:
+        point_last(tmp_path, last, engine)
+    assert checkpoint.find(tmp_path, None, engine) == tmp_path / "0001-000002"
+    assert f"checkpoint: {tmp_path}/last is missing or damaged, taking 0001-000002" in capsys.readouterr().out
+    assert checkpoint.find_stored(tmp_path) == tmp_path / "0001-000002"
+    assert checkpoint.find(Path("none"), str(tmp_path), engine) == tmp_path / "0001-000002"
+
+
+@pytest.mark.parametrize("engine", ["torch", "nnscaler"])
+def test_last_is_taken_even_if_it_is_not_the_one_of_most_steps(tmp_path, capsys, engine):
+    for name in ("0000-000001", "0000-000002"):
+        write_checkpoint(tmp_path, name, engine)
+    point_last(tmp_path, "0000-000001", engine)
+    assert checkpoint.find(tmp_path, None, engine) == tmp_path / "0000-000001"
+    assert capsys.readouterr().out == ""
+
+
+def test_a_checkpoint_that_was_being_replaced_by_a_killed_run_is_found(tmp_path, monkeypatch):
+    for name in ("0000-000001", "0000-000002", "0000-000003"):
+        write_checkpoint(tmp_path, name)
+    point_last(tmp_path, "0000-000002")
+    rename = os.rename
+
+    def killed_before_the_second(source, target):
+        if target == tmp_path / "0000-000002":
+            raise KeyboardInterrupt
+        rename(source, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(files.os, "rename", killed_before_the_second)
+        (tmp_path / ".0000-000002.writing").mkdir()
+        files.publish_folder(tmp_path / ".0000-000002.writing", tmp_path / "0000-000002")
+    found = checkpoint.find(tmp_path, None)
+    assert found.name.startswith(".0000-000002.old-")
+    assert checkpoint.read_state(found, "--checkpoint_dir").position.step == 2
+
+
+@pytest.mark.parametrize("engine", ["torch", "nnscaler"])
+def test_where_the_last_checkpoint_is_gone_and_there_is_no_other_nothing_starts_anew(tmp_path, engine):
+    point_last(tmp_path, "0000-000002", engine)
+    sentence = "--checkpoint_dir .*: its last checkpoint, .*0000-000002.*, is gone, and there is no other; put it back"
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.find(tmp_path, None, engine)
+
+
+def test_checkpoints_of_two_engines_do_not_get_into_one_folder(tmp_path):
+    (tmp_path / "merged.ckpt").write_text("")
+    write_checkpoint(tmp_path / "checkpoints", "0000-0002", "nnscaler")
+    sentence = "--checkpoint_dir .*: the checkpoints in it are the nnscaler engine's, .*; name another folder"
+    with pytest.raises(UserError, match=sentence):
+        checkpoint.find(tmp_path / "checkpoints", str(tmp_path / "merged.ckpt"), "torch")
+    merged = checkpoint.find(tmp_path / "checkpoints", str(tmp_path / "merged.ckpt"), "nnscaler")
+    assert merged == tmp_path / "merged.ckpt"
+
+
+# --- reading -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "its file checkpoint.json is damaged"),
+        ("[]", "its file checkpoint.json is damaged"),
+        ("{}", "its file checkpoint.json is damaged .it lacks 'position'"),
+        (None, "its file checkpoint.json is damaged .it lacks 'files'"),
+    ],
+)
+def test_a_damaged_manifest_is_named_as_such(tmp_path, content, reason):
+    path = write_checkpoint(tmp_path, "0000-000001")
+    facts = json.loads((path / "checkpoint.json").read_text())
+    del facts["files"]
+    (path / "checkpoint.json").write_text(json.dumps(facts) if content is None else content)
+    with pytest.raises(UserError, match=f"--resume_path .*0000-000001: {reason}.*; name another checkpoint"):
+        checkpoint.read_state(path, "--resume_path")
+    with pytest.raises(UserError, match=f"--ckpt_dir .*0000-000001: {reason}"):
+        ckpt_merger.main(["--ckpt_dir", str(tmp_path), "--output_fname", str(tmp_path / "merged.ckpt")])
+
+
+@pytest.mark.parametrize("entries", [3, {"model": {}}, {"state": 3}, {"state": []}, {"state": "{}"}])
+def test_a_file_of_something_else_is_no_merged_checkpoint(tmp_path, entries):
+    torch.save(entries, tmp_path / "file")
+    with pytest.raises(UserError, match="--resume_path .*: it is no merged checkpoint"):
+        checkpoint.read_state(tmp_path / "file", "--resume_path")
+
+
+# --- saving, loading, merging ----------------------------------------------------------------------------------------
+
+
+def save_on_rank(folder: Path, plan_ngpus: int, step: int = 1) -> None:
+    with parallel.process_group() as device:
+        model, optimizer = small_model(device, plan_ngpus)
+        torch.manual_seed(dist.get_rank())
+        shapes = checkpoint.parameter_shapes(model)
+        state = checkpoint.State(Position(step, 0, 0), 0, 8, dist.get_world_size(), plan_ngpus, shapes)
+        checkpoint.save(folder, model, optimizer, state, write_hf_files)
+
+
+def small_model(device: torch.device, plan_ngpus: int, width: int = 8) -> tuple:
+    model = parallel.parallelize(nn.Linear(width, width), "", device, torch.float32, plan_ngpus)
+    settings = trainer.TrainSettings(8, 8, 1e-3, "constant", 0, 0.0, 1.0, 1, 1, None, 1, 0, Path(), Path())
+    return model, trainer.make_optimizer(model, settings, device)
+
+
+def write_hf_files(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+
+
+def load_on_rank(folder: Path, plan_ngpus: int, expected: list[int]) -> None:
+    """Asserts that each rank draws what it would after torch.manual_seed of its number in `expected`."""
+    with parallel.process_group() as device:
+        model, optimizer = small_model(device, plan_ngpus)
+        torch.manual_seed(100)
+        path = checkpoint.find(folder, None)
+        checkpoint.load(path, model, optimizer, checkpoint.read_state(path, "--checkpoint_dir"), "--checkpoint_dir")
+        drawn = torch.rand(1)
+        torch.manual_seed(expected[dist.get_rank()])
+        assert drawn == torch.rand(1)
+
+
+def test_random_state_comes_back_only_where_each_rank_does_what_it_did(tmp_path):
+    run_ranks(2, save_on_rank, tmp_path, 1)
+    run_ranks(2, load_on_rank, tmp_path, 1, [0, 1])
+    run_ranks(2, load_on_rank, tmp_path, 2, [100, 100])  # ranks of one plan draw the same
+
+
+def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
+    for name in (".0000-000004.writing", ".0000-000005.old-host-12", ".0000-000009.old-12", ".mine"):
+        (tmp_path / name / "inside").mkdir(parents=True)
+    run_ranks(1, save_on_rank, tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == [".mine", "0000-000001", "last"]
+
+
+def save_large_on_rank(folder: Path) -> None:
+    with parallel.process_group() as device:
+        model, optimizer = small_model(device, 1, width=1024)
+        state = checkpoint.State(Position(1, 0, 0), 0, 8, 1, 1, checkpoint.parameter_shapes(model))
+        checkpoint.save(folder, model, optimizer, state, write_hf_files)
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory) -> Path:
+    """A checkpoint of 12 MiB."""
+    folder = tmp_path_factory.mktemp("large")
+    run_ranks(1, save_large_on_rank, folder)
+    return folder
+
+
+def test_a_merged_file_that_the_disk_has_no_room_for_is_refused_before_it_is_written(large, tmp_path, monkeypatch):
+    def full(handle, offset, size):
+        assert size > 12 << 20
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(UserError, match="--output_fname .*merged.ckpt: there is no room for it .*No space left"):
+        checkpoint.merge(large / "last", tmp_path / "merged.ckpt")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("limit", [1 << 16, 8 << 20])
+def test_a_merger_that_may_not_write_as_much_ends_in_one_sentence(large, tmp_path, limit):
+    command = [sys.executable, str(ROOT / "ckpt_merger.py"), "--ckpt_dir", str(large)]
+
+    def allow_less() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+    result = subprocess.run(
+        [*command, "--output_fname", str(tmp_path / "merged.ckpt")],
+        capture_output=True,
+        text=True,
+        preexec_fn=allow_less,
+    )
+    assert result.returncode == 2
+    assert "ckpt_merger.py: error: --output_fname" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
