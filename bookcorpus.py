@@ -31,7 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from corpus.documents import open_corpus
 from corpus.tokens import Tokens, tokenize
 from errors import UserError, one_line, run_script
-from files import whole_folder
+from files import whole_folder, why_not_writable
 
 BLOCK = 2**22  # tokens packed and written at a time (16 MiB)
 BLOCKS_PER_SHARD = 32
@@ -53,8 +53,6 @@ def main() -> None:
             (folder / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n", encoding="utf-8")
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably for want of memory: give a smaller --num_proc") from error
-    except OSError as error:  # no permission to read or write, no space left
-        raise UserError(one_line(error)) from error
     seconds = time.monotonic() - began
     print(
         f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens -> {corpus['rows']:,} rows of"
@@ -84,6 +82,8 @@ def check(args: argparse.Namespace) -> None:
         raise UserError(f"--num_proc {args.num_proc}: at least 1 process is needed")
     if args.save_path.exists():
         raise UserError(f"--save_path {args.save_path} exists already: remove it or name another folder")
+    if problem := why_not_writable(args.save_path):
+        raise UserError(f"--save_path {args.save_path}: {problem}; name another folder")
     for option in ("data_path_or_name", "tokenizer_path_or_name"):
         name = getattr(args, option)
         try:

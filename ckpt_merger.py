@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 
 from errors import UserError, run_script
+from files import why_not_writable
 from runtime import checkpoint
 
 
@@ -48,6 +49,8 @@ def check_outputs(args: argparse.Namespace, path: Path) -> None:
         output = getattr(args, option)
         if output is not None and Path(output).exists():
             raise UserError(f"--{option} {output}: it is there already; remove it or choose another name")
+        if output is not None and (problem := why_not_writable(output)):
+            raise UserError(f"--{option} {output}: {problem}; choose another name")
     if path.is_file() and args.output_fname is not None:
         raise UserError(f"--ckpt_dir {path}: it is merged already; leave out --output_fname")
     if checkpoint.is_nnscalers(path) and args.output_fname is None:

@@ -15,7 +15,7 @@ import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from errors import UserError, one_line, run_script
-from files import whole_folder
+from files import whole_folder, why_not_writable
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 # Not every architecture calls the width of its MLP intermediate_size, and transformers doesn't map these.
@@ -44,6 +44,8 @@ def main() -> None:
     output = Path(args.output_id)
     if output.exists():
         raise UserError(f"--output_id {output} exists already: remove it or name another folder")
+    if problem := why_not_writable(output):
+        raise UserError(f"--output_id {output}: {problem}; name another folder")
     huggingface_hub.logging.set_verbosity_error()  # else a line for each retry when there is no network
     source = source_folder(args.model_id)
     full_config = causal_lm_config(source, args.model_id)

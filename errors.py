@@ -23,17 +23,19 @@ def one_line(error: Exception) -> str:
 
 
 def run_script(main: Callable[[], None]) -> None:
-    """Runs a script's `main`; a UserError is printed as one line and becomes exit status 2.
+    """Runs a script's `main`; a UserError is printed as one line and becomes exit status 2, and so does an OSError: no
+    permission, no space left.
 
     Under torchrun every rank meets the same error, so rank 0 speaks for all. A rank that torchrun has not ended after
     OTHER_RANKS_WAIT_S is alone with its error (a file missing on its node, say) and speaks for itself.
     """
     try:
         main()
-    except UserError as error:
+    except (UserError, OSError) as error:
         if int(os.environ.get("RANK", 0)) != 0:
             time.sleep(OTHER_RANKS_WAIT_S)
-        print(f"{os.path.basename(sys.argv[0])}: error: {error}", file=sys.stderr, flush=True)
+        sentence = error if isinstance(error, UserError) else one_line(error)
+        print(f"{os.path.basename(sys.argv[0])}: error: {sentence}", file=sys.stderr, flush=True)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)

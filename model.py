@@ -207,7 +207,7 @@ def load_config(model_id: str):
         raise UserError(f"--model_id {model_id}: no config.json there; name a Hugging Face model folder or a hub model")
     try:
         config = AutoConfig.from_pretrained(model_id)
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # not JSON, no model type, values of wrong types or that don't fit each other
         raise UserError(f"--model_id {model_id}: its configuration can't be loaded: {one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise UserError(f"--model_id {model_id}: a {config.model_type!r} model is no causal language model")
@@ -218,8 +218,13 @@ def _looks_local(model_id: str) -> bool:
     return os.path.exists(model_id) or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
 
 
-def build_model(config, dtype: torch.dtype, attn_implementation: str = "auto") -> CausalLMLoss:
+def build_model(
+    config, dtype: torch.dtype, attn_implementation: str = "auto", sequence_length: int | None = None
+) -> CausalLMLoss:
     """The wrapped model in train mode, parameters on meta (nothing is read or allocated), buffers real and on the CPU.
+
+    Args:
+        sequence_length: of the rows; where the model's rotary tables depend on it, they are made for it.
 
     Raises:
         UserError: `attn_implementation` can't be had here, or the model's head does what the chunked loss can't.
@@ -230,6 +235,8 @@ def build_model(config, dtype: torch.dtype, attn_implementation: str = "auto") -
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="annotated")
     route_rms_norms(model)
+    if sequence_length is not None:
+        settle_rotary_tables(model, sequence_length)
     return CausalLMLoss(model).train()
 
 
@@ -281,6 +288,23 @@ def _register_attention(implementation: str) -> None:
         return attention(query, key, value, scale, **{name: v for name, v in optional.items() if v}), None
 
     ALL_ATTENTION_FUNCTIONS.register("annotated", annotated_attention)
+
+
+def settle_rotary_tables(model: nn.Module, sequence_length: int) -> None:
+    """Gives rotary embeddings whose frequencies depend on the rows' length those of this length, once and for all.
+
+    transformers chooses them in the forward, by the largest position it is given, which torch.export can't follow.
+    """
+    last = torch.tensor([[sequence_length - 1]])
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {None: kinds or ""}
+        for layer_type, kind in by_layer.items():
+            if "dynamic" in kind or kind == "longrope":
+                module(torch.empty(0), last, *([layer_type] if layer_type else []))
+                by_layer[layer_type] = "default"  # of which transformers changes nothing any more
+        if kinds and by_layer is not kinds:
+            module.rope_type = by_layer[None]
 
 
 def route_rms_norms(model: nn.Module) -> None:
@@ -416,7 +440,7 @@ def find_weights(model_id: str) -> dict[str, Path]:
     """Where each tensor of a model lies: tensor name -> safetensors file. Downloads a hub model's weights.
 
     Raises:
-        UserError: it has no safetensors weights.
+        UserError: it has no safetensors weights, or they can't be read.
     """
     import json
 
@@ -426,16 +450,26 @@ def find_weights(model_id: str) -> dict[str, Path]:
     if not folder.is_dir():
         folder = _download(model_id)
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        return {name: folder / file for name, file in json.loads(index.read_text())["weight_map"].items()}
     file = folder / "model.safetensors"
-    if not file.is_file():
+    if not index.is_file() and not file.is_file():
         hint = (
             "; save it as safetensors first" if any(folder.glob("*.bin")) else "; pass --random_init to start without"
         )
         raise UserError(f"--model_id {model_id}: it has no model.safetensors{hint}")
-    with safe_open(file, "pt") as tensors:
-        return dict.fromkeys(tensors.keys(), file)
+    try:
+        if index.is_file():
+            file = index
+            return {name: folder / part for name, part in json.loads(index.read_text())["weight_map"].items()}
+        with safe_open(file, "pt") as tensors:
+            return dict.fromkeys(tensors.keys(), file)
+    except Exception as error:  # cut short, or something else by that name
+        raise _unreadable(model_id, file, error) from error
+
+
+def _unreadable(model_id: str, file: Path, error: Exception) -> UserError:
+    return UserError(
+        f"--model_id {model_id}: {file.name} can't be read ({one_line(error)}); save or download the model again"
+    )
 
 
 def _download(model_id: str) -> Path:
@@ -472,7 +506,7 @@ def check_weights(model_id: str, files: dict[str, Path], parameters: dict[str, l
             with safe_open(file, "pt") as tensors:
                 shapes = {n: tensors.get_slice(n).get_shape() for n in parameters if files[n] == file}
         except Exception as error:  # missing, cut short, or no safetensors at all
-            raise UserError(f"--model_id {model_id}: {file} can't be read ({one_line(error)})") from error
+            raise _unreadable(model_id, file, error) from error
         for name, shape in shapes.items():
             if shape != parameters[name]:
                 raise UserError(

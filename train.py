@@ -21,6 +21,7 @@ from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from compiler import hardware
 from compiler.annotation import register_op
 from errors import UserError, run_script
+from files import why_not_writable
 from runtime import data
 from runtime.trainer import TrainSettings
 
@@ -89,6 +90,7 @@ def main(argv: list[str] | None = None) -> None:
     check_vocabulary(args, config)
     if args.name is None:
         args.name = f"{Path(args.model_id).name}-{sequence_length}-{args.plan_ngpus}of{args.runtime_ngpus}"
+    check_folders(args)
     if os.environ.get("RANK", "0") == "0":
         print(f"engine: {name}, {reason}", flush=True)
     engine = importlib.import_module(f"{name}_engine")
@@ -125,6 +127,18 @@ def check_args(args: argparse.Namespace) -> None:
             f"--runtime_ngpus {args.runtime_ngpus}: there are {world_size} processes; start with "
             f"torchrun --nproc_per_node={args.runtime_ngpus} train.py ..."
         )
+
+
+def check_folders(args: argparse.Namespace) -> None:
+    """Raises a UserError for a folder that could not be written to, before there is anything to lose."""
+    folders = {"compiled_dir": Path(args.compiled_dir, args.name)}
+    if args.run_mode == "run":
+        folders |= {"checkpoint_dir": Path(args.checkpoint_dir), "log_dir": Path(args.log_dir, args.name)}
+    if folders["compiled_dir"].is_dir():  # it may be up to date, and then is only read
+        del folders["compiled_dir"]
+    for option, folder in folders.items():
+        if problem := why_not_writable(folder):
+            raise UserError(f"--{option} {getattr(args, option)}: {problem}; name another folder")
 
 
 def choose_engine(asked: str) -> tuple[str, str]:

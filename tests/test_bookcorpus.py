@@ -360,9 +360,11 @@ def test_a_hub_that_cannot_be_reached_is_said_so(run, monkeypatch, tmp_path):
     assert "no such file or folder, and no dataset of the hub: Couldn't reach" in refused(run, "someone/some")
 
 
-def test_a_disk_that_cannot_be_written_to_is_said_so(run, tmp_path):
+def test_a_place_that_cannot_be_written_to_is_said_so_before_any_work(run, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "data.jsonl", FIVE)
-    assert "Not a directory" in refused(run, tmp_path / "data.jsonl", save_path=tmp_path / "data.jsonl" / "rows")
+    monkeypatch.setattr(bookcorpus, "open_corpus", None)
+    sentence = refused(run, tmp_path / "data.jsonl", save_path=tmp_path / "data.jsonl" / "rows")
+    assert sentence.endswith(f"{tmp_path / 'data.jsonl'} is no folder; name another folder")
 
 
 # Real processes

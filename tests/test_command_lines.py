@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_merger
 import train
 from errors import UserError
+from runtime import data
 
 ROOT = Path(__file__).parent.parent
 
@@ -122,8 +123,79 @@ def test_a_plans_partitions_are_taken_again_at_another_length(job, tmp_path):
     refused(job, sentence, sequence_length=33, name="third", plan=tmp_path / "edited.json", **ask)
 
 
+@pytest.mark.parametrize("mode", ["run", "compile"])
+@pytest.mark.parametrize("option", ["compiled_dir", "checkpoint_dir", "log_dir"])
+def test_a_folder_that_can_not_be_written_to_is_refused_before_anything_is_done(
+    job, tmp_path, monkeypatch, option, mode
+):
+    (tmp_path / "file").write_text("")
+    places = {name: tmp_path / name for name in ("compiled_dir", "checkpoint_dir", "log_dir")}
+    compiled = []
+    monkeypatch.setattr("torch_engine.compile_plan", lambda *args: compiled.append(args))
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "locked")  # root may do everything
+    (tmp_path / "locked").mkdir()
+    for place, problem in (
+        (tmp_path / "file", "file is no folder"),
+        (tmp_path / "file" / "in", "file is no folder"),
+        (tmp_path / "locked" / "in", "locked can't be written to"),
+    ):
+        ask = {"run_mode": mode, **places, option: place}
+        if mode == "compile" and option != "compiled_dir":  # it writes nothing there
+            train.main(arguments(job, **ask))
+            assert compiled.pop()
+        else:
+            refused(job, f"--{option} {place}: .*{problem}; name another folder", **ask)
+            assert not compiled
+
+
+def test_a_compiled_folder_that_is_up_to_date_may_be_read_only(job, tmp_path, monkeypatch):
+    ask = {"run_mode": "compile", "compiled_dir": tmp_path / "compiled"}
+    train.main(arguments(job, **ask))
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    train.main(arguments(job, **ask))
+
+
 def test_rows_of_something_else_are_refused(job, tmp_path):
     refused(job, "it has no rows of 'input_ids'", dataset_path=save_rows(tmp_path / "text", column="text"))
+
+
+@pytest.mark.parametrize(
+    ("rows", "sentence"),
+    [
+        (["a b", "c d"], "its 'input_ids' are of type string, not lists of token ids; make it with bookcorpus.py"),
+        ([["a"] * 16], "its 'input_ids' are of type list<.*string>, not lists of token ids"),
+        ([[0.5] * 16], "its 'input_ids' are of type list<.*double>, not lists of token ids"),
+        ([3, 4], "its 'input_ids' are of type int32, not lists of token ids"),
+        ([[1] * 16, [1] * 16, [1] * 15], "row 2 has 15 tokens and row 0 has 16, and the plan is compiled for one"),
+        ([[1] * 16, []], "row 1 has 0 tokens and row 0 has 16"),
+        ([[1] * 16, None], "row 1 has 0 tokens and row 0 has 16"),
+        ([[], []], "its 'input_ids' are of type list<.*null>, not lists of token ids"),
+        ([[1], [2]], "its rows have 1 tokens, and it takes 2 to predict one"),
+    ],
+)
+def test_rows_that_no_plan_fits_are_refused_before_it_is_made(job, tmp_path, rows, sentence):
+    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "rows")
+    ask = {"dataset_path": tmp_path / "rows", "compiled_dir": tmp_path / "compiled"}
+    refused(job, f"--dataset_path .*: {sentence}", checkpoint_dir=tmp_path / "checkpoints", **ask)
+    assert os.listdir(tmp_path) == ["rows"]
+
+
+@pytest.mark.parametrize(
+    "kind", [datasets.LargeList(datasets.Value("int64")), datasets.List(datasets.Value("int16"), 16)]
+)
+def test_rows_may_be_lists_of_any_arrow_kind_in_any_number_of_files(tmp_path, kind):
+    features = datasets.Features({"input_ids": kind})
+    rows = torch.randint(0, 256, (6, 16)).tolist()
+    datasets.Dataset.from_dict({"input_ids": rows}, features).save_to_disk(tmp_path / "rows", num_shards=3)
+    opened = data.open_dataset(str(tmp_path / "rows"))
+    assert [data.load_row(opened, row, 16, 256)[0][0].tolist() for row in range(6)] == rows
+
+
+@pytest.mark.parametrize("content", ["{", "3"])
+def test_a_damaged_corpus_json_is_refused(job, tmp_path, content):
+    path = save_rows(tmp_path / "rows")
+    (tmp_path / "rows" / "corpus.json").write_text(content)
+    refused(job, "--dataset_path .*: its corpus.json is damaged .*; make it again", dataset_path=path)
 
 
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(job, tmp_path):
@@ -135,13 +207,6 @@ def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(job, tmp_path)
 def test_a_token_that_the_model_does_not_know_is_refused(job, tmp_path):
     path = save_rows(tmp_path / "rows", high=10_000)
     refused(job, "row . has token .*vocabulary has 256", dataset_path=path, checkpoint_dir=tmp_path / "checkpoints")
-
-
-def test_a_row_of_another_length_is_refused(job, tmp_path):
-    rows = [[1] * 16, [1] * 15]
-    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "rows")
-    sentence = "row 1 has 15 tokens and the plan is compiled for 16"
-    refused(job, sentence, dataset_path=tmp_path / "rows", checkpoint_dir=tmp_path / "checkpoints")
 
 
 @pytest.mark.parametrize("option", ["checkpoint_dir", "resume_path"])
@@ -180,6 +245,43 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(job, tmp_path):
     refused(job, "its weights have no tensor 'model.norm.weight'", **fresh)
 
 
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("model.safetensors", None),
+        ("model.safetensors", b"no weights"),
+        ("model.safetensors.index.json", b"{"),
+        ("model.safetensors.index.json", b"{}"),
+        ("model.safetensors.index.json", b'{"weight_map": {"model.norm.weight": 3}}'),
+    ],
+)
+def test_weights_that_can_not_be_read_are_refused(job, tmp_path, name, content):
+    shutil.copytree(job / "model", tmp_path / "model")
+    file = tmp_path / "model" / name
+    file.write_bytes(file.read_bytes()[:-100] if content is None else content)
+    fresh = {"model_id": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
+    refused(job, f"--model_id .*: {name} can't be read .*; save or download the model again", **fresh)
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"hidden_size": "abc"}, "hidden_size"),
+        (
+            {"num_attention_heads": 3, "num_key_value_heads": 3},
+            "64. is not a multiple of the number of attention heads",
+        ),
+        ({"num_attention_heads": 0}, "by zero"),
+    ],
+)
+def test_a_configuration_that_can_not_be_is_refused(job, tmp_path, changes, reason):
+    shutil.copytree(job / "model", tmp_path / "model")
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**config, **changes}))
+    sentence = f"--model_id .*: its configuration can't be loaded: .*{reason}"
+    refused(job, sentence, model_id=tmp_path / "model")
+
+
 def test_a_model_that_is_no_causal_language_model_is_refused(job, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     refused(job, "a 'vit' model is no causal language model", model_id=tmp_path)
@@ -203,6 +305,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
         ("--ckpt_dir .*nowhere: there is no such folder", {"ckpt_dir": "nowhere", "output_fname": "m.ckpt"}),
         ("--ckpt_dir .*model: it has no checkpoint in it", {"ckpt_dir": "model", "output_fname": "m.ckpt"}),
         ("--hf_dir .*: it is there already", {"hf_dir": "model"}),
+        ("--hf_dir .*: .*config.json is no folder; choose another name", {"hf_dir": "model/config.json/hf"}),
+        ("--output_fname .*: .*config.json is no folder", {"output_fname": "model/config.json/merged"}),
     ],
 )
 def test_the_merger_refuses_in_one_sentence(job, sentence, options):

@@ -250,6 +250,8 @@ def test_a_source_that_cannot_be_used_is_refused_with_the_reason(make, source, t
     assert "encoder: BertForMaskedLM is not a causal language model" in refused(make, encoder)
     assert "t5: t5 is not a causal language model" in refused(make, t5)
     assert "empty exists already" in refused(make, LLAMA3, output_id=tmp_path / "empty")
+    in_a_file = tmp_path / "broken" / "config.json" / "mini"
+    assert f"--output_id {in_a_file}: {in_a_file.parent} is no folder" in refused(make, LLAMA3, output_id=in_a_file)
 
     def no_network(*args, **options):
         raise ConnectionError("no route\nto host")
