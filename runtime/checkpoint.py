@@ -31,6 +31,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
@@ -416,10 +417,7 @@ def merge(path: Path, output: Path) -> None:
                 torch.save(entries, aside)
             _reserve(aside)
         except (OSError, RuntimeError) as error:  # torch.save's of a full disk is a RuntimeError
-            raise UserError(
-                f"--output_fname {output}: there is no room for it ({one_line(error)}); make some, or name a file on "
-                "another disk"
-            ) from error
+            raise _no_room(f"--output_fname {output}", error) from error
         with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
             mapped = torch.load(aside, mmap=True, weights_only=True)
         for name, content in _hf_bytes(path / "hf"):
@@ -427,6 +425,10 @@ def merge(path: Path, output: Path) -> None:
         for kind in ("model", "optimizer"):
             for name, tensor in tqdm(mapped[kind].items(), desc=f"merging {kind}", unit="tensor"):
                 _read_shards(path, {f"{kind}/{name}": tensor}, no_dist=True)
+
+
+def _no_room(option: str, error: Exception) -> UserError:
+    return UserError(f"{option}: there is no room for it ({one_line(error)}); make some, or choose another disk")
 
 
 def _reserve(file: Path) -> None:
@@ -458,6 +460,9 @@ def export_hf(path: Path, hf_dir: Path) -> None:
     """The weights of a checkpoint or merged file -> a folder for AutoModelForCausalLM.from_pretrained.
 
     They are in the dtype of its configuration. One safetensors file is in memory at a time.
+
+    Raises:
+        UserError: the disk has no room for it.
     """
     merged = _open_merged(path, "--ckpt_dir") if path.is_file() else None
     with whole_folder(hf_dir) as aside:
@@ -475,7 +480,10 @@ def export_hf(path: Path, hf_dir: Path) -> None:
         for file, names in tqdm(split.filename_to_tensors.items(), desc="writing safetensors", unit="file"):
             tensors = merged["model"] if merged else _read_weights(path, {name: sizes[name] for name in names})
             named = {name: tensors[name].to(dtype) for name in names}
-            save_file(named, aside / file, metadata={"format": "pt"})
+            try:
+                save_file(named, aside / file, metadata={"format": "pt"})
+            except SafetensorError as error:
+                raise _no_room(f"--hf_dir {hf_dir}", error) from error
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))

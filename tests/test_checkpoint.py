@@ -162,7 +162,7 @@ def small_model(device: torch.device, plan_ngpus: int, width: int = 8) -> tuple:
 
 def write_hf_files(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    (folder / "config.json").write_text("{}")
+    (folder / "config.json").write_text('{"dtype": "float32"}')
 
 
 def load_on_rank(folder: Path, plan_ngpus: int, expected: list[int]) -> None:
@@ -216,8 +216,9 @@ def test_a_merged_file_that_the_disk_has_no_room_for_is_refused_before_it_is_wri
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("limit", [1 << 16, 8 << 20])
-def test_a_merger_that_may_not_write_as_much_ends_in_one_sentence(large, tmp_path, limit):
+@pytest.mark.parametrize("limit", [1 << 16, 3 << 20])
+@pytest.mark.parametrize("option", ["output_fname", "hf_dir"])
+def test_a_merger_that_may_not_write_as_much_ends_in_one_sentence(large, tmp_path, option, limit):
     command = [sys.executable, str(ROOT / "ckpt_merger.py"), "--ckpt_dir", str(large)]
 
     def allow_less() -> None:
@@ -225,12 +226,13 @@ def test_a_merger_that_may_not_write_as_much_ends_in_one_sentence(large, tmp_pat
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     result = subprocess.run(
-        [*command, "--output_fname", str(tmp_path / "merged.ckpt")],
+        [*command, f"--{option}", str(tmp_path / "merged")],
         capture_output=True,
         text=True,
         preexec_fn=allow_less,
     )
     assert result.returncode == 2
-    assert "ckpt_merger.py: error: --output_fname" in result.stderr
-    assert result.stderr.count("\n") == 1
+    [sentence] = [line for line in result.stderr.splitlines() if line.startswith("ckpt_merger.py: error:")]
+    assert f"--{option} {tmp_path}/merged: there is no room for it" in sentence
+    assert "Traceback" not in result.stderr
     assert not list(tmp_path.iterdir())
