@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -135,6 +136,19 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partition
     for step in range(1, STEPS + 1):
         for key in ("loss", "grad_norm", "learning_rate"):
             assert after[step][key] == expected[step][key], (step, key)
+
+
+def test_a_run_whose_last_checkpoint_is_gone_goes_on_from_the_newest_that_is_whole(job, uninterrupted):
+    shutil.copytree(job / "uninterrupted", job / "gone", symlinks=True)
+    shutil.rmtree(job / "gone" / "0001-000010")
+    result = run(command(job, 2, "gone"))
+    assert f"checkpoint: {job}/gone/last is missing or damaged, taking 0001-000008, the newest" in result.stdout
+    assert "0001-000008, after step 8" in result.stdout
+    after = read_steps(job, 2, "gone")
+    for step in range(1, STEPS + 1):
+        for key in ("loss", "grad_norm", "learning_rate"):
+            assert after[step][key] == uninterrupted[step][key], (step, key)
+    assert (job / "gone" / "last").resolve().name == "0001-000010"
 
 
 def test_a_merged_checkpoint_resumes_on_another_number_of_ranks(job, uninterrupted):
