@@ -172,7 +172,7 @@ def find(checkpoint_dir: Path, resume_path: str | None, engine: str = "torch") -
         if _checkpoint_in(path, other):
             raise UserError(
                 f"{option} {path}: its checkpoint is the {other} engine's; choose --engine {other}, or merge it with "
-                "ckpt_merger.py and name the merged file with --resume_path"
+                "ckpt_merger.py and name the merged file with --resume_path, and another --checkpoint_dir"
             )
     if link := next((link for link in (path / LAST, path / LAST / NNSCALER_SHARD) if link.is_symlink()), None):
         raise UserError(
@@ -251,7 +251,8 @@ def _say_if_not_last(folder: Path, found: Path, engine: str) -> None:
     """Prints that `found` was taken in the place of `last`."""
     last = (folder / LAST / MARKS[engine]).resolve().parent
     if found not in (folder, last) and _is_whole(found) and os.environ.get("RANK", "0") == "0":
-        print(f"checkpoint: {folder / LAST} is missing or damaged, taking {found.name}, the newest that is whole")
+        problem = f"{folder / LAST} is missing or damaged"
+        print(f"checkpoint: {problem}, taking {found.name}, the newest that is whole", flush=True)
 
 
 def read_state(path: Path, option: str) -> State:
