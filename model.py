@@ -307,6 +307,24 @@ def settle_rotary_tables(model: nn.Module, sequence_length: int) -> None:
             module.rope_type = by_layer[None]
 
 
+def settle_rotary_tables(model: nn.Module, sequence_length: int) -> None:
+    """Gives rotary embeddings whose frequencies depend on the rows' length those of this length, once and for all.
+
+    transformers chooses them in the forward, by the largest position it is given, which torch.export can't follow.
+    """
+    last = torch.tensor([[sequence_length - 1]])
+    for module in model.modules():
+        kinds = getattr(module, "rope_type", None)
+        by_layer = kinds if isinstance(kinds, dict) else {(): kinds}
+        settled = dict(by_layer)
+        for layer_type, kind in by_layer.items():
+            if kind is not None and ("dynamic" in kind or kind == "longrope"):
+                module(torch.empty(0), last, *([layer_type] if layer_type else []))
+                settled[layer_type] = "default"  # of which transformers changes nothing in the forward
+        if settled != by_layer:
+            module.rope_type = settled if isinstance(kinds, dict) else settled[()]
+
+
 def route_rms_norms(model: nn.Module) -> None:
     """Gives every module that computes an RMSNorm, tried on numbers, a forward that calls `rms_norm`."""
 

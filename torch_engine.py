@@ -77,7 +77,7 @@ def write_plan(args: argparse.Namespace, config, sequence_length: int, folder: P
             print(f"compile: {folder} is up to date, reusing it", flush=True)
         return
     started = time.perf_counter()
-    wrapped = model.build_model(config, model.DTYPES[args.precision], args.attn_implementation)
+    wrapped = model.build_model(config, model.DTYPES[args.precision], args.attn_implementation, sequence_length)
     sample = {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     graph = trace(wrapped, sample)
     traced = time.perf_counter()

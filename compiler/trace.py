@@ -6,12 +6,14 @@ variables of the model's own source, and each layer kind once, however many laye
 
 import ast
 import inspect
+import logging
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from io import StringIO
 from types import FunctionType
 from typing import Any
 
@@ -167,7 +169,8 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     module.to("meta")  # one device for all; the buffers' values are in `buffers`
     with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
         try:
-            exported = torch.export.export(module, (), kwargs=sample, strict=False)
+            with _without_logs():
+                exported = torch.export.export(module, (), kwargs=sample, strict=False)
         except UserError:
             raise
         except Exception as error:
@@ -175,6 +178,18 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
             raise UserError(f"--model_id: torch.export can't trace {type(module.model).__name__}: {reason}") from error
     flat = _flatten(module, exported, buffers, opaque)
     return _fold_layers(_without_dead_ops(flat), type(module.model).__name__, *_decoder_layers(module.model))
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Nothing is logged or printed as an error inside: torch.export tells on pages what the error says in a line."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 @dataclass
@@ -409,6 +424,11 @@ def _without_dead_ops(flat: _Flat) -> _Flat:
             used.update(op.inputs)
     flat.ops = kept[::-1]
     flat.constants = {t: value for t, value in flat.constants.items() if t in used}
+    if lost := [t.name for t, value in flat.constants.items() if value.is_meta]:
+        raise UserError(
+            f"--model_id: the model's forward makes a tensor of numbers ({lost[0]}), whose values tracing loses; train "
+            "a model that keeps them in a buffer"
+        )
     return flat
 
 

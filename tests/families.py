@@ -25,6 +25,27 @@ FAMILIES = {
     "opt": {"ffn_dim": 128, "word_embed_proj_dim": 64, "dropout": 0.0},
 }
 
+_FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.3 * i for i in range(8)]}
+_PRETRAINED = {"original_max_position_embeddings": 32}
+# Kinds of rotary tables: a family, and what its config has for them. Two of them depend on the rows' length.
+ROTARY = {
+    "longrope": ("phi3", {**_FACTORS, **_PRETRAINED}),
+    "dynamic": ("llama", {"factor": 4.0}),
+    "yarn": ("llama", {"factor": 4.0, **_PRETRAINED}),
+    "llama3": ("llama", {"factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, **_PRETRAINED}),
+    "linear": ("llama", {"factor": 4.0}),
+}
+
+
+def rotary_config(kind: str) -> PreTrainedConfig:
+    """A small model with one kind of rotary tables, pretrained on 32 positions."""
+    family, parameters = ROTARY[kind]
+    parameters = {"rope_type": kind, "rope_theta": 10_000.0, **parameters}
+    positions = {"max_position_embeddings": 32 if kind == "dynamic" else 256}
+    if kind == "longrope":  # Phi-3's config wants it here too
+        positions |= _PRETRAINED
+    return small_config(family, rope_parameters=parameters, **positions)
+
 
 def small_config(family: str, **changes) -> PreTrainedConfig:
     """2 layers, hidden size 64, 4 heads, a vocabulary of 256."""

@@ -9,10 +9,12 @@ import torch
 import torch.distributed as dist
 from families import (
     FAMILIES,
+    ROTARY,
     gradients_of,
     random_rows,
     reference_loss,
     reference_model,
+    rotary_config,
     small_config,
     worst_gradient_error,
 )
@@ -22,6 +24,7 @@ import model
 import torch_engine
 import train
 from compiler import annotation
+from compiler.trace import trace
 from errors import UserError
 from runtime import parallel
 
@@ -46,13 +49,11 @@ def load_plan(compiled: Path) -> dict:
     return json.loads((compiled / "plan.json").read_text())
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_every_gradient_equal_hugging_faces(family, tmp_path):
-    tied = list(FAMILIES).index(family) % 2 == 1
-    compiled, reference = compile_small(tmp_path, family, tie_word_embeddings=tied)
+def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
+    """The generated module has the reference's loss and gradients on one row."""
     module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])
     module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
-    tokens, labels = random_rows(1, LENGTH, 256)
+    tokens, labels = random_rows(1, length, 256)
 
     loss, expected = module(tokens, labels), reference_loss(reference, tokens, labels)
     loss.backward()
@@ -61,6 +62,43 @@ def test_loss_and_every_gradient_equal_hugging_faces(family, tmp_path):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
     error, name = worst_gradient_error(gradients_of(module), gradients_of(reference))
     assert error < 1e-4, name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_loss_and_every_gradient_equal_hugging_faces(family, tmp_path):
+    tied = list(FAMILIES).index(family) % 2 == 1
+    compiled, reference = compile_small(tmp_path, family, tie_word_embeddings=tied)
+    assert_equal_to(reference, compiled)
+
+
+@pytest.mark.parametrize("length", [24, 48])  # within the 32 positions of pretraining, and beyond
+@pytest.mark.parametrize("kind", ROTARY)
+def test_rotary_tables_of_every_kind_are_hugging_faces(kind, length, tmp_path):
+    reference = reference_model(rotary_config(kind))
+    reference.save_pretrained(tmp_path / kind)
+    options = ["--precision", "fp32", "--sequence_length", str(length)]
+    assert_equal_to(reference, compile_folder(tmp_path / kind, tmp_path / "compiled", *options), length)
+
+
+def test_what_torch_export_can_not_trace_is_said_in_one_sentence(monkeypatch, capfd):
+    config = small_config("llama")
+    wrapped = model.build_model(config, torch.float32)
+    norm = wrapped.model.model.norm
+    monkeypatch.setattr(norm, "forward", lambda x: x if x.sum() > 0 else -x)
+    sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    with pytest.raises(UserError, match="torch.export can't trace LlamaForCausalLM") as error:
+        trace(wrapped, sample)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr().err == ""
+
+
+def test_numbers_that_tracing_would_lose_are_refused(monkeypatch):
+    wrapped = model.build_model(small_config("llama"), torch.float32)
+    norm = wrapped.model.model.norm
+    monkeypatch.setattr(norm, "forward", lambda x: x * torch.tensor([0.5, 2.0] * 32, device=x.device))
+    sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    with pytest.raises(UserError, match="whose values tracing loses"):
+        trace(wrapped, sample)
 
 
 def _compare_on_ranks(folder: Path, families: list[str]) -> None:
