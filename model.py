@@ -298,23 +298,6 @@ def settle_rotary_tables(model: nn.Module, sequence_length: int) -> None:
     last = torch.tensor([[sequence_length - 1]])
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
-        by_layer = kinds if isinstance(kinds, dict) else {None: kinds or ""}
-        for layer_type, kind in by_layer.items():
-            if "dynamic" in kind or kind == "longrope":
-                module(torch.empty(0), last, *([layer_type] if layer_type else []))
-                by_layer[layer_type] = "default"  # of which transformers changes nothing any more
-        if kinds and by_layer is not kinds:
-            module.rope_type = by_layer[None]
-
-
-def settle_rotary_tables(model: nn.Module, sequence_length: int) -> None:
-    """Gives rotary embeddings whose frequencies depend on the rows' length those of this length, once and for all.
-
-    transformers chooses them in the forward, by the largest position it is given, which torch.export can't follow.
-    """
-    last = torch.tensor([[sequence_length - 1]])
-    for module in model.modules():
-        kinds = getattr(module, "rope_type", None)
         by_layer = kinds if isinstance(kinds, dict) else {(): kinds}
         settled = dict(by_layer)
         for layer_type, kind in by_layer.items():
