@@ -176,8 +176,9 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
         except Exception as error:
             reason = one_line(error)
             raise UserError(f"--model_id: torch.export can't trace {type(module.model).__name__}: {reason}") from error
-    flat = _flatten(module, exported, buffers, opaque)
-    return _fold_layers(_without_dead_ops(flat), type(module.model).__name__, *_decoder_layers(module.model))
+    flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
+    _check_learned_positions(flat, type(module.model).__name__)
+    return _fold_layers(flat, type(module.model).__name__, *_decoder_layers(module.model))
 
 
 @contextmanager
@@ -430,6 +431,36 @@ def _without_dead_ops(flat: _Flat) -> _Flat:
             "a model that keeps them in a buffer"
         )
     return flat
+
+
+def _check_learned_positions(flat: _Flat, class_name: str) -> None:
+    """Raises a UserError where a table of positions is shorter than the rows: tracing reads no entry of it."""
+    makers = {t: op for op in flat.ops for t in op.outputs}
+
+    def value_of(tensor: Tensor) -> torch.Tensor | None:
+        """The value, if it is the same whatever the tokens are."""
+        if tensor in flat.constants:
+            return flat.constants[tensor]
+        if tensor not in makers or len(makers[tensor].outputs) > 1 or not makers[tensor].target.startswith("aten."):
+            return None
+        op = makers[tensor]
+        known = {t: value_of(t) for t in op.inputs}
+        if any(value is None for value in known.values()):
+            return None
+        args, kwargs = map_tensors((op.args, op.kwargs), known.__getitem__)
+        kwargs = {name: "cpu" if isinstance(value, Device) else value for name, value in kwargs.items()}
+        _, name, overload = op.target.split(".")
+        return getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
+
+    length = flat.inputs[0].shape[-1]
+    for op in flat.ops:
+        if op.target.startswith("aten.embedding.") and (positions := value_of(op.inputs[1])) is not None:
+            table = op.inputs[0]
+            if (missing := positions.max().item() + 1 - table.shape[0]) > 0:
+                raise UserError(
+                    f"--model_id: {class_name} has learned positions ({table.name}) for {length - missing} tokens and "
+                    f"the rows have {length}; take rows of at most {length - missing}, or another model"
+                )
 
 
 # --- source statements ---------------------------------------------------------------------------------------------

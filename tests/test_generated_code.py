@@ -80,6 +80,15 @@ def test_rotary_tables_of_every_kind_are_hugging_faces(kind, length, tmp_path):
     assert_equal_to(reference, compile_folder(tmp_path / kind, tmp_path / "compiled", *options), length)
 
 
+def test_learned_positions_that_are_fewer_than_the_rows_tokens_are_refused(tmp_path):
+    reference = reference_model(small_config("opt", max_position_embeddings=LENGTH))
+    reference.save_pretrained(tmp_path / "opt")
+    options = ["--precision", "fp32", "--sequence_length"]
+    with pytest.raises(UserError, match=f"for {LENGTH} tokens and the rows have {LENGTH + 1}; take rows of at most"):
+        compile_folder(tmp_path / "opt", tmp_path / "longer", *options, str(LENGTH + 1))
+    assert_equal_to(reference, compile_folder(tmp_path / "opt", tmp_path / "compiled", *options, str(LENGTH)))
+
+
 def test_what_torch_export_can_not_trace_is_said_in_one_sentence(monkeypatch, capfd):
     config = small_config("llama")
     wrapped = model.build_model(config, torch.float32)
