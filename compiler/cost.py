@@ -11,7 +11,7 @@ import torch
 
 from compiler.annotation import Partition, Placement
 from compiler.hardware import Hardware, collective_seconds
-from compiler.memory import saved_tensors
+from compiler.memory import FLOAT32, saved_tensors
 from compiler.partition import COLLECTIVES, Move, local_shape
 from compiler.trace import Op, Tensor
 
@@ -22,9 +22,11 @@ LOSS = "chunk_linear_cross_entropy.chunk_linear_cross_entropy"
 # Backward FLOPs over forward FLOPs. A product has two gradients; flash attention recomputes the scores for its four
 # products (arXiv:2307.08691, section 3.1.2); the chunked loss makes its gradients with its losses.
 BACKWARD_FLOPS = {ATTENTION: 2.5}
-# Of the rate of large products: causal attention with heads of 128 reaches some 640 TFLOP/s forward and 550 backward on
-# an H100, whose large products reach 790 (FlashAttention-3, arXiv:2407.08608, figures 5 and 6).
-ATTENTION_EFFICIENCY = 0.75
+# Of the rate of large products, whichever kernel runs: FlashAttention-3's, whose causal attention with heads of 128
+# reaches some 640 TFLOP/s forward and 550 backward on an H100, where large products reach 790 (arXiv:2407.08608,
+# figures 5 and 6). FlashAttention-2, which the package flash-attn is there, reaches some 350 (same paper, section 1):
+# with it, or by blocks of queries, attention takes longer than is predicted.
+ATTENTION_EFFICIENCY, ATTENTION_KERNEL = 0.75, "FlashAttention-3"
 
 
 @dataclass(frozen=True)
@@ -126,7 +128,19 @@ def fsdp_seconds(n_parameters: float, dtype: torch.dtype, world_size: int, hardw
     if world_size == 1 or not n_parameters:
         return Seconds()
     gather = collective_seconds(hardware, "all_gather", n_parameters * dtype.itemsize, world_size)
-    return Seconds(gather, gather + collective_seconds(hardware, "reduce_scatter", n_parameters * 4, world_size))
+    return Seconds(gather, gather + collective_seconds(hardware, "reduce_scatter", n_parameters * FLOAT32, world_size))
+
+
+def resident_seconds(n_parameters: float, plan_ngpus: int, runtime_ngpus: int, hardware: Hardware) -> float:
+    """The all-reduce of a resident weight's float32 gradient, over the ranks that keep the same part of it.
+
+    There is one a step, after the last micro-batch, and nothing hides it. The planner does not know how many
+    micro-batches a step has, so it counts one with each: more than it costs where gradients are accumulated.
+    """
+    n_ranks = runtime_ngpus // plan_ngpus
+    in_node = max(1, hardware.devices_per_node // plan_ngpus)  # a plan's ranks are neighbours, these are one of each
+    spread = replace(hardware, devices_per_node=in_node, timings=hardware.timings if n_ranks <= in_node else ())
+    return collective_seconds(spread, "all_reduce", n_parameters / plan_ngpus * FLOAT32, n_ranks)
 
 
 def saved_by(op: Op) -> list[Tensor]:

@@ -63,6 +63,14 @@ def nbytes(tensor: Tensor) -> int:
     return prod(tensor.shape) * tensor.dtype.itemsize
 
 
+def say_bytes(size: float) -> str:
+    """'134.2 MB', '16.4 KB', '4 bytes'."""
+    for unit, name in ((1e6, "MB"), (1e3, "KB")):
+        if size >= 0.1 * unit:
+            return f"{size / unit:,.1f} {name}"
+    return f"{size:.0f} bytes"
+
+
 # --- what autograd keeps of an op ----------------------------------------------------------------------------------
 
 _VIEWS = {"view", "transpose", "permute", "t", "unsqueeze", "squeeze", "alias", "detach", "expand"}

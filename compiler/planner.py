@@ -9,7 +9,8 @@ flows between layers has one placement throughout. Variables, all of one micro-b
     m[k], a[k]     of kind k's layers, m recompute all but attention, and a <= m of them attention too      integer
     wx, wz         m (or a) where x (or z) is 1, else 0: what recomputation repeats
 
-    minimize   ops and moves, forward + backward + repeated, + what FSDP's traffic exceeds the computation it hides in
+    minimize   ops and moves, forward + backward + repeated, + what FSDP's traffic exceeds the computation it hides in,
+               + all-reduces of resident weights' gradients
     subject to persistent + gathered + saved + largest layer + loss <= memory limit
 
 Solved by HiGHS through scipy.optimize.milp.
@@ -28,12 +29,14 @@ from compiler.annotation import REPLICATED, Partition, Placement, split_along
 from compiler.cost import (
     ATTENTION,
     LOSS,
+    VIEWS,
     Seconds,
     bytes_of,
     forward_flops,
     fsdp_seconds,
     move_seconds,
     op_seconds,
+    resident_seconds,
     saved_by,
 )
 from compiler.hardware import Hardware
@@ -48,6 +51,7 @@ MASTER_BYTES = 16  # of a parameter: float32 weight, gradient and AdamW's two mo
 GB = 1e9  # memory is in GB within the program: HiGHS takes coefficients of 1e-9 and less for zeros
 CORRECTIONS = 4  # solves at most
 CLOSE_ENOUGH = 0.02  # of the memory limit
+SAME_LIMIT = 1e-3  # of a limit: to correct it by less finds the same plan again
 LEANEST_TOLERANCE = 1e-4  # of the least memory: the solver's own
 TIE_BREAK_SECONDS = 1e-9  # a GB: of plans as fast, the leanest; and the peak is no larger than it has to be
 
@@ -99,16 +103,25 @@ def fix(graph: Graph, decisions: dict, option: str) -> Fixed:
     """The decisions of a plan.json, to be taken again for a graph of the same model, at whatever length.
 
     Raises:
-        UserError: they are of another model, or not legal at this length on these ranks.
+        UserError: they are none that compile wrote, or of another model.
     """
     partitions: dict[Op, str | None] = {}
+    try:
+        boundary = decisions["boundary"]
+        stored = {name: [(target, dim) for target, dim in ops] for name, ops in decisions["ops"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{option}: its decisions are not as compile writes them; give a plan.json as compile wrote it"
+        ) from error
     for name, ops in _ops(graph):
-        stored = decisions["ops"].get(name, [])
-        if [op.target for op in ops] != [target for target, _ in stored]:
-            raise UserError(f"{option}: it is a plan of another model (its {name} has other operators)")
-        for op, (_, dim) in zip(ops, stored, strict=True):
+        decided = stored.get(name, [])
+        if [op.target for op in ops] != [target for target, _ in decided]:
+            raise UserError(
+                f"{option}: it is a plan of another model (its {name} has other operators); give a plan of this one"
+            )
+        for op, (_, dim) in zip(ops, decided, strict=True):
             partitions[op] = dim
-    return Fixed(partitions, boundary=decisions["boundary"])
+    return Fixed(partitions, boundary=boundary)
 
 
 def _ops(graph: Graph) -> list[tuple[str, list[Op]]]:
@@ -120,17 +133,39 @@ def _ops(graph: Graph) -> list[tuple[str, list[Op]]]:
 def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Plan:
     """The fastest plan that fits.
 
-    The program's memory is linear in its variables; memory.predict walks the plan's own graph step by step. The limit
-    given to the program is corrected by how far the two are apart, until the walk is within the limit too.
-
     Raises:
         UserError: nothing fits, or nothing does under what is fixed; it says by how much.
     """
     check_splittable(graph, setting.plan_ngpus)
-    program = _Program(graph, setting, fixed or Fixed())
+    best = _fastest_or_leanest(_Program(graph, setting, fixed or Fixed()))
+    if best is None:
+        raise UserError("--plan: it asks for partitions that are not legal together for this model and length")
+    if best.memory > setting.memory_limit:
+        more = math.ceil(10 * (best.memory - setting.memory_limit) / GB) / 10
+        raise UserError(
+            f"--gpu_mem_constraint {setting.memory_limit / GB:g}: the leanest plan needs "
+            f"{math.ceil(10 * best.memory / GB) / 10:.1f} GB a GPU; raise it by {more:.1f}, take more GPUs "
+            "(--plan_ngpus, --runtime_ngpus), or shorter rows"
+        )
+    return best
+
+
+def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
+    """The fastest plan that fits under what is fixed, or None; found as the best one is, so that the two compare."""
+    plan = _fastest_or_leanest(_Program(graph, setting, fixed))
+    return plan if plan is not None and plan.memory <= setting.memory_limit else None
+
+
+def _fastest_or_leanest(program: "_Program") -> Plan | None:
+    """The program's fastest plan that fits; where none does, its leanest; None if no plan is legal.
+
+    The program's memory is linear in its variables; memory.predict walks the plan's own graph step by step. The limit
+    given to the program is corrected by how far the two are apart, until the walk is within the limit too.
+    """
+    setting = program.setting
 
     def with_predicted_memory(plan: Plan) -> Plan:
-        return replace(plan, memory=predict_memory(graph, plan.assignment, plan.recompute, setting).peak)
+        return replace(plan, memory=predict_memory(program.graph, plan.assignment, plan.recompute, setting).peak)
 
     limit, best = setting.memory_limit, None
     for _ in range(CORRECTIONS):
@@ -143,19 +178,12 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
             best = plan
         if room >= 0 and (set(plan.recompute) <= {KEEP_ALL} or room < CLOSE_ENOUGH * setting.memory_limit):
             break
-        limit = solved.memory + room
-    if best is None:
-        leanest = program.leanest()
-        if leanest is None:
-            raise UserError("--plan: it asks for partitions that are not legal together for this model and length")
+        corrected = solved.memory + room
+        if math.isclose(corrected, limit, rel_tol=SAME_LIMIT):
+            break
+        limit = corrected
+    if best is None and (leanest := program.leanest()):
         best = with_predicted_memory(leanest)
-    if best.memory > setting.memory_limit:
-        more = math.ceil(10 * (best.memory - setting.memory_limit) / GB) / 10
-        raise UserError(
-            f"--gpu_mem_constraint {setting.memory_limit / GB:g}: the leanest plan needs "
-            f"{math.ceil(10 * best.memory / GB) / 10:.1f} GB a GPU; raise it by {more:.1f}, take more GPUs "
-            "(--plan_ngpus, --runtime_ngpus), or shorter rows"
-        )
     return best
 
 
@@ -182,14 +210,6 @@ def unsplittable_attention(graph: Graph, n_ranks: int) -> str | None:
     return f"its {key_value_heads} key-value heads don't divide by {n_ranks} ranks"
 
 
-def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
-    """The fastest plan that fits under what is fixed, or None; to compare with the best one."""
-    plan = _Program(graph, setting, fixed).solve(setting.memory_limit)
-    if plan is None:
-        return None
-    return replace(plan, memory=predict_memory(graph, plan.assignment, plan.recompute, setting).peak)
-
-
 def predict_memory(
     graph: Graph, assignment: Assignment, recompute: tuple[str, ...], setting: Setting
 ) -> MemoryPrediction:
@@ -207,6 +227,14 @@ class _Flow:
 
     sources: dict[Placement, Expression]
     demands: list[dict[Demand, Expression]] = field(default_factory=list)  # one a consumer
+    passed_by: set[Placement] = field(default_factory=set)  # those in which a relayout may take it as it is
+
+    def is_moved_later(self, source: Placement, target: Placement) -> bool:
+        """Whether a move, as dear behind the relayout that alone reads the value, is left to there.
+
+        It decides between plans that cost the same: moves come right before what needs them.
+        """
+        return len(self.demands) == 1 and source in self.passed_by - {REPLICATED, target}
 
 
 @dataclass(frozen=True)
@@ -368,6 +396,11 @@ class _Program:
             if recomputed is not None and seconds.forward:
                 repeated = self.count(x, recomputed, scope.times)
                 self.costs[repeated] = scope.compute[repeated] = seconds.forward
+        self.add_saved(op, scope)
+        for layers in {scope.recomputed, scope.attention_recomputed} - {None}:
+            counts = [self.counts.get((x, layers)) for _, x in self.x[op]]
+            if None not in counts:  # implied, and with it the relaxation that the solver starts from is far closer
+                self.row({layers: -1.0, **dict.fromkeys(counts, 1.0)}, 0, 0)
         for place, tensor in enumerate(op.inputs):
             wanted: dict[Demand, Expression] = {}
             for partition, x in self.x[op]:
@@ -379,13 +412,14 @@ class _Program:
                 )
             elif tensor.kind != "constant":
                 scope.flows[tensor].demands.append(wanted)
+                if is_relayout(op) and op not in self.fixed.partitions:
+                    scope.flows[tensor].passed_by.update(p.inputs[0] for p in legal)
         for place, tensor in enumerate(op.outputs):
             sources: dict[Placement, Expression] = {}
             for partition, x in self.x[op]:
                 placement = partition.outputs[place]
                 sources[placement] = _sum(sources.get(placement, {}), {x: 1.0})
             scope.flows[tensor] = _Flow(sources)
-        self.add_saved(op, scope)
 
     def add_moves(self, tensor: Tensor, flow: _Flow, scope: _Scope) -> None:
         """z[t, s, d]: for each thing wanted of a value, the one source that it is moved from."""
@@ -394,8 +428,9 @@ class _Program:
             for demand, expression in demands.items():
                 wanted.setdefault(demand, []).append(expression)
         for (target, split), expressions in wanted.items():
-            seconds = {s: self.move_seconds(tensor, s, target, split) for s in flow.sources}
-            if all(cost == Seconds() for cost in seconds.values()):
+            sources = [s for s in flow.sources if not flow.is_moved_later(s, target)]
+            seconds = {s: self.move_seconds(tensor, s, target, split) for s in sources}
+            if len(sources) == len(flow.sources) and all(cost == Seconds() for cost in seconds.values()):
                 continue
             moves = {s: self.variable(scope.times * (cost.forward + cost.backward)) for s, cost in seconds.items()}
             for expression in expressions:  # equal moves of a value are made once and shared
@@ -410,7 +445,8 @@ class _Program:
         return move_seconds(tensor, move, self.n, self.setting.hardware)
 
     def add_weights(self, scope: _Scope) -> None:
-        """Which weights are resident; FSDP's traffic for the others, as far as computing does not hide it."""
+        """Which weights are resident, and what reducing their gradients takes; FSDP's traffic for the others, as far as
+        computing does not hide it."""
         sharded: Expression = {_CONSTANT: 0.0}  # parameters that FSDP gathers for one layer
         for tensor in scope.owner.parameters.values():
             wants = [wanted for _, t, wanted in scope.weights if t is tensor]
@@ -422,7 +458,9 @@ class _Program:
             dims = [d for d in range(len(tensor.shape)) if wants and all(split_along(d) in wanted for wanted in wants)]
             self.resident[tensor] = [(d, self.variable(integer=True)) for d in dims]
             self.row({_CONSTANT: 0.0, **{r: 1.0 for _, r in self.resident[tensor]}}, upper=1)
+            reduced = resident_seconds(size, self.n, self.setting.runtime_ngpus, self.setting.hardware)
             for dim, r in self.resident[tensor]:
+                self.costs[r] = scope.times * reduced
                 for wanted in wants:
                     self.row(_sum({r: 1.0}, _scaled(wanted[split_along(dim)], -1)), upper=0)
                 more = scope.times * size * MASTER_BYTES / GB * (1 / self.n - 1 / self.setting.runtime_ngpus)
@@ -523,7 +561,7 @@ class _Program:
         matrix = coo_array((coefficient, (row, column)), shape=(len(rows), len(costs)))
         constraints = LinearConstraint(matrix.tocsr(), [low for _, low, _ in rows], [up for _, _, up in rows])
         bounds = Bounds(0.0, np.array(self.upper))
-        options = {"mip_rel_gap": 1e-4, "time_limit": 60}
+        options = {"mip_rel_gap": 1e-5, "time_limit": 60}
         scale = 1e4 / max(costs.max(), 1e-30)  # HiGHS's tolerances are absolute, its gap of 1e-6 too
         result = milp(
             costs * scale,
@@ -567,6 +605,13 @@ def can_keep_attention(kind: LayerKind) -> bool:
     """
     ops = [op for op in kind.ops if op.target == ATTENTION]
     return bool(ops) and all(set(op.kwargs) <= {"scale"} for op in ops)
+
+
+def is_relayout(op: Op) -> bool:
+    """Whether an op gives the same elements in other dimensions, at no cost: a view, a transpose."""
+    if not op.target.startswith("aten.") or op.target.split(".")[1] not in VIEWS:
+        return False
+    return len(op.inputs) == len(op.outputs) == 1 and prod(op.inputs[0].shape) == prod(op.outputs[0].shape)
 
 
 def _demands_of(chosen: dict[Placement, Expression], tensor: Tensor) -> dict[Demand, Expression]:

@@ -4,10 +4,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import prod
 
-from compiler.cost import Seconds, fsdp_seconds, local_move_seconds, op_seconds
-from compiler.memory import MemoryPrediction
+from compiler.cost import (
+    ATTENTION_EFFICIENCY,
+    ATTENTION_KERNEL,
+    Seconds,
+    fsdp_seconds,
+    local_move_seconds,
+    op_seconds,
+    resident_seconds,
+)
+from compiler.memory import MemoryPrediction, nbytes, say_bytes
 from compiler.operators import is_known
-from compiler.partition import COLLECTIVES, Assignment, localize
+from compiler.partition import Assignment, localize
 from compiler.planner import (
     ATTENTION,
     GB,
@@ -34,10 +42,19 @@ class StepTime:
     moves: float  # of activations between the plan's ranks, waited for
     fsdp_exposed: float  # of weights and gradients, beyond the computing that hides it
     fsdp_hidden: float
+    resident_gradients: float  # all-reduces over the data-parallel ranks, waited for
+
+    @property
+    def computing(self) -> float:
+        return self.compute + self.recompute
+
+    @property
+    def communication(self) -> float:
+        return self.moves + self.fsdp_exposed + self.resident_gradients
 
     @property
     def total(self) -> float:
-        return self.compute + self.recompute + self.moves + self.fsdp_exposed
+        return self.computing + self.communication
 
 
 @dataclass(frozen=True)
@@ -94,7 +111,12 @@ def _scope_time(
     fsdp = fsdp_seconds(sum(prod(t.shape) for t in sharded), _dtype(owner), setting.runtime_ngpus, device)
     traffic = times * (fsdp.forward + fsdp.backward)
     exposed = max(0.0, traffic - compute - recompute)
-    return StepTime(compute, recompute, moves, exposed, traffic - exposed)
+    reduced = times * sum(
+        resident_seconds(prod(t.shape), n, setting.runtime_ngpus, device)
+        for t in owner.parameters.values()
+        if t in assignment.resident
+    )
+    return StepTime(compute, recompute, moves, exposed, traffic - exposed, reduced)
 
 
 def _dtype(owner: Graph | LayerKind):
@@ -109,10 +131,12 @@ def report(graph: Graph, plan: Plan, setting: Setting, facts: Facts, sequence_le
     sections = [
         f"# {graph.class_name} at {sequence_length:,} tokens on {setting.runtime_ngpus} x {setting.hardware.name}",
         "\n".join(f"- {line}" for line in summary(graph, plan, setting, facts, sequence_length)),
-        "All times and bytes are predictions, of one micro-batch (one row) on one rank.",
+        "All times and bytes are predictions, of one micro-batch (one row) on one rank. Attention counts at "
+        f"{ATTENTION_EFFICIENCY:.0%} of the rate of large products, which {ATTENTION_KERNEL} reaches on an H100, "
+        "whichever kernel runs: with a slower one, FlashAttention-2 say, it takes longer.",
         _time_section(facts.time),
         _memory_section(facts.memory, setting),
-        *(_layer_section(graph, number, plan, setting) for number in range(len(graph.kinds))),
+        *_operator_sections(graph, plan, setting),
         _alternatives_section(graph, plan, setting),
         _lengths_section(graph, plan, setting, sequence_length),
     ]
@@ -161,14 +185,15 @@ def _say_weights(graph: Graph, plan: Plan) -> str:
 
 
 def _bound(time: StepTime) -> str:
+    if time.computing >= time.communication:
+        return f"computing, {time.computing / time.total:.0%} of the time"
     parts = {
-        "computing": time.compute,
-        "recomputing": time.recompute,
         "moves of activations": time.moves,
         "FSDP's traffic": time.fsdp_exposed,
+        "all-reduces of resident weights' gradients": time.resident_gradients,
     }
     most = max(parts, key=parts.get)
-    return f"{most}, {parts[most] / time.total:.0%} of the time"
+    return f"communication, {time.communication / time.total:.0%} of the time, most of it {most}"
 
 
 def _time_section(time: StepTime) -> str:
@@ -177,6 +202,7 @@ def _time_section(time: StepTime) -> str:
         ("recomputing", time.recompute),
         ("moves of activations, waited for", time.moves),
         ("FSDP's traffic, exposed", time.fsdp_exposed),
+        ("all-reduces of resident weights' gradients (one a step, counted with each row)", time.resident_gradients),
         ("**total**", time.total),
         ("FSDP's traffic, hidden behind computing", time.fsdp_hidden),
     ]
@@ -192,36 +218,59 @@ def _memory_section(memory: MemoryPrediction, setting: Setting) -> str:
     return f"## Memory\n\n{limit}\n\n| | GB |\n| --- | ---: |\n{table}"
 
 
-def _layer_section(graph: Graph, number: int, plan: Plan, setting: Setting) -> str:
-    """A layer's operators: partition, time, and what is moved before each."""
-    kind, own = graph.kinds[number], localize(graph, plan.assignment).kinds[number]
-    moved: dict[int, list[Op]] = {}
-    place = 0
-    for op in own.ops:
-        if op.target.startswith(COLLECTIVES) and op.note:
-            moved.setdefault(place, []).append(op)
-        elif not op.target.startswith(COLLECTIVES) and place < len(kind.ops) and op.target == kind.ops[place].target:
-            place += 1
-    rows = []
-    for place, op in enumerate(kind.ops):
-        partition = plan.assignment.partitions[op]
-        seconds = op_seconds(op, partition, setting.plan_ngpus, setting.hardware)
-        placements = f"{', '.join(partition.inputs)} -> {', '.join(partition.outputs)}"
-        how = "whole" if partition.dim is None else placements
-        name = op.target.removeprefix("aten.").removesuffix(".default").removeprefix("model.")
-        before = [f"{m.target.rsplit('.', 1)[-1]} {_megabytes(m):,.1f} MB" for m in moved.get(place, [])]
-        times = f"{1e3 * seconds.forward:.3f} | {1e3 * seconds.backward:.3f}"
-        rows.append(f"| {op.module} | {name} | {how} | {times} | {', '.join(before)} |")
-    layers = sum(call.kind == number for call in graph.layer_calls)
+def _operator_sections(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
+    """The operators of the root and of each layer kind: partition, time, and what is moved before each."""
+    own = localize(graph, plan.assignment)
+    sections = [_operator_table(f"{graph.class_name}, once", graph.body, own.body, plan, setting)]
+    for number, (kind, own_kind) in enumerate(zip(graph.kinds, own.kinds, strict=True)):
+        layers = sum(call.kind == number for call in graph.layer_calls)
+        sections.append(_operator_table(f"{kind.class_name}, {layers} layers", kind.ops, own_kind.ops, plan, setting))
+    legend = (
+        "R: the same on every rank; S1: split along dimension 1; P: partial sums. Bytes are a rank's; a move takes "
+    )
+    legend += "the milliseconds behind it, forward + backward."
+    return [f"## Operators\n\n{legend}", *sections]
+
+
+def _operator_table(
+    title: str, ops: Sequence[Op | LayerCall], own: Sequence[Op | LayerCall], plan: Plan, setting: Setting
+) -> str:
+    """`ops` are the model's, `own` the same on one rank, with moves between them and slices and casts of weights."""
+    rows: list[str] = []
+    moves: list[str] = []
+    coming, last = iter(ops), None
+    item = next(coming)
+    for local in own:
+        if isinstance(local, Op) and local.note:
+            moves.append(_say_move(local, setting))
+        elif item is not None and local.outputs[0].name == item.outputs[0].name and type(local) is type(item):
+            if isinstance(item, Op) or isinstance(last, Op) or moves:
+                rows.append(f"| {_say_item(item, plan, setting)} | {', '.join(moves)} |")
+            moves, last, item = [], item, next(coming, None)
+    if moves:
+        rows.append(f"| | the result | | | | {', '.join(moves)} |")
     head = "| module | operator | inputs -> outputs | forward ms | backward ms | moved before |"
     rule = "| --- | --- | --- | ---: | ---: | --- |"
-    legend = "R: the same on every rank; S1: split along dimension 1; P: partial sums. Bytes are a rank's."
-    return "\n".join([f"## {kind.class_name}, {layers} layers\n", legend + "\n", head, rule, *rows])
+    return "\n".join([f"### {title}\n", head, rule, *rows])
 
 
-def _megabytes(move: Op) -> float:
-    tensor = max((move.inputs[0], move.outputs[0]), key=lambda t: prod(t.shape))
-    return prod(tensor.shape) * tensor.dtype.itemsize / 1e6
+def _say_item(item: Op | LayerCall, plan: Plan, setting: Setting) -> str:
+    """An op's module, operator, partition and times; layers have tables of their own."""
+    if isinstance(item, LayerCall):
+        return "| the layers | | |"
+    partition = plan.assignment.partitions[item]
+    seconds = op_seconds(item, partition, setting.plan_ngpus, setting.hardware)
+    placements = f"{', '.join(partition.inputs)} -> {', '.join(partition.outputs)}"
+    name = item.target.split(".", 1)[-1].removesuffix(".default")
+    how = "whole" if partition.dim is None else placements
+    return f"{item.module} | {name} | {how} | {1e3 * seconds.forward:.3f} | {1e3 * seconds.backward:.3f}"
+
+
+def _say_move(move: Op, setting: Setting) -> str:
+    size = max(nbytes(move.inputs[0]), nbytes(move.outputs[0]))
+    seconds = local_move_seconds(move, setting.plan_ngpus, setting.hardware)
+    times = f"{1e3 * seconds.forward:.3f} + {1e3 * seconds.backward:.3f} ms"
+    return f"{move.target.rsplit('.', 1)[-1]} {say_bytes(size)} {times}"
 
 
 def _alternatives_section(graph: Graph, plan: Plan, setting: Setting) -> str:
