@@ -11,11 +11,11 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from math import prod
 
 import numpy
 import torch
 
+from compiler.memory import nbytes, say_bytes
 from compiler.operators import Expression, draws_random_numbers, expression
 from compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, Plan
 from compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor
@@ -224,7 +224,18 @@ def _candidates(op: Op, tensor: Tensor, body: _Body) -> list[str]:
         names += [s.targets[0] for s in reversed(op.statement.callers[-1:]) if len(s.targets) == 1]
     if tensor in body.module_results:
         names.append(op.module.rsplit(".", 1)[-1])
+    names += _inlined_modules(op, body)
     return [*names, f"{source}_{operator}" if source else operator]
+
+
+def _inlined_modules(op: Op, body: _Body) -> list[str]:
+    """The names of the modules within an op's own whose results the op's statement takes, the nearest first."""
+    names = []
+    for inner in (body.inlined[t] for t in op.inputs if t in body.inlined):
+        if inner.module != op.module and inner.module.startswith(op.module):
+            names.append(inner.module.rsplit(".", 1)[-1])
+        names += _inlined_modules(inner, body)
+    return names
 
 
 def _write_op(index: int, body: _Body) -> list[str]:
@@ -262,7 +273,7 @@ _MOVES = {
 
 def _describe_move(op: Op) -> str:
     """What moves between the ranks, how many bytes of it a rank holds, and why."""
-    before, after = (f"{prod(t.shape) * t.dtype.itemsize / 1e6:,.1f} MB" for t in (op.inputs[0], op.outputs[0]))
+    before, after = (say_bytes(nbytes(t)) for t in (op.inputs[0], op.outputs[0]))
     gathers = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
     what = _MOVES[op.target.rsplit(".", 1)[-1]].format(before=before, after=after, but_gathers=gathers)
     return f"{what}: {op.note}"

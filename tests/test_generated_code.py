@@ -23,7 +23,8 @@ from ranks import run_ranks
 import model
 import torch_engine
 import train
-from compiler import annotation
+from compiler import annotation, codegen, hardware, memory, planner
+from compiler.partition import legal_partitions, localize
 from compiler.trace import trace
 from errors import UserError
 from runtime import parallel
@@ -186,6 +187,28 @@ def test_a_layer_with_dropout_has_the_same_gradients_when_it_is_recomputed(famil
     assert error < 1e-6, name
     error, _ = worst_gradient_error(gradients_after(compiled, reference, seed=1), kept)
     assert error > 1e-2  # another seed drops others
+
+
+def test_values_are_called_as_the_source_calls_them_or_by_the_module_that_made_them():
+    sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    graph = trace(model.build_model(small_config("llama"), torch.float32), sample)
+    of = {
+        name: [op for op in graph.kinds[0].ops if op.target.startswith(f"aten.{name}.")]
+        for name in ("linear", "view", "transpose")
+    }
+    setting = planner.Setting(2, 2, hardware.load("h100"), 64e9)
+
+    # v_proj's result is moved between its view and its transpose, within a statement of the source.
+    wanted = {of["linear"][2]: "S1", of["view"][2]: "S1", of["transpose"][2]: "S1"}  # dimension 2, before it is turned
+    fixed = {op: next(p.dim for p in legal_partitions(op, 2) if p.outputs == (s,)) for op, s in wanted.items()}
+    plan = planner.make_plan(graph, setting, planner.Fixed(fixed))
+    text = codegen.generate(localize(graph, plan.assignment), plan, "Moves v early.")
+    assert "v_proj = all_to_all(v_proj, split=2, gather=1)" in text
+    assert "value_states = v_proj.transpose(1, 2)" in text
+
+
+def test_a_moves_bytes_are_told_in_a_unit_that_shows_them():
+    assert [memory.say_bytes(size) for size in (4, 8192, 134_217_728)] == ["4 bytes", "8.2 KB", "134.2 MB"]
 
 
 def test_parameters_keep_their_hugging_face_names(tmp_path):
