@@ -227,13 +227,20 @@ def build_model(
         sequence_length: of the rows; where the model's rotary tables depend on it, they are made for it.
 
     Raises:
-        UserError: `attn_implementation` can't be had here, or the model's head does what the chunked loss can't.
+        UserError: `attn_implementation` can't be had here, transformers can't build the model of its configuration, or
+            its head does what the chunked loss can't.
     """
     from transformers import AutoModelForCausalLM
 
     _register_attention(attn_implementation)
-    with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="annotated")
+    try:
+        with parameters_on_meta():
+            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation="annotated")
+    except Exception as error:  # whatever a value that makes no sense leads to, deep in the model
+        raise UserError(
+            f"--model_id: transformers can't build a {config.model_type} model of its configuration "
+            f"({type(error).__name__}: {one_line(error)}); correct its config.json"
+        ) from error
     route_rms_norms(model)
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
@@ -437,8 +444,16 @@ def forward_flops(config, n_parameters: int, sequence_length: int) -> tuple[floa
 # --- weights -------------------------------------------------------------------------------------------------------
 
 
-def find_weights(model_id: str) -> dict[str, Path]:
-    """Where each tensor of a model lies: tensor name -> safetensors file. Downloads a hub model's weights.
+@dataclass(frozen=True)
+class StoredTensor:
+    """Where a parameter lies: a safetensors file, and its name there."""
+
+    file: Path
+    name: str
+
+
+def find_weights(model_id: str, config) -> dict[str, StoredTensor]:
+    """Where each tensor of a model lies, by the name of its parameter. Downloads a hub model's weights.
 
     Raises:
         UserError: it has no safetensors weights, or they can't be read.
@@ -460,11 +475,25 @@ def find_weights(model_id: str) -> dict[str, Path]:
     try:
         if index.is_file():
             file = index
-            return {name: folder / part for name, part in json.loads(index.read_text())["weight_map"].items()}
-        with safe_open(file, "pt") as tensors:
-            return dict.fromkeys(tensors.keys(), file)
+            files = {name: folder / part for name, part in json.loads(index.read_text())["weight_map"].items()}
+        else:
+            with safe_open(file, "pt") as tensors:
+                files = dict.fromkeys(tensors.keys(), file)
     except Exception as error:  # cut short, or something else by that name
         raise _unreadable(model_id, file, error) from error
+    return {_parameter_name(name, config): StoredTensor(file, name) for name, file in files.items()}
+
+
+def _parameter_name(stored: str, config) -> str:
+    """What transformers calls a tensor that files have by an older name: GPT-NeoX's embed_out is its lm_head."""
+    from transformers import AutoModelForCausalLM
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    for key in (AutoModelForCausalLM._model_mapping[type(config)].__name__, config.model_type):
+        for transform in get_checkpoint_conversion_mapping(key) or ():
+            if type(transform).__name__ == "WeightRenaming":
+                stored, _ = transform.rename_source_key(stored)
+    return stored
 
 
 def _unreadable(model_id: str, file: Path, error: Exception) -> UserError:
@@ -482,30 +511,20 @@ def _download(model_id: str) -> Path:
         raise UserError(f"--model_id {model_id}: its weights can't be downloaded: {one_line(error)}") from error
 
 
-def read_weights(model_id: str) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every stored tensor by name, one file open at a time."""
-    from safetensors import safe_open
-
-    files = find_weights(model_id)
-    for file in sorted(set(files.values())):
-        with safe_open(file, "pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 (not a dict)
-                yield name, tensors.get_tensor(name)
-
-
-def check_weights(model_id: str, files: dict[str, Path], parameters: dict[str, list[int]]) -> None:
+def check_weights(model_id: str, weights: dict[str, StoredTensor], parameters: dict[str, list[int]]) -> None:
     """Raises a UserError unless the files have every parameter, in its shape."""
     from safetensors import safe_open
 
-    if missing := [name for name in parameters if name not in files]:
+    if missing := [name for name in parameters if name not in weights]:
         raise UserError(
             f"--model_id {model_id}: its weights have no tensor {missing[0]!r} ({len(missing)} are missing of "
             f"{len(parameters)}); save the model again with transformers' save_pretrained"
         )
-    for file in sorted(set(files.values())):
+    for file in sorted({stored.file for stored in weights.values()}):
+        here = {name: weights[name].name for name in parameters if weights[name].file == file}
         try:
             with safe_open(file, "pt") as tensors:
-                shapes = {n: tensors.get_slice(n).get_shape() for n in parameters if files[n] == file}
+                shapes = {name: tensors.get_slice(stored).get_shape() for name, stored in here.items()}
         except Exception as error:  # missing, cut short, or no safetensors at all
             raise _unreadable(model_id, file, error) from error
         for name, shape in shapes.items():

@@ -33,6 +33,7 @@ from nnscaler.cli.trainer_args import (
 )
 from nnscaler.parallel import ComputeConfig
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
+from safetensors import safe_open
 from torch import nn
 
 import model
@@ -73,7 +74,7 @@ def check_weights(args: argparse.Namespace, config) -> Parameters:
     wrapped = model.build_model(config, model.DTYPES[args.precision], args.attn_implementation)
     parameters = {name: list(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
     if not args.random_init:
-        model.check_weights(args.model_id, model.find_weights(args.model_id), parameters)
+        model.check_weights(args.model_id, model.find_weights(args.model_id, config), parameters)
     return parameters
 
 
@@ -110,14 +111,14 @@ def trainer_args(
             trace_strategy=args.trace_strategy or "reuse_cache",
             pas_config=policy,
             # What is generated is reused where all of this is as it was.
-            user_config={"sequence_length": sequence_length, "config": config.to_json_string()},
+            user_config={"config": config.to_json_string()},
         ),
         pas_policy=args.pas_policy or "autodist",
         gen_savedir=args.compiled_dir,
         gen_reuse="moo",
         broadcast_strategy="all" if running else "none",
         dummy_sample_gen_fn=lambda _: dummy_sample(sequence_length),
-        model=ModelConfig(type=WrappedModel, args={**weights, "seed": args.seed}),
+        model=ModelConfig(type=WrappedModel, args={**weights, "seed": args.seed, "sequence_length": sequence_length}),
         optimizer=OptimizerConfig(
             type=MixedPrecisionAdamW if half else torch.optim.AdamW,
             args={**adamw, "fused": torch.cuda.is_available()},
@@ -153,17 +154,31 @@ def trainer_args(
 class WrappedModel(nn.Module):
     """The causal language model with its weights, on one sample, as nnScaler's Trainer builds and calls it."""
 
-    def __init__(self, model_id: str, precision: str, attn_implementation: str, random_init: bool, seed: int):
+    def __init__(
+        self,
+        model_id: str,
+        precision: str,
+        attn_implementation: str,
+        random_init: bool,
+        seed: int,
+        sequence_length: int,
+    ):
         super().__init__()
         config = model.load_config(model_id)
-        self.loss = model.build_model(config, model.DTYPES[precision], attn_implementation)
-        weights = model.random_weights(config, seed) if random_init else model.read_weights(model_id)
+        self.loss = model.build_model(config, model.DTYPES[precision], attn_implementation, sequence_length)
+        weights = model.random_weights(config, seed) if random_init else stored_weights(model_id, config)
         fill(self.loss.model, weights)
 
     def forward(self, sample):
         """{'tokens': [1, l], 'labels': [1, l], 'n_tokens': []} -> summed loss, the same to be logged, n_tokens."""
         loss = self.loss(sample["tokens"], sample["labels"])
         return loss, loss.data, sample["n_tokens"]
+
+
+def stored_weights(model_id: str, config) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, stored in model.find_weights(model_id, config).items():
+        with safe_open(stored.file, "pt") as tensors:
+            yield name, tensors.get_tensor(stored.name)
 
 
 def fill(module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -182,7 +182,7 @@ def fingerprint_of(folder: Path) -> str | None:
 def run(args: argparse.Namespace, config, dataset, settings: TrainSettings) -> None:
     """Trains: checks first all that can be checked without a process group, then joins the ranks."""
     resume = find_resume(args, len(dataset))
-    weights = None if args.random_init or resume else model.find_weights(args.model_id)
+    weights = None if args.random_init or resume else model.find_weights(args.model_id, config)
     folder = compile_plan(args, config, settings.sequence_length)
     plan = json.loads((folder / "plan.json").read_text())
     if resume:

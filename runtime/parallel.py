@@ -7,6 +7,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -132,16 +133,16 @@ def reduce_resident_gradients(model: ParallelModel) -> None:
 Reader = Callable[[tuple[slice, ...]], torch.Tensor]  # gives the part of a stored tensor at these slices
 
 
-def load_safetensors(model: ParallelModel, files: dict[str, Path]) -> None:
-    """Fills every parameter from the safetensors file that has the tensor of its name; each rank reads its part only.
+def load_safetensors(model: ParallelModel, weights: dict[str, Any]) -> None:
+    """Fills every parameter from the tensor stored for it; each rank reads its part only.
 
-    `files` has been checked to have them all (model.find_weights).
+    `weights`: parameter -> its `file` and its `name` there, known to be complete (model.find_weights, check_weights).
     """
     with ExitStack() as stack:
-        opened = {file: stack.enter_context(safe_open(file, "pt")) for file in set(files.values())}
-        stored = {name: opened[file].get_slice(name) for name, file in files.items()}
+        opened = {f: stack.enter_context(safe_open(f, "pt")) for f in {stored.file for stored in weights.values()}}
         for name, parameter in model.named_parameters():
-            load_slice(parameter, stored[name].__getitem__)
+            stored = weights[name]
+            load_slice(parameter, opened[stored.file].get_slice(stored.name).__getitem__)
 
 
 def load_tensors(model: ParallelModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
