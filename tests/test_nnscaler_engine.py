@@ -236,6 +236,15 @@ def test_a_run_takes_the_same_steps_as_the_built_in_engines(trained):
 
 
 @needs_nnscaler
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "granite", "gpt_neox"])
+def test_other_families_take_the_same_steps_too(job, family):
+    reference_model(small_config(family)).save_pretrained(job / family)
+    for engine, options in (("nnscaler", TP), ("torch", ("--precision", "fp32"))):
+        run(job, engine, f"{engine}_{family}", *options, "--model_id", family)
+    assert_same_training(job, f"nnscaler_{family}", f"torch_{family}", 1, rel=1e-6)
+
+
+@needs_nnscaler
 def test_generated_code_calls_our_ops(trained):
     folder = trained / "nnscaler" / "compiled" / "_parallel_modules" / "nnscaler_engine" / "WrappedModel" / "job"
     for rank in range(2):
