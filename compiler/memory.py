@@ -384,7 +384,7 @@ def _forward_steps(body: _Body, live: Live) -> Iterator[Step]:
 
 def _drop(live: Live, tensor: Tensor) -> None:
     """Takes a value's own bytes out; shares of them stand for something else."""
-    key = next(key for key in (("saved", tensor), ("transient", tensor)) if live[key] >= 1)
+    key = next(key for key in (("saved", tensor), ("transient", tensor)) if live[key] > 1 - 1e-9)  # shares are rounded
     live[key] -= 1.0
 
 

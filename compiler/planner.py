@@ -604,7 +604,12 @@ def can_keep_attention(kind: LayerKind) -> bool:
     With a window or a soft-cap it is blocks of queries, recomputed anyway, where flash-attn is not installed.
     """
     ops = [op for op in kind.ops if op.target == ATTENTION]
-    return bool(ops) and all(set(op.kwargs) <= {"scale"} for op in ops)
+    return bool(ops) and all(set(op.kwargs) <= {"scale", "window"} and not _sees_less(op) for op in ops)
+
+
+def _sees_less(attention: Op) -> bool:
+    """Whether there is a window, and it is no window over everything."""
+    return 0 < attention.kwargs.get("window", 0) < attention.inputs[0].shape[2]
 
 
 def is_relayout(op: Op) -> bool:

@@ -13,7 +13,7 @@ import model
 import train  # noqa: F401 (registers the loss)
 from benchmarks import memory as benchmark
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from compiler import codegen, memory
+from compiler import codegen, memory, planner
 from compiler.trace import Op, Tensor, map_tensors, trace
 
 LENGTH = 2048
@@ -22,11 +22,11 @@ SIZES |= {"num_attention_heads": 8, "max_position_embeddings": LENGTH}
 COUNTED = ("llama", "mistral", "gemma2", "gpt_neox", "nemotron")
 
 
-def compile_family(folder: Path, family: str, *options: str) -> benchmark.Compiled:
+def compile_family(folder: Path, family: str, *options: str, **more) -> benchmark.Compiled:
     """3 layers of width 256, on 4 ranks: activations and weights are of like sizes, and FSDP's are small but there."""
     changes = {"head_dim": 32} if "head_dim" in FAMILIES[family] else {}
     changes |= {"sliding_window": 512} if "sliding_window" in FAMILIES[family] else {}
-    small_config(family, **SIZES, **changes).save_pretrained(folder / family)
+    small_config(family, **{**SIZES, **changes, **more}).save_pretrained(folder / family)
     argv = ["--model_id", str(folder / family), "--compiled_dir", str(folder / "compiled"), "--hardware", "h100"]
     return benchmark.compile_plan([*argv, "--runtime_ngpus", "4", *options], LENGTH)
 
@@ -59,6 +59,13 @@ def test_the_peak_of_a_partitioned_plan_with_mixed_policies_is_predicted_within_
     compiled = compile_family(tmp_path, "llama", "--plan_ngpus", "2")
     mixed = recomputing(compiled, "layer", "attention", "none")
     assert predicted_to_counted(mixed) == pytest.approx(1, abs=0.1)
+
+
+def test_the_peak_is_predicted_for_heads_of_any_width(tmp_path):
+    compiled = compile_family(tmp_path, "phi3", "--plan_ngpus", "2", head_dim=96, sliding_window=2 * LENGTH)
+    assert planner.can_keep_attention(compiled.graph.kinds[0])  # all is seen
+    for policy in ("layer", "attention", "none"):
+        assert predicted_to_counted(recomputing(compiled, *[policy] * 3)) == pytest.approx(1, abs=0.1), policy
 
 
 def test_what_a_layer_keeps_is_the_sum_over_its_ops_and_less_the_more_is_recomputed(tmp_path):
