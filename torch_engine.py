@@ -120,7 +120,9 @@ def plan_setting(args: argparse.Namespace, graph) -> planner.Setting:
                 f"{graph.class_name}; its layers are {', '.join(sorted(known))}"
             )
     device = hardware.load(args.hardware)
-    return planner.Setting(args.plan_ngpus, args.runtime_ngpus, device, args.gpu_mem_constraint * 1e9, modules)
+    memory_limit = args.gpu_mem_constraint * 1e9
+    ranks = (args.plan_ngpus, args.runtime_ngpus)
+    return planner.Setting(*ranks, device, memory_limit, modules, args.grad_accumulation_steps)
 
 
 def read_plan(path: str) -> dict:
@@ -147,6 +149,7 @@ def plan_inputs(args: argparse.Namespace, config, sequence_length: int) -> dict:
         "attn_implementation": args.attn_implementation,
         "hardware": dataclasses.asdict(hardware.load(args.hardware)),
         "gpu_mem_constraint": args.gpu_mem_constraint,
+        "grad_accumulation_steps": args.grad_accumulation_steps,
         "recompute_modules": args.recompute_modules,
         "plan": read_plan(args.plan) if args.plan else None,
         "annotations": {op.name: op.fingerprint() for op in REGISTERED_OPS.values()},

@@ -102,7 +102,8 @@ def compile_again(compiled: Path, folder: Path) -> Compiled:
     AutoConfig.for_model(**facts["config"]).save_pretrained(folder)
     (folder / "hardware.json").write_text(json.dumps(facts))
     argv = ["--model_id", str(folder), "--compiled_dir", str(folder), "--hardware", str(folder / "hardware.json")]
-    for name in ("plan_ngpus", "runtime_ngpus", "precision", "attn_implementation", "gpu_mem_constraint"):
+    options = ("plan_ngpus", "runtime_ngpus", "precision", "attn_implementation", "gpu_mem_constraint")
+    for name in (*options, "grad_accumulation_steps"):
         argv += [f"--{name}", str(facts[name])]
     if facts["recompute_modules"] is not None:
         argv += ["--recompute_modules", facts["recompute_modules"]]

@@ -131,16 +131,16 @@ def fsdp_seconds(n_parameters: float, dtype: torch.dtype, world_size: int, hardw
     return Seconds(gather, gather + collective_seconds(hardware, "reduce_scatter", n_parameters * FLOAT32, world_size))
 
 
-def resident_seconds(n_parameters: float, plan_ngpus: int, runtime_ngpus: int, hardware: Hardware) -> float:
-    """The all-reduce of a resident weight's float32 gradient, over the ranks that keep the same part of it.
-
-    There is one a step, after the last micro-batch, and nothing hides it. The planner does not know how many
-    micro-batches a step has, so it counts one with each: more than it costs where gradients are accumulated.
-    """
+def resident_seconds(
+    n_parameters: float, plan_ngpus: int, runtime_ngpus: int, hardware: Hardware, grad_accumulation_steps: int
+) -> float:
+    """A micro-batch's share of the all-reduce of a resident weight's float32 gradient, over the ranks that keep the
+    same part of it. There is one a step, after the last micro-batch, and nothing hides it."""
     n_ranks = runtime_ngpus // plan_ngpus
     in_node = max(1, hardware.devices_per_node // plan_ngpus)  # a plan's ranks are neighbours, these are one of each
     spread = replace(hardware, devices_per_node=in_node, timings=hardware.timings if n_ranks <= in_node else ())
-    return collective_seconds(spread, "all_reduce", n_parameters / plan_ngpus * FLOAT32, n_ranks)
+    whole = collective_seconds(spread, "all_reduce", n_parameters / plan_ngpus * FLOAT32, n_ranks)
+    return whole / grad_accumulation_steps
 
 
 def saved_by(op: Op) -> list[Tensor]:

@@ -69,6 +69,7 @@ class Setting:
     hardware: Hardware
     memory_limit: float  # bytes
     recompute_modules: tuple[str, ...] | None = None  # class names; None leaves it to the planner
+    grad_accumulation_steps: int = 1
 
 
 @dataclass(frozen=True)
@@ -458,7 +459,8 @@ class _Program:
             dims = [d for d in range(len(tensor.shape)) if wants and all(split_along(d) in wanted for wanted in wants)]
             self.resident[tensor] = [(d, self.variable(integer=True)) for d in dims]
             self.row({_CONSTANT: 0.0, **{r: 1.0 for _, r in self.resident[tensor]}}, upper=1)
-            reduced = resident_seconds(size, self.n, self.setting.runtime_ngpus, self.setting.hardware)
+            ranks = (self.n, self.setting.runtime_ngpus, self.setting.hardware)
+            reduced = resident_seconds(size, *ranks, self.setting.grad_accumulation_steps)
             for dim, r in self.resident[tensor]:
                 self.costs[r] = scope.times * reduced
                 for wanted in wants:

@@ -112,7 +112,7 @@ def _scope_time(
     traffic = times * (fsdp.forward + fsdp.backward)
     exposed = max(0.0, traffic - compute - recompute)
     reduced = times * sum(
-        resident_seconds(prod(t.shape), n, setting.runtime_ngpus, device)
+        resident_seconds(prod(t.shape), n, setting.runtime_ngpus, device, setting.grad_accumulation_steps)
         for t in owner.parameters.values()
         if t in assignment.resident
     )
@@ -202,7 +202,7 @@ def _time_section(time: StepTime) -> str:
         ("recomputing", time.recompute),
         ("moves of activations, waited for", time.moves),
         ("FSDP's traffic, exposed", time.fsdp_exposed),
-        ("all-reduces of resident weights' gradients (one a step, counted with each row)", time.resident_gradients),
+        ("all-reduces of resident weights' gradients (a row's share of one a step)", time.resident_gradients),
         ("**total**", time.total),
         ("FSDP's traffic, hidden behind computing", time.fsdp_hidden),
     ]

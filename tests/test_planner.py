@@ -185,7 +185,8 @@ class Prices:
         )  # a layer, the next one and gradients; or the root's and those
         seconds = fsdp_seconds(total, DTYPE, ranks, self.setting.hardware)
         traffic = times * (seconds.forward + seconds.backward) * (total - own) / total
-        reduced = times * sum(resident_seconds(prod(t.shape), n, ranks, self.setting.hardware) for t in resident)
+        reducing = (n, ranks, self.setting.hardware, self.setting.grad_accumulation_steps)
+        reduced = times * sum(resident_seconds(prod(t.shape), *reducing) for t in resident)
         return stay, (copies * DTYPE.itemsize + 4) * (total - own), traffic, reduced
 
     def root(self, between: Between, partitions: Partitions, resident: Resident) -> Cost:
@@ -381,7 +382,9 @@ def devices(draw: st.DrawFn) -> hardware.Hardware:
 @st.composite
 def settings_for(draw: st.DrawFn) -> Setting:
     n_ranks = draw(st.sampled_from([2, 4]))
-    return Setting(n_ranks, n_ranks * draw(st.sampled_from([1, 2, 4])), draw(devices()), memory_limit=1e15)
+    all_ranks = n_ranks * draw(st.sampled_from([1, 2, 4]))
+    accumulation = draw(st.sampled_from([1, 4]))
+    return Setting(n_ranks, all_ranks, draw(devices()), memory_limit=1e15, grad_accumulation_steps=accumulation)
 
 
 GAP = 1e-5  # that HiGHS is asked to close: mip_rel_gap
@@ -414,9 +417,10 @@ def test_the_programs_plan_is_the_fastest_of_all_that_fit(make_graph, sizes, set
 def test_resident_weights_cost_the_all_reduce_of_their_gradients_over_the_plans():
     link = replace(H100.node_link, latency=0.0, bandwidth=1e9, pair_bandwidth=1e9, efficiency=1.0)
     device = replace(H100, node_link=link, network=replace(link, bandwidth=1e8, pair_bandwidth=1e8), launch_latency=0.0)
-    assert resident_seconds(1e6, 4, 4, device) == 0  # one plan: nobody else has the same part
-    assert resident_seconds(1e6, 4, 8, device) == pytest.approx(1e6 / 4 * 4 / 1e9)  # 2 ranks: 2 (2 - 1) / 2 of it
-    assert resident_seconds(1e6, 8, 16, device) == pytest.approx(1e6 / 8 * 4 / 1e8)  # each on a node of its own
+    assert resident_seconds(1e6, 4, 4, device, 1) == 0  # one plan: nobody else has the same part
+    assert resident_seconds(1e6, 4, 8, device, 1) == pytest.approx(1e6 / 4 * 4 / 1e9)  # 2 ranks: 2 (2 - 1) / 2 of it
+    assert resident_seconds(1e6, 8, 16, device, 1) == pytest.approx(1e6 / 8 * 4 / 1e8)  # each on a node of its own
+    assert resident_seconds(1e6, 8, 16, device, 4) == pytest.approx(1e6 / 8 * 4 / 1e8 / 4)  # one a step of 4 rows
 
 
 # --- limits ----------------------------------------------------------------------------------------------------------
