@@ -7,7 +7,9 @@ compile. What it generates lies in `<compiled_dir>/_parallel_modules/nnscaler_en
 
 import argparse
 import functools
+import hashlib
 import json
+import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
@@ -17,6 +19,7 @@ from typing import Any
 import nnscaler
 import torch
 import torch.distributed as dist
+import transformers
 from nnscaler.cli.train_hook import TrainHook
 from nnscaler.cli.trainer import Trainer
 from nnscaler.cli.trainer_args import (
@@ -53,12 +56,17 @@ def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> None
     check_weights(args, config)
     register_ops()
     Trainer(train_args=trainer_args(args, config, sequence_length)).run()
-    folder = Path(args.compiled_dir, "_parallel_modules", __name__, WrappedModel.__name__, args.name)
+    folder = Path(args.compiled_dir, "_parallel_modules", __name__, WrappedModel.__name__, instance_name(args))
     print(f"compile: {folder} has a gencode<rank>.py for each of {args.runtime_ngpus} rank(s)", flush=True)
 
 
 def run(args: argparse.Namespace, config, dataset: Any, settings: TrainSettings) -> None:
     """Trains: checks first all that can be checked without a process group, which nnScaler then starts."""
+    if "RANK" not in os.environ:
+        raise UserError(
+            "--engine nnscaler: it needs torchrun; start with torchrun --nproc_per_node=1 train.py ..., or choose "
+            "--engine torch"
+        )
     parameters = check_weights(args, config)
     resume = find_resume(args, parameters, len(dataset))
     announce(args, settings, len(dataset), resume)
@@ -67,6 +75,11 @@ def run(args: argparse.Namespace, config, dataset: Any, settings: TrainSettings)
     register_ops()
     rows = Rows(dataset, settings)
     Trainer(train_args=trainer_args(args, config, settings.sequence_length, rows, hook, options)).run()
+
+
+def instance_name(args: argparse.Namespace) -> str:
+    """The job's name as nnScaler takes it: a part of a module's name, where a dot would begin another."""
+    return args.name.replace(".", "_")
 
 
 def check_weights(args: argparse.Namespace, config) -> Parameters:
@@ -92,15 +105,16 @@ def trainer_args(
     half = args.precision == "bf16"
     n_stages = args.pipeline_nstages or "1"
     policy = {
-        "mem_constraint": args.gpu_mem_constraint,
+        "mem_constraint": args.gpu_mem_constraint * 1e9 / 2**30,
         "recompute_modules": args.recompute_modules or "",
         "pipeline_pivots": args.pipeline_pivots or "",
+        "pipeline_nmicros": args.grad_accumulation_steps,  # of hybrid
         "pipeline_nstages": n_stages if n_stages == "auto" else int(n_stages),
     }
     adamw = {"lr": args.learning_rate, "betas": BETAS, "weight_decay": args.weight_decay}
     weights = {name: getattr(args, name) for name in ("model_id", "precision", "attn_implementation", "random_init")}
     return TrainerArgs(
-        instance_name=args.name,
+        instance_name=instance_name(args),
         run_mode=args.run_mode,
         compute_config=ComputeConfig(
             plan_ngpus=args.plan_ngpus,
@@ -111,14 +125,17 @@ def trainer_args(
             trace_strategy=args.trace_strategy or "reuse_cache",
             pas_config=policy,
             # What is generated is reused where all of this is as it was.
-            user_config={"config": config.to_json_string()},
+            user_config={"config": config.to_json_string(), **fingerprints(args, config)},
         ),
         pas_policy=args.pas_policy or "autodist",
         gen_savedir=args.compiled_dir,
         gen_reuse="moo",
         broadcast_strategy="all" if running else "none",
         dummy_sample_gen_fn=lambda _: dummy_sample(sequence_length),
-        model=ModelConfig(type=WrappedModel, args={**weights, "seed": args.seed, "sequence_length": sequence_length}),
+        model=ModelConfig(
+            type=WrappedModel,
+            args={**weights, "seed": args.seed if args.random_init else 0, "sequence_length": sequence_length},
+        ),
         optimizer=OptimizerConfig(
             type=MixedPrecisionAdamW if half else torch.optim.AdamW,
             args={**adamw, "fused": torch.cuda.is_available()},
@@ -146,6 +163,28 @@ def trainer_args(
         log_progress_every_n_train_steps=None,
         seed=args.seed,
     )
+
+
+def fingerprints(args: argparse.Namespace, config) -> dict[str, Any]:
+    """Of our code, the versions and the weights, which nnScaler stores when it compiles; the same on every node."""
+    weights = {} if args.random_init else model.find_weights(args.model_id, config)
+    return {
+        "versions": [str(package.__version__) for package in (torch, transformers, nnscaler)],
+        "source": hashlib.sha256(Path(model.__file__).read_bytes()).hexdigest(),
+        "annotations": {
+            op.name: str(op.annotation) for op in REGISTERED_OPS.values() if isinstance(op.annotation, str)
+        },
+        "weights": [hash_ends(file) for file in sorted({stored.file for stored in weights.values()})],
+    }
+
+
+def hash_ends(file: Path, n_bytes: int = 1 << 24) -> str:
+    """A hash of a file's size, its first and its last bytes: to read all of a large model's would take minutes."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        first = content.read(n_bytes)
+        content.seek(max(0, size - n_bytes))
+        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
 
 
 # --- the model -----------------------------------------------------------------------------------------------------
@@ -347,6 +386,12 @@ def find_resume(args: argparse.Namespace, parameters: Parameters, n_rows: int) -
     state = checkpoint.read_state(path, option)
     checkpoint.check_same_model(state, parameters, option, path)
     checkpoint.check_same_order(state, args.seed, n_rows, option, path)
+    stored = checkpoint.nnscaler_precision(path, option) if path.is_dir() else args.precision
+    if stored != args.precision:
+        raise UserError(
+            f"--precision {args.precision}: {option} {path} is of a run in {stored}, whose shards nnscaler can't go on "
+            f"from in another; pass --precision {stored}, or merge them with ckpt_merger.py and name the merged file"
+        )
     if state.position != data.position_after(state.position.step, n_rows, rows_per_step(args)):
         raise UserError(
             f"--grad_accumulation_steps {args.grad_accumulation_steps}: {option} {path} is of a run that did not "
@@ -382,10 +427,12 @@ def as_nnscaler(merged: dict[str, Any], names: list[str], precision: str) -> dic
         },
         "optimizer": {"state": states, "param_groups": [{"params": list(states)}]},
         "train_status": {"finished_train_steps": step},
+        "nnscaler": nnscaler.__version__,  # without it MixedPrecisionAdamW takes the rounded weights for its masters
     }
 
 
 def merge(path: Path, output: Path) -> None:
     """A checkpoint's shards -> one file in nnScaler's own format, which both engines resume from."""
+    n_ranks = checkpoint.read_state(path, "--ckpt_dir").world_size
     with whole_file(output) as aside:
-        Trainer.merge_checkpoint([str(file) for file in sorted(path.glob("*.ckpt"))], str(aside))
+        Trainer.merge_checkpoint([str(path / f"{rank}.ckpt") for rank in range(n_ranks)], str(aside))

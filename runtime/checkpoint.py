@@ -341,6 +341,18 @@ def _open_merged(path: Path, option: str) -> dict[str, Any]:
     return merged
 
 
+def nnscaler_precision(path: Path, option: str) -> str:
+    """The precision of the run that a checkpoint folder of nnScaler's is of: bf16 or fp32.
+
+    Raises:
+        UserError: its first shard can't be read.
+    """
+    try:
+        return _torch_load(path / NNSCALER_SHARD)["train_args"]["precision"]["param"]
+    except Exception as error:  # whatever a damaged file makes torch raise
+        raise UserError(f"{option} {path}: {NNSCALER_SHARD} can't be read ({one_line(error)})") from error
+
+
 def _torch_load(path: Path) -> dict[str, Any]:
     """The entries of a file of torch.save's, their tensors mapped, not read."""
     with torch.serialization.safe_globals([slice]):  # nnScaler's shards say which slices they are
@@ -356,13 +368,12 @@ def normalized(merged: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(merged[STATE_ENTRY], list):
         return merged
     state = merged[STATE_ENTRY][0]
+    names = list(json.loads(state)["parameters"])
     optimizer = {}
-    for number, name in enumerate(json.loads(state)["parameters"]):
+    for number, name in enumerate(names):
         optimizer |= {f"{name}/{key}": value for key, value in merged["optimizer"]["state"][number].items()}
-    weights = {}
-    for stored, tensor in merged["model"].items():
-        name = stored.removeprefix(NNSCALER_PREFIX)
-        weights[name] = optimizer.pop(f"{name}/fp32_params", tensor)
+    # A tied weight is stored by each of its names; it is a parameter by one.
+    weights = {name: optimizer.pop(f"{name}/fp32_params", merged["model"][NNSCALER_PREFIX + name]) for name in names}
     return {"model": weights, "optimizer": optimizer, STATE_ENTRY: state, HF_ENTRY: merged[HF_ENTRY][0]}
 
 

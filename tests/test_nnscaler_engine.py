@@ -309,6 +309,23 @@ def test_either_engine_goes_on_from_a_merged_file_of_either(merged, start, engin
 
 
 @needs_nnscaler
+def test_a_merged_files_float32_masters_survive_a_bfloat16_resume(merged):
+    options = ("--pas_policy", "tp", "--precision", "bf16", "--resume_path", "torch.ckpt", "--learning_rate", "1e-9")
+    run(merged, "nnscaler", "masters", *options, "--weight_decay", "0")
+    shards = [torch.load(merged / f"masters/checkpoints/last/{rank}.ckpt", weights_only=False) for rank in range(2)]
+    masters = [v["fp32_params"].flatten() for shard in shards for v in shard["optimizer"]["state"].values()]
+    nonzero = torch.cat([master[master != 0] for master in masters])
+    assert (nonzero == nonzero.bfloat16().float()).float().mean() < 0.1
+
+
+@needs_nnscaler
+def test_shards_of_another_precision_are_refused(trained):
+    more = ("--pas_policy", "tp", "--precision", "bf16", "--resume_path", "nnscaler/checkpoints/0000-0004")
+    refusal = run(trained, "nnscaler", "other_precision", *more, check=False)
+    assert "is of a run in fp32, whose shards nnscaler can't go on from in another" in refusal.stderr
+
+
+@needs_nnscaler
 def test_the_merged_weights_open_in_transformers(merged):
     merger = [sys.executable, str(ROOT / "ckpt_merger.py"), "--ckpt_dir", "nnscaler.ckpt", "--hf_dir", "hf"]
     subprocess.run(merger, check=True, cwd=merged)
