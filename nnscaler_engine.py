@@ -112,7 +112,7 @@ def trainer_args(
         "pipeline_nstages": n_stages if n_stages == "auto" else int(n_stages),
     }
     adamw = {"lr": args.learning_rate, "betas": BETAS, "weight_decay": args.weight_decay}
-    weights = {name: getattr(args, name) for name in ("model_id", "precision", "attn_implementation", "random_init")}
+    chosen = {name: getattr(args, name) for name in ("model_id", "precision", "attn_implementation", "random_init")}
     return TrainerArgs(
         instance_name=instance_name(args),
         run_mode=args.run_mode,
@@ -134,7 +134,7 @@ def trainer_args(
         dummy_sample_gen_fn=lambda _: dummy_sample(sequence_length),
         model=ModelConfig(
             type=WrappedModel,
-            args={**weights, "seed": args.seed if args.random_init else 0, "sequence_length": sequence_length},
+            args={**chosen, "seed": args.seed if args.random_init else 0, "sequence_length": sequence_length},
         ),
         optimizer=OptimizerConfig(
             type=MixedPrecisionAdamW if half else torch.optim.AdamW,

@@ -185,7 +185,6 @@ def job(tmp_path_factory) -> Path:
 
 def run(job: Path, engine: str, name: str, *more: str, plan_ngpus: int = 2, check: bool = True):
     """train.py on two ranks with an engine; its checkpoints and logs go to `name`."""
-    script = ["train.py", "--engine", engine]
     if engine == "nnscaler":
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
         script = [str(ROOT / "tests" / "nnscaler_on_cpu.py"), str(ROOT / "train.py"), "--engine", engine]
