@@ -11,10 +11,16 @@ matrix products make the loss and both gradients:
 The gradients are made during the forward pass, for an incoming gradient of one. Backward scales them: dh by each
 token's incoming gradient, dW by the one that all tokens share. Only where tokens differ in theirs is dW made again.
 
-Needs PyTorch 2.6 or newer. On a GPU the pass over a chunk's logits is one Triton kernel, if Triton is there.
+Needs PyTorch 2.6 or newer. On a GPU the pass over a chunk's logits is one Triton kernel, if Triton is there. On a CPU
+threads take blocks of words that stay in a core's cache, and multiply bfloat16 in its units for that, if it has them.
 """
 
-import contextlib
+import concurrent.futures
+import ctypes
+import functools
+import os
+import threading
+from pathlib import Path
 
 import torch
 
@@ -190,40 +196,34 @@ def _losses(
     Fills the gradients that are given. row_grads [len(rows)] are the incoming ones, None standing for ones. grad_hidden
     [b * l, d] must be zero outside rows; grad_weight [n, d] is overwritten.
     """
-    n, sums, operands = len(weight), _sum_dtype(weight), _operand_dtype(weight)
+    sums, operands = _sum_dtype(weight), _operand_dtype(weight)
     losses = hidden.new_zeros(labels.shape, dtype=sums)
     if len(rows) == 0:
         if grad_weight is not None:
             grad_weight.zero_()
         return losses
+    hidden, weight = hidden.detach(), weight.detach()
     row_grads = torch.ones_like(rows, dtype=sums) if row_grads is None else row_grads
     # float16 holds nothing below 6e-8, where most of a softmax over a large vocabulary lies.
     if operands == torch.float16:
         gain = 2.0**15 / row_grads.abs().amax()
         row_grads = row_grads * gain
 
-    # Chunks of one size, so that the last is no sliver; rows of logits begin at multiples of 64 bytes.
+    # Chunks of one size, so that the last is no sliver.
     flat_labels, flat_losses = labels.reshape(-1), losses.view(-1)
     chunks = -(-len(rows) // chunk_size)
-    logits = hidden.new_empty(-(-len(rows) // chunks), -(-n // 16) * 16, dtype=sums)
-    with _bfloat16_units(weight):
-        parts = zip(rows.tensor_split(chunks), row_grads.tensor_split(chunks), strict=True)
-        for chunk, (index, index_grads) in enumerate(parts):
-            h, x = hidden[index].to(operands), logits[: len(index), :n]
-            dx = None if grad_hidden is None and grad_weight is None else logits.view(operands)[: len(index), :n]
-            for words, block in _word_blocks(weight, operands):
-                _multiply(h, block.t(), out=x[:, words])
-            flat_losses[index] = _softmax_pass(x, dx, flat_labels[index], index_grads, logit_softcap)
-            if dx is None:
-                continue
-            dh = torch.empty_like(h, dtype=sums)
-            for words, block in _word_blocks(weight, operands):
-                if grad_hidden is not None:
-                    _multiply(dx[:, words], block, out=dh, add=words.start > 0)
-                if grad_weight is not None:
-                    _multiply(dx[:, words].t(), h, out=grad_weight[words], add=chunk > 0)
-            if grad_hidden is not None:
-                grad_hidden[index] = dh.to(grad_hidden.dtype)
+    run_chunk, multiple = (_chunk_of_rows, 1) if _takes_triton(weight) else (_chunk_of_columns, _tokens_step(weight))
+    tokens = -(-len(rows) // chunks // multiple) * multiple
+    memory = hidden.new_empty(tokens * (-(-len(weight) // 16) * 16), dtype=sums)
+    parts = zip(rows.tensor_split(chunks), row_grads.tensor_split(chunks), strict=True)
+    for chunk, (index, index_grads) in enumerate(parts):
+        h = _filled_up(hidden[index].to(operands), multiple)
+        y, g = _filled_up(flat_labels[index], multiple), _filled_up(index_grads, multiple)
+        dh = None if grad_hidden is None else torch.empty_like(h, dtype=sums)
+        chunk_losses = run_chunk(h, weight, y, g, logit_softcap, memory, dh, grad_weight, add=chunk > 0)
+        flat_losses[index] = chunk_losses[: len(index)]
+        if grad_hidden is not None:
+            grad_hidden[index] = dh[: len(index)].to(grad_hidden.dtype)
     if operands == torch.float16:
         for grads in (grad_hidden, grad_weight):
             if grads is not None:
@@ -237,9 +237,9 @@ def _sum_dtype(tensor):
 
 
 def _operand_dtype(weight):
-    """The dtype of what is multiplied: a GPU has units for half precision; a CPU is many times faster in float32."""
-    takes_half = weight.dtype == torch.bfloat16 or _CUBLAS_RETURNS_FLOAT32
-    return weight.dtype if weight.is_cuda and takes_half else _sum_dtype(weight)
+    """The dtype of what is multiplied: half precision where that is faster and its sums can be had in float32."""
+    has_units = _brgemm(weight.device.type, weight.dtype) is not None and weight.shape[1] % 2 == 0
+    return weight.dtype if _takes_triton(weight) or has_units else _sum_dtype(weight)
 
 
 def _block_size(tensor):
@@ -248,14 +248,235 @@ def _block_size(tensor):
     return max(1, size // max(1, tensor.shape[1] * _sum_dtype(tensor).itemsize))
 
 
-def _word_blocks(weight, dtype):
-    """Yields weight in dtype, block by block, with the words that are in it: on a GPU whole, if no copy is needed.
+def _filled_up(tensor, multiple):
+    """tensor with rows of zeros appended, up to a multiple of rows. As row_grads say, no gradient comes from them."""
+    rows = -len(tensor) % multiple
+    return torch.cat((tensor, tensor.new_zeros(rows, *tensor.shape[1:]))) if rows else tensor
 
-    On a CPU both gradients' products then find a block of dx in its caches.
+
+# On a CPU, or without Triton: logits [n, c], in blocks of words, each of which a thread works on alone.
+
+
+def _chunk_of_columns(h, weight, labels, row_grads, logit_softcap, memory, dh, grad_weight, add):
+    """The losses [c] of hidden states h [c, d]. Column t of the logits x [n, c], which lie in memory, is token t's.
+
+    Fills dh [c, d] and fills or, with add, adds to grad_weight [n, d], where these aren't None, for incoming gradients
+    row_grads [c]. The larger operands, weight in x = W h^T and dx in dW = dx h, are multiplied as they lie.
     """
-    size = len(weight) if weight.is_cuda and weight.dtype == dtype else _block_size(weight)
-    for start in range(0, len(weight), size):
-        yield slice(start, start + size), weight[start : start + size].to(dtype)
+    x = memory[: len(weight) * len(h)].view(len(weight), len(h))
+    blocks = _blocks(x, labels)
+    at_label = (h.to(x.dtype) * weight[labels].to(x.dtype)).sum(1)
+    slope = 1
+    if logit_softcap:
+        tanh = (at_label / logit_softcap).tanh_()
+        at_label, slope = logit_softcap * tanh, 1 - tanh.square()
+
+    tops, sums = _make_exponentials(x, h, weight, blocks, logit_softcap)
+    others = (tops + sums.log()).logsumexp(0)
+    if dh is not None or grad_weight is not None:
+        total = torch.logaddexp(others, at_label)
+        # As a sum over the other words, 1 - p keeps its digits where the label's probability p is near 1.
+        dx_at_label = -(others - total).exp_() * slope * row_grads
+        factors = (tops - total).exp_() * row_grads
+        _make_gradients(x, h, weight, blocks, logit_softcap, tops, factors, dx_at_label, dh, grad_weight, add)
+    return _log1p_exp(others - at_label)
+
+
+def _blocks(x, labels):
+    """Blocks of the words of logits x [n, c]: slices, each with the indices into x[slice] of the labels among them."""
+    n, c = x.shape
+    words = (64 << 20) // c if x.is_cuda else min(max((1 << 19) // c, 256), 1024)
+    words = max(32, min(words, n // (4 * _number_of_threads(x))))
+    starts = range(0, n, words)
+    tokens = labels.argsort()
+    bounds = torch.searchsorted(labels[tokens], torch.tensor(starts[1:], device=labels.device, dtype=labels.dtype))
+    parts = zip(starts, tokens.tensor_split(bounds.cpu()), strict=True)
+    return [(slice(start, min(start + words, n)), (labels[part] - start, part)) for start, part in parts]
+
+
+def _make_exponentials(x, h, weight, blocks, logit_softcap):
+    """Makes x [n, c] of exp(logit - top), and of 0 at the labels, top being a token's largest logit within a block.
+
+    Returns the tops and the sums of the exponentials, [len(blocks), c] each.
+    """
+    tops, sums = x.new_empty(2, len(blocks), x.shape[1])
+    h_tiles = _tiles(h.t())
+
+    def make(i):
+        words, label_places = blocks[i]
+        block = x[words]
+        _multiply_by_tiles(weight[words].to(h.dtype).contiguous(), h_tiles, out=block)
+        if logit_softcap:
+            block.div_(logit_softcap).tanh_().mul_(logit_softcap)
+        block[label_places] = -torch.inf
+        tops[i] = block.amax(0).clamp_(min=torch.finfo(x.dtype).min)  # were it -inf, -inf - -inf would be no number
+        sums[i] = block.sub_(tops[i]).exp_().sum(0)
+
+    _for_each(range(len(blocks)), make, _number_of_threads(x))
+    return tops, sums
+
+
+def _make_gradients(x, h, weight, blocks, logit_softcap, tops, factors, dx_at_label, dh, grad_weight, add):
+    """Makes of the exponentials in x [n, c] the logits' gradient, and of that dh [c, d] and grad_weight [n, d].
+
+    A block's exponentials are multiplied by its row of factors [len(blocks), c]; dx_at_label [c] goes to the labels.
+    """
+    threads = _number_of_threads(x)
+    h_tiles = _tiles(h)
+    at_once = 4 * threads  # blocks, between the products that make dh of them
+
+    def make(i):
+        words, label_places = blocks[i]
+        block = x[words]
+        slope = 1
+        if logit_softcap:
+            logits = block.log().add_(tops[i]).clamp_(min=-logit_softcap)
+            slope = 1 - logits.div_(logit_softcap).square_()
+        block.mul_(factors[i]).mul_(slope)
+        block[label_places] = dx_at_label[label_places[1]]
+        if grad_weight is not None:
+            _multiply_by_tiles(block.to(h.dtype), h_tiles, out=grad_weight[words], add=add)
+
+    def add_to_dh(words, tile):
+        # In bfloat16 dx's few large elements, rounded, would be most of dh's error.
+        w = weight[words, tile[1]].to(x.dtype)
+        torch.addmm(dh[tile], x[words, tile[0]].t(), w, beta=int(words.start > 0), out=dh[tile])
+
+    for first in range(0, len(blocks), at_once):
+        some = range(first, min(first + at_once, len(blocks)))
+        _for_each(some, make, threads)
+        if dh is not None:
+            words = slice(blocks[some[0]][0].start, blocks[some[-1]][0].stop)
+            _for_each(_tiles_of_dh(dh, threads), functools.partial(add_to_dh, words), threads)
+
+
+def _tiles_of_dh(dh, threads):
+    """Slices of tokens and of features of dh [c, d]: a tile for each thread, if that leaves the tiles some size."""
+    c, d = dh.shape
+    by_tokens = min(threads, -(-c // 128))
+    tokens, features = -(-c // by_tokens), max(128, -(-d * by_tokens // threads))
+    return [(slice(t, t + tokens), slice(f, f + features)) for t in range(0, c, tokens) for f in range(0, d, features)]
+
+
+def _number_of_threads(tensor):
+    return torch.get_num_threads() if tensor.device.type == "cpu" else 1
+
+
+def _for_each(items, function, threads):
+    """Calls function with each item, in as many threads."""
+    run = map if threads == 1 else _pool(os.getpid(), threads).map
+    for _ in run(torch.inference_mode()(function), items):
+        pass
+
+
+@functools.cache
+def _pool(process, threads):
+    """Threads in each of which PyTorch's operators run on one core, so that a block stays in that core's cache.
+
+    They are this process's: a fork inherits none.
+    """
+    pool = concurrent.futures.ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
+    all_there = threading.Barrier(threads)
+    for _ in pool.map(lambda _: all_there.wait(), range(threads)):
+        pass
+    torch.set_num_threads(threads)  # for threads yet to come, which take what was set last
+    return pool
+
+
+# A CPU's bfloat16 units multiply twice as fast. PyTorch's products of bfloat16 matrices round their sums to bfloat16,
+# but it also has, for attention of its own, one of small matrices that returns them in float32: oneDNN's brgemm. It
+# has no name in Python; this is its name in C++, argument types included, the same from PyTorch 2.6 to 2.13.
+_BRGEMM = {
+    torch.float32: "_ZN2at6native7cpublas6brgemmEllllllbPKfS3_Pfb",
+    torch.bfloat16: "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb",
+}
+
+
+def _brgemm(device_type, dtype):
+    """brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, in_pairs) of operands of dtype; None where it can't be used."""
+    if device_type != "cpu" or dtype not in _BRGEMM or not torch._C._get_mkldnn_enabled():
+        return None
+    # Where oneDNN lacks the instructions, or is kept from them, brgemm would end the process.
+    has_units = torch.cpu._is_avx512_bf16_supported if dtype == torch.bfloat16 else torch.cpu._is_avx512_supported
+    if not has_units() or os.environ.keys() & {"ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"}:
+        return None
+    return _load(_BRGEMM[dtype], *6 * [ctypes.c_int64], ctypes.c_bool, *3 * [ctypes.c_void_p], ctypes.c_bool)
+
+
+@functools.cache
+def _load(name, *argument_types):
+    try:
+        function = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"))[name]
+    except (OSError, AttributeError):
+        return None
+    function.argtypes, function.restype = argument_types, None
+    return function
+
+
+def _tokens_step(weight):
+    """What number of tokens a chunk is filled up to a multiple of: brgemm compiles a kernel for every shape."""
+    return 32 if _brgemm(weight.device.type, _operand_dtype(weight)) else 1
+
+
+def _tiles(b):
+    """b [k, n] as _multiply_by_tiles takes it: tiles of 256 columns; of bfloat16, in pairs of rows."""
+    if _brgemm(b.device.type, b.dtype) is None:
+        return [b]
+    tiles = b.split(256, 1)
+    if b.dtype == torch.bfloat16:
+        tiles = [tile.unflatten(0, (-1, 2)).transpose(1, 2) for tile in tiles]
+    return [tile.contiguous() for tile in tiles]
+
+
+def _multiply_by_tiles(a, tiles, out, add=False):
+    """out [m, n] = a [m, k] b, or out += a b, where b [k, n] is in tiles and a's rows and out's are contiguous."""
+    brgemm = _brgemm(a.device.type, a.dtype)
+    for tile, part in zip(tiles, out.split(tiles[0].shape[1], 1), strict=True):
+        if brgemm is None:
+            torch.addmm(part, a, tile, beta=int(add), out=part)
+            continue
+        (m, n), paired = part.shape, a.dtype == torch.bfloat16
+        for k in range(0, a.shape[1], 512):  # as much of a tile as a cache holds
+            a_k, b_k = a[:, k : k + 512], tile[k // 2 if paired else k :]
+            strides = a.stride(0), n, out.stride(0)
+            pointers = (x.data_ptr() for x in (a_k, b_k, part))
+            brgemm(m, n, a_k.shape[1], *strides, add or k > 0, *pointers, paired)
+    if brgemm is not None:
+        _load("_ZN2at6native7cpublas14brgemm_releaseEb", ctypes.c_bool)(True)  # the tile registers, where it took them
+
+
+def _log1p_exp(z):
+    return torch.logaddexp(z, torch.zeros_like(z))
+
+
+# On a GPU: logits [c, n], one kernel from them to their gradient, cuBLAS for the rest.
+
+
+def _takes_triton(weight):
+    dtypes = torch.bfloat16, torch.float32, torch.float16 if _CUBLAS_RETURNS_FLOAT32 else None
+    return triton is not None and weight.is_cuda and weight.dtype in dtypes
+
+
+def _chunk_of_rows(h, weight, labels, row_grads, logit_softcap, memory, dh, grad_weight, add):
+    """The losses [c] of hidden states h [c, d], in memory for logits of c x (n, rounded up to 16).
+
+    Fills dh [c, d] and fills or, with add, adds to grad_weight [n, d], where these aren't None, for incoming gradients
+    row_grads [c].
+    """
+    c, n = len(h), len(weight)
+    # Rows of logits begin at multiples of 64 bytes.
+    rows = memory[: c * (-(-n // 16) * 16)].view(c, -1)
+    x = rows[:, :n]
+    _multiply(h, weight.t(), out=x)
+    if dh is None and grad_weight is None:
+        return _triton_softmax_pass(x, None, labels, row_grads, logit_softcap)
+    dx = rows.view(h.dtype)[:, :n]
+    losses = _triton_softmax_pass(x, dx, labels, row_grads, logit_softcap)
+    if dh is not None:
+        _multiply(dx, weight, out=dh)
+    if grad_weight is not None:
+        _multiply(dx.t(), h, out=grad_weight, add=add)
+    return losses
 
 
 def _multiply(a, b, out, add=False):
@@ -267,61 +488,6 @@ def _multiply(a, b, out, add=False):
     else:
         product = torch.mm(a, b)
         out.add_(product) if add else out.copy_(product)
-
-
-@contextlib.contextmanager
-def _bfloat16_units(weight):
-    """Lets a CPU that has bfloat16 units multiply bfloat16 values in them, though float32 holds them.
-
-    Sums stay in float32. The setting is PyTorch's, of 2.9 and newer, and for all threads.
-    """
-    matmul = getattr(torch.backends.mkldnn, "matmul", None)
-    on_cpu = weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-    if not on_cpu or matmul is None or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        yield
-        return
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        matmul.fp32_precision = before
-
-
-def _softmax_pass(x, dx, labels, row_grads, logit_softcap):
-    """The losses [c] of logits x [c, n].
-
-    Leaves row_grads [c] times the logits' gradient in dx, which lies in x's memory, unless it is None; x is lost.
-    """
-    if triton is not None and x.is_cuda and x.dtype == torch.float32:
-        return _triton_softmax_pass(x, dx, labels, row_grads, logit_softcap)
-    losses = torch.empty_like(row_grads)
-    size = _block_size(x)
-    for start in range(0, len(x), size):
-        block = slice(start, start + size)
-        z, label = x[block], labels[block, None]
-        if logit_softcap:
-            tanh = z.div_(logit_softcap).tanh_()
-            slope = 1 - tanh.square() if dx is not None else None
-            z.mul_(logit_softcap)
-        z.sub_(z.amax(1, keepdim=True))
-        at_label = z.gather(1, label)
-        others = z.exp_().scatter_(1, label, 0).sum(1, keepdim=True)
-        losses[block] = _log1p_exp(others.log() - at_label).squeeze(1)
-        if dx is None:
-            continue
-        # As a sum over the other words, 1 - p keeps its digits where the label's probability p is near 1.
-        total, grads = others + at_label.exp(), row_grads[block, None]
-        z.mul_(grads / total).scatter_(1, label, -(others / total) * grads)
-        if logit_softcap:
-            z.mul_(slope)
-        if dx.dtype != x.dtype:
-            dx[block] = z.to(dx.dtype)
-    return losses
-
-
-def _log1p_exp(z):
-    return torch.logaddexp(z, torch.zeros_like(z))
 
 
 def _triton_softmax_pass(x, dx, labels, row_grads, logit_softcap):

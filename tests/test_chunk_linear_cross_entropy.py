@@ -4,9 +4,11 @@ All but what concerns other processes runs on a GPU where there is one. The Trit
 under TRITON_INTERPRET=1.
 """
 
+import concurrent.futures
 import functools
 import inspect
 import math
+import multiprocessing
 import os
 
 import hypothesis
@@ -33,6 +35,17 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(DEVICE == "cpu")
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def in_this_thread(monkeypatch):
+    """Lets a dispatch mode, which is one thread's, see all that a CPU does but what is done by brgemm."""
+    monkeypatch.setattr(module, "_number_of_threads", lambda tensor: 1)
+
+
+@pytest.fixture
+def without_brgemm(monkeypatch):
+    monkeypatch.setattr(module, "_brgemm", lambda device_type, dtype: None)
 
 
 def make_inputs(b, l, d, n, dtype=torch.float32, seed=0, scale=1.0):
@@ -108,7 +121,34 @@ def problems(draw):
 @hypothesis.settings(max_examples=400, deadline=None)
 @hypothesis.given(problems())
 def test_losses_and_gradients_are_those_of_float64(problem):
-    hidden, weight, labels, options, reduction = problem
+    check_against_float64(*problem)
+
+
+@hypothesis.settings(max_examples=100, deadline=None)
+@hypothesis.given(problems())
+def test_they_are_where_a_cpu_has_no_brgemm(problem):
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setattr(module, "_brgemm", lambda device_type, dtype: None)
+        check_against_float64(*problem)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
+def test_they_are_over_many_blocks_in_many_threads(threads, dtype, logit_softcap):
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        hidden, weight, labels = make_inputs(1, 300, 24, 5000, dtype, scale=0.5)
+        options = {"chunk_size": 140, "logit_softcap": logit_softcap}
+        check_against_float64(hidden, weight, labels, options, "sum")
+        with concurrent.futures.ThreadPoolExecutor(1) as pool:
+            assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == threads
+    finally:
+        torch.set_num_threads(before)
+
+
+def check_against_float64(hidden, weight, labels, options, reduction):
     weights = torch.linspace(-1, 1, labels.numel(), device=DEVICE).view(labels.shape)
     losses = chunk_linear_cross_entropy(hidden, weight, labels, **options)
     REDUCTIONS[reduction](losses, weights).backward()
@@ -230,6 +270,7 @@ class Allocations(TorchDispatchMode):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("reduction", ["sum", "weights", "no gradient"])
+@pytest.mark.usefixtures("in_this_thread")
 def test_one_chunk_of_logits_is_the_most_that_is_ever_held(dtype, reduction, logit_softcap):
     tokens, n, chunk_size = 2048, 4096, 512
     hidden, weight, labels = make_inputs(1, tokens, 8, n, dtype)
@@ -256,6 +297,7 @@ def products(function):
 
 
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])
+@pytest.mark.usefixtures("in_this_thread", "without_brgemm")
 def test_no_product_is_made_that_the_result_does_not_need(chunk_size):
     hidden, weight, labels = make_inputs(4, 6, 4, 6)
     counted = int((labels != -100).sum())
@@ -326,6 +368,7 @@ def test_a_second_derivative_is_refused_in_a_sentence():
 
 @pytest.mark.parametrize("reduction", ["mean", "weights"])
 @pytest.mark.parametrize(("use_reentrant", "taken"), [(False, 6), (True, 4)])
+@pytest.mark.usefixtures("in_this_thread", "without_brgemm")
 def test_activation_checkpointing(use_reentrant, taken, reduction):
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
     weights = torch.rand(2, 5, device=DEVICE)
@@ -469,17 +512,33 @@ def test_a_weight_that_fsdp_gathers_and_frees(process_group, reduction):
     assert torch.equal(head.weight.grad.full_tensor(), expected)
 
 
-def multiply_in_float32(a, b, out, add=False):
-    """What cuBLAS makes of half-precision operands."""
-    out.copy_(a.float() @ b.float() + (out.float() if add else 0))
+@pytest.fixture
+def as_on_a_gpu(monkeypatch):
+    """The order of a GPU's work on any device, with plain formulas for what the kernel and cuBLAS do."""
+
+    def softmax_pass(x, dx, labels, row_grads, logit_softcap):
+        with torch.enable_grad():
+            z = x.detach().double().requires_grad_()
+            capped = logit_softcap * torch.tanh(z / logit_softcap) if logit_softcap else z
+            losses = F.cross_entropy(capped, labels, reduction="none")
+        if dx is not None:
+            dx.copy_(torch.autograd.grad(losses, z, row_grads.double())[0])
+        return losses.detach().to(x.dtype)
+
+    def multiply(a, b, out, add=False):
+        out.copy_(a.float() @ b.float() + (out.float() if add else 0))
+
+    monkeypatch.setattr(module, "_takes_triton", lambda weight: True)
+    monkeypatch.setattr(module, "_triton_softmax_pass", softmax_pass)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(module, "_multiply", multiply)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
-def test_operands_of_half_precision(dtype, logit_softcap, monkeypatch):
-    """A GPU's arithmetic: half-precision dx in the memory of float32 logits, on any device."""
-    monkeypatch.setattr(module, "_operand_dtype", lambda weight: weight.dtype)
-    monkeypatch.setattr(module, "_multiply", multiply_in_float32)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_operands_of_half_precision(dtype, logit_softcap):
+    """A GPU's arithmetic: half-precision dx in the memory of float32 logits."""
     hidden, weight, labels = make_inputs(2, 5, 4, 30_000, dtype, scale=3.0)
     weights = torch.rand(2, 5, device=DEVICE)
     for reduction in ("sum", "weights"):
@@ -497,9 +556,13 @@ def test_operands_of_half_precision(dtype, logit_softcap, monkeypatch):
         assert small.sum() > 100 and (logit_softcap or relative_error(actual[1][small], exact[1][small]) < 0.02)
 
 
+MULTIPLY = module._multiply
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
 def test_bfloat16_operands_where_cublas_rounds(monkeypatch):
     """As on a GPU with PyTorch 2.6 and 2.7: chunks' sums are rounded, but added in float32."""
-    monkeypatch.setattr(module, "_operand_dtype", lambda weight: weight.dtype)
+    monkeypatch.setattr(module, "_multiply", MULTIPLY)
     monkeypatch.setattr(module, "_CUBLAS_RETURNS_FLOAT32", False)
     hidden, weight, labels = make_inputs(2, 5, 4, 30, torch.bfloat16)
     losses = chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=3)
@@ -511,17 +574,64 @@ def test_bfloat16_operands_where_cublas_rounds(monkeypatch):
     assert relative_error(weight.grad, weight64.grad) < 4 * EPS[torch.bfloat16]
 
 
-def test_bfloat16_units_are_asked_for_and_given_back(monkeypatch):
-    matmul = torch.backends.mkldnn.matmul
-    before, seen = matmul.fp32_precision, []
-    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True)
-    monkeypatch.setattr(module, "_multiply", lambda *args, **kwargs: seen.append(matmul.fp32_precision) or 1 / 0)
-    for dtype in (torch.bfloat16, torch.float32):
-        hidden, weight, labels = (x.cpu() for x in make_inputs(2, 5, 4, 6, dtype))
-        with pytest.raises(ZeroDivisionError):
-            chunk_linear_cross_entropy(hidden, weight, labels)
-        assert matmul.fp32_precision == before
-    assert seen == ["bf16", before] and before != "bf16"
+needs_bfloat16_units = pytest.mark.skipif(
+    module._brgemm(DEVICE, torch.bfloat16) is None, reason="needs a CPU with bfloat16 units"
+)
+
+
+@needs_bfloat16_units
+@pytest.mark.usefixtures("in_this_thread")
+def test_bfloat16_units_make_two_of_the_three_products(monkeypatch):
+    hidden, weight, labels = make_inputs(2, 64, 40, 300, torch.bfloat16)
+    labels.clamp_(min=0)
+    brgemm, made = module._brgemm(DEVICE, torch.bfloat16), []
+
+    def counting(m, n, k, *args):
+        made.append(2 * m * n * k)
+        brgemm(m, n, k, *args)
+
+    monkeypatch.setattr(module, "_brgemm", lambda device_type, dtype: counting if dtype == torch.bfloat16 else None)
+    with FlopCounterMode(display=False) as others:
+        chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=64).sum().backward()
+    product = 2 * labels.numel() * weight.numel()
+    assert (sum(made), others.get_total_flops()) == (2 * product, product)
+
+
+@hypothesis.settings(max_examples=50, deadline=None)
+@hypothesis.given(
+    st.integers(1, 70), st.integers(1, 700), st.integers(1, 600), st.booleans(), st.sampled_from(list(EPS))
+)
+def test_products_by_tiles_are_summed_in_float32(m, k, n, add, dtype):
+    if dtype == torch.bfloat16:
+        k += k % 2
+    a, b = torch.randn(m, k + 3).to(DEVICE, dtype)[:, :k], torch.randn(n, k).to(DEVICE, dtype).t()
+    sums = torch.promote_types(dtype, torch.float32)
+    if module._brgemm(DEVICE, dtype) is None:
+        a, b = a.to(sums), b.to(sums)
+    out = torch.randn(m, n + 5).to(DEVICE, sums)[:, :n]
+    expected = a.double() @ b.double() + (out.double() if add else 0)
+    module._multiply_by_tiles(a, module._tiles(b), out, add)
+    assert_close(out, expected, 16 * EPS[sums])
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_forked_process_has_threads_of_its_own():
+    inputs = make_inputs(1, 4, 4, 6)
+    expected = chunk_linear_cross_entropy(*inputs).sum().item()
+    with multiprocessing.get_context("fork").Pool(1) as pool:
+        loss = pool.apply_async(summed_loss, [[x.detach() for x in inputs]])
+        assert loss.get(timeout=60) == expected
+
+
+def summed_loss(inputs):
+    return chunk_linear_cross_entropy(*inputs).sum().item()
+
+
+def test_inference_mode():
+    hidden, weight, labels = make_inputs(1, 300, 24, 5000)
+    expected = chunk_linear_cross_entropy(hidden, weight, labels)
+    with torch.inference_mode():
+        assert torch.equal(chunk_linear_cross_entropy(hidden * 1, weight * 1, labels), expected)
 
 
 @pytest.mark.skipif(
