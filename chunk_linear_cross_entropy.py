@@ -271,21 +271,21 @@ def _chunk_of_columns(h, weight, labels, row_grads, logit_softcap, memory, dh, g
         tanh = (at_label / logit_softcap).tanh_()
         at_label, slope = logit_softcap * tanh, 1 - tanh.square()
 
-    tops, sums = _make_exponentials(x, h, weight, blocks, logit_softcap)
-    others = (tops + sums.log()).logsumexp(0)
+    log_sums = _make_probabilities(x, h, weight, blocks, logit_softcap)
+    others = log_sums.logsumexp(0)
     if dh is not None or grad_weight is not None:
         total = torch.logaddexp(others, at_label)
         # As a sum over the other words, 1 - p keeps its digits where the label's probability p is near 1.
         dx_at_label = -(others - total).exp_() * slope * row_grads
-        factors = (tops - total).exp_() * row_grads
-        _make_gradients(x, h, weight, blocks, logit_softcap, tops, factors, dx_at_label, dh, grad_weight, add)
+        factors = (log_sums - total).exp_() * row_grads
+        _make_gradients(x, h, weight, blocks, logit_softcap, log_sums, factors, dx_at_label, dh, grad_weight, add)
     return _log1p_exp(others - at_label)
 
 
 def _blocks(x, labels):
     """Blocks of the words of logits x [n, c]: slices, each with the indices into x[slice] of the labels among them."""
     n, c = x.shape
-    words = (64 << 20) // c if x.is_cuda else min(max((1 << 19) // c, 256), 1024)
+    words = (64 << 20) // c if x.is_cuda else min(max((1 << 20) // c, 512), 1024)
     words = max(32, min(words, n // (4 * _number_of_threads(x))))
     starts = range(0, n, words)
     tokens = labels.argsort()
@@ -294,13 +294,14 @@ def _blocks(x, labels):
     return [(slice(start, min(start + words, n)), (labels[part] - start, part)) for start, part in parts]
 
 
-def _make_exponentials(x, h, weight, blocks, logit_softcap):
-    """Makes x [n, c] of exp(logit - top), and of 0 at the labels, top being a token's largest logit within a block.
+def _make_probabilities(x, h, weight, blocks, logit_softcap):
+    """Makes x [n, c] of the softmax over each block's words, labels left out.
 
-    Returns the tops and the sums of the exponentials, [len(blocks), c] each.
+    Returns the logs of the sums of exp(logit) that it is of, [len(blocks), c].
     """
-    tops, sums = x.new_empty(2, len(blocks), x.shape[1])
+    log_sums = x.new_empty(len(blocks), x.shape[1])
     h_tiles = _tiles(h.t())
+    least = torch.finfo(x.dtype).min  # a logit whose probability is 0, without the NaN that -inf gives if it is alone
 
     def make(i):
         words, label_places = blocks[i]
@@ -308,54 +309,58 @@ def _make_exponentials(x, h, weight, blocks, logit_softcap):
         _multiply_by_tiles(weight[words].to(h.dtype).contiguous(), h_tiles, out=block)
         if logit_softcap:
             block.div_(logit_softcap).tanh_().mul_(logit_softcap)
-        block[label_places] = -torch.inf
-        tops[i] = block.amax(0).clamp_(min=torch.finfo(x.dtype).min)  # were it -inf, -inf - -inf would be no number
-        sums[i] = block.sub_(tops[i]).exp_().sum(0)
+        block[label_places] = least
+        top = block.amax(0)
+        torch.softmax(block, 0, out=block)
+        log_sums[i] = top - block.amax(0).log_()  # the largest probability is exp(top - top) / sum
 
     _for_each(range(len(blocks)), make, _number_of_threads(x))
-    return tops, sums
+    return log_sums
 
 
-def _make_gradients(x, h, weight, blocks, logit_softcap, tops, factors, dx_at_label, dh, grad_weight, add):
-    """Makes of the exponentials in x [n, c] the logits' gradient, and of that dh [c, d] and grad_weight [n, d].
+def _make_gradients(x, h, weight, blocks, logit_softcap, log_sums, factors, dx_at_label, dh, grad_weight, add):
+    """Makes of the probabilities in x [n, c] the logits' gradient, and of that dh [c, d] and grad_weight [n, d].
 
-    A block's exponentials are multiplied by its row of factors [len(blocks), c]; dx_at_label [c] goes to the labels.
+    A block's probabilities are multiplied by its row of factors [len(blocks), c]; dx_at_label [c] goes to the labels.
     """
     threads = _number_of_threads(x)
     h_tiles = _tiles(h)
-    at_once = 4 * threads  # blocks, between the products that make dh of them
+    dh_t = None if dh is None else x.new_zeros(h.t().shape)
+    weight_t = {}  # of the blocks that dh_t lacks
 
     def make(i):
         words, label_places = blocks[i]
         block = x[words]
-        slope = 1
         if logit_softcap:
-            logits = block.log().add_(tops[i]).clamp_(min=-logit_softcap)
-            slope = 1 - logits.div_(logit_softcap).square_()
-        block.mul_(factors[i]).mul_(slope)
+            logits = block.log().add_(log_sums[i]).clamp_(min=-logit_softcap)
+            block.mul_(1 - logits.div_(logit_softcap).square_())
+        block.mul_(factors[i])
         block[label_places] = dx_at_label[label_places[1]]
         if grad_weight is not None:
             _multiply_by_tiles(block.to(h.dtype), h_tiles, out=grad_weight[words], add=add)
-
-    def add_to_dh(words, tile):
-        # In bfloat16 dx's few large elements, rounded, would be most of dh's error.
-        w = weight[words, tile[1]].to(x.dtype)
-        torch.addmm(dh[tile], x[words, tile[0]].t(), w, beta=int(words.start > 0), out=dh[tile])
-
-    for first in range(0, len(blocks), at_once):
-        some = range(first, min(first + at_once, len(blocks)))
-        _for_each(some, make, threads)
         if dh is not None:
-            words = slice(blocks[some[0]][0].start, blocks[some[-1]][0].stop)
-            _for_each(_tiles_of_dh(dh, threads), functools.partial(add_to_dh, words), threads)
+            weight_t[i] = weight[words].t().contiguous().to(x.dtype)
+
+    def add_to_dh(tile):
+        # In float32: in bfloat16 dx's few large elements, rounded, would be most of dh's error.
+        features, tokens = tile
+        for i, w_t in sorted(weight_t.items()):
+            _multiply_by_tiles(w_t[features], [x[blocks[i][0], tokens]], out=dh_t[tile], add=True)
+
+    for first in range(0, len(blocks), 2 * threads):
+        _for_each(range(first, min(first + 2 * threads, len(blocks))), make, threads)
+        if dh is not None:
+            _for_each(_tiles_of_dh(dh_t, threads), add_to_dh, threads)
+            weight_t.clear()
+    if dh is not None:
+        dh.copy_(dh_t.t())
 
 
-def _tiles_of_dh(dh, threads):
-    """Slices of tokens and of features of dh [c, d]: a tile for each thread, if that leaves the tiles some size."""
-    c, d = dh.shape
-    by_tokens = min(threads, -(-c // 128))
-    tokens, features = -(-c // by_tokens), max(128, -(-d * by_tokens // threads))
-    return [(slice(t, t + tokens), slice(f, f + features)) for t in range(0, c, tokens) for f in range(0, d, features)]
+def _tiles_of_dh(dh_t, threads):
+    """Slices of features and of tokens of dh_t [d, c]: a tile for each thread, if that leaves them some size."""
+    d, c = dh_t.shape
+    features = max(128, -(-d // -(-threads // -(-c // 256))))
+    return [(slice(f, f + features), slice(t, t + 256)) for f in range(0, d, features) for t in range(0, c, 256)]
 
 
 def _number_of_threads(tensor):
@@ -438,7 +443,7 @@ def _multiply_by_tiles(a, tiles, out, add=False):
         (m, n), paired = part.shape, a.dtype == torch.bfloat16
         for k in range(0, a.shape[1], 512):  # as much of a tile as a cache holds
             a_k, b_k = a[:, k : k + 512], tile[k // 2 if paired else k :]
-            strides = a.stride(0), n, out.stride(0)
+            strides = a.stride(0), tile.stride(0) // (2 if paired else 1), out.stride(0)
             pointers = (x.data_ptr() for x in (a_k, b_k, part))
             brgemm(m, n, a_k.shape[1], *strides, add or k > 0, *pointers, paired)
     if brgemm is not None:
