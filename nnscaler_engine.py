@@ -46,16 +46,27 @@ from errors import UserError
 from files import whole_file
 from runtime import checkpoint, data
 from runtime.metrics import FlopCount, metrics_log, step_metrics
-from runtime.trainer import BETAS, Resume, TrainSettings, announce, check_finite, learning_rate
+from runtime.trainer import (
+    BETAS,
+    Resume,
+    TrainSettings,
+    announce,
+    check_finite,
+    complete,
+    count_steps,
+    find_resume,
+    learning_rate,
+)
 
 Parameters = dict[str, list[int]]  # name -> shape, in the order in which nnScaler counts them
 
 
 def compile_plan(args: argparse.Namespace, config, sequence_length: int) -> None:
     """Traces, partitions and writes one gencode<rank>.py a rank, unless equal ones are there."""
-    check_weights(args, config)
+    check_gpu()
+    check_model(args, config)
     register_ops()
-    Trainer(train_args=trainer_args(args, config, sequence_length)).run()
+    run_trainer(trainer_args(args, config, sequence_length))
     folder = Path(args.compiled_dir, "_parallel_modules", __name__, WrappedModel.__name__, instance_name(args))
     print(f"compile: {folder} has a gencode<rank>.py for each of {args.runtime_ngpus} rank(s)", flush=True)
 
@@ -67,14 +78,35 @@ def run(args: argparse.Namespace, config, dataset: Any, settings: TrainSettings)
             "--engine nnscaler: it needs torchrun; start with torchrun --nproc_per_node=1 train.py ..., or choose "
             "--engine torch"
         )
-    parameters = check_weights(args, config)
-    resume = find_resume(args, parameters, len(dataset))
+    check_gpu()
+    parameters = check_model(args, config)
+    resume = find_resume(args, len(dataset), "nnscaler")
+    if resume:
+        check_resume(resume, args, parameters, len(dataset))
     announce(args, settings, len(dataset), resume)
+    position = resume.state.position if resume else data.Position()
+    if position.step >= count_steps(len(dataset), position, rows_per_step(args), settings):
+        if os.environ["RANK"] == "0":
+            print(complete(position))
+        return
     hook = Callbacks(args, config, settings, parameters, len(dataset))
     options = resume_options(resume, parameters, args.precision)
     register_ops()
     rows = Rows(dataset, settings)
-    Trainer(train_args=trainer_args(args, config, settings.sequence_length, rows, hook, options)).run()
+    run_trainer(trainer_args(args, config, settings.sequence_length, rows, hook, options))
+
+
+def run_trainer(train_args: TrainerArgs) -> None:
+    """nnScaler's compilation or training; a UserError of ours, which it wraps in errors of its own, comes out."""
+    try:
+        Trainer(train_args=train_args).run()
+    except Exception as error:
+        cause = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
 
 
 def instance_name(args: argparse.Namespace) -> str:
@@ -82,9 +114,22 @@ def instance_name(args: argparse.Namespace) -> str:
     return args.name.replace(".", "_")
 
 
-def check_weights(args: argparse.Namespace, config) -> Parameters:
-    """The model's parameters; its weights are known to be there, in their shapes, unless --random_init stands in."""
+def check_gpu() -> None:
+    if torch.cuda.device_count() == 0:
+        raise UserError("--engine nnscaler: it needs a GPU, to compile too, and there is none; choose --engine torch")
+
+
+def check_model(args: argparse.Namespace, config) -> Parameters:
+    """The model's parameters; the modules that options name are in it, and its weights are there, in their shapes."""
     wrapped = model.build_model(config, model.DTYPES[args.precision], args.attn_implementation)
+    known = {type(module).__name__ for module in wrapped.modules()}
+    for option in ("recompute_modules", "pipeline_pivots"):
+        names = getattr(args, option) or ""
+        if unknown := {name for name in names.split(",") if name} - known:
+            raise UserError(
+                f"--{option} {names}: {sorted(unknown)[0]} is no module of {type(wrapped.model).__name__}; its modules "
+                f"are {', '.join(sorted(known))}"
+            )
     parameters = {name: list(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
     if not args.random_init:
         model.check_weights(args.model_id, model.find_weights(args.model_id, config), parameters)
@@ -103,7 +148,7 @@ def trainer_args(
     """nnScaler's form of the command line. What ranks differ in has no place in it: their checkpoints compare it."""
     running = args.run_mode == "run"
     half = args.precision == "bf16"
-    n_stages = args.pipeline_nstages or "1"
+    n_stages = args.pipeline_nstages or "auto"  # without pivots that is 1 to autodist
     policy = {
         "mem_constraint": args.gpu_mem_constraint * 1e9 / 2**30,
         "recompute_modules": args.recompute_modules or "",
@@ -308,6 +353,8 @@ class Callbacks(TrainHook):
         self.open_files = ExitStack()
 
     def on_train_start(self, trainer: Trainer) -> None:
+        # Dropout, as in the built-in engine. Of a resumed run nnScaler puts the random state back after this.
+        torch.manual_seed(self.settings.seed + trainer.rank // self.args.plan_ngpus)
         self.position = data.position_after(trainer.train_status.finished_train_steps, self.n_rows, self.per_step)
         n_parameters = sum(torch.Size(shape).numel() for shape in self.parameters.values())
         forward_flops = model.forward_flops(self.config, n_parameters, self.settings.sequence_length)
@@ -377,15 +424,10 @@ def rows_per_step(args: argparse.Namespace) -> int:
 # --- checkpoints ---------------------------------------------------------------------------------------------------
 
 
-def find_resume(args: argparse.Namespace, parameters: Parameters, n_rows: int) -> Resume | None:
-    """What to resume from, known to be of this model, these rows and as many a step; None to start from the weights."""
-    path = checkpoint.find(Path(args.checkpoint_dir), args.resume_path, "nnscaler")
-    if path is None:
-        return None
-    option = "--resume_path" if args.resume_path else "--checkpoint_dir"
-    state = checkpoint.read_state(path, option)
+def check_resume(resume: Resume, args: argparse.Namespace, parameters: Parameters, n_rows: int) -> None:
+    """Raises a UserError for a checkpoint of another model, precision or number of rows a step."""
+    path, state, option = resume.path, resume.state, resume.option
     checkpoint.check_same_model(state, parameters, option, path)
-    checkpoint.check_same_order(state, args.seed, n_rows, option, path)
     stored = checkpoint.nnscaler_precision(path, option) if path.is_dir() else args.precision
     if stored != args.precision:
         raise UserError(
@@ -395,10 +437,9 @@ def find_resume(args: argparse.Namespace, parameters: Parameters, n_rows: int) -
     if state.position != data.position_after(state.position.step, n_rows, rows_per_step(args)):
         raise UserError(
             f"--grad_accumulation_steps {args.grad_accumulation_steps}: {option} {path} is of a run that did not "
-            f"take {rows_per_step(args)} rows a step, and nnscaler can't go on within its epoch with these; take as "
-            "many, or choose --engine torch"
+            f"take {rows_per_step(args)} rows a step, from whose place in the data nnscaler can't go on; take as many, "
+            "or choose --engine torch"
         )
-    return Resume(path, state, option)
 
 
 def resume_options(resume: Resume | None, parameters: Parameters, precision: str) -> ResumeOptions | None:

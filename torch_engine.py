@@ -22,7 +22,7 @@ from errors import UserError
 from files import whole_folder
 from runtime import checkpoint, parallel
 from runtime.metrics import FlopCount
-from runtime.trainer import Resume, TrainSettings, announce, train
+from runtime.trainer import TrainSettings, announce, find_resume, train
 
 COMPILE_TIMEOUT = timedelta(hours=1)  # far beyond what any model takes
 
@@ -184,7 +184,7 @@ def fingerprint_of(folder: Path) -> str | None:
 
 def run(args: argparse.Namespace, config, dataset, settings: TrainSettings) -> None:
     """Trains: checks first all that can be checked without a process group, then joins the ranks."""
-    resume = find_resume(args, len(dataset))
+    resume = find_resume(args, len(dataset), "torch")
     weights = None if args.random_init or resume else model.find_weights(args.model_id, config)
     folder = compile_plan(args, config, settings.sequence_length)
     plan = json.loads((folder / "plan.json").read_text())
@@ -208,14 +208,3 @@ def run(args: argparse.Namespace, config, dataset, settings: TrainSettings) -> N
         announce(args, settings, len(dataset), resume)
         save_hf_files = functools.partial(model.save_hf_files, args.model_id, config)
         train(sharded, dataset, settings, flops, device, resume, save_hf_files)
-
-
-def find_resume(args: argparse.Namespace, n_rows: int) -> Resume | None:
-    """What to resume from, known to be whole and of these rows; None to start from the model's weights."""
-    path = checkpoint.find(Path(args.checkpoint_dir), args.resume_path)
-    if path is None:
-        return None
-    option = "--resume_path" if args.resume_path else "--checkpoint_dir"
-    state = checkpoint.read_state(path, option)
-    checkpoint.check_same_order(state, args.seed, n_rows, option, path)
-    return Resume(path, state, option)

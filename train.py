@@ -26,6 +26,13 @@ from runtime import data
 from runtime.trainer import TrainSettings
 
 NNSCALER_NEWEST_TORCH = (2, 6)
+# What a policy of nnScaler's takes no notice of.
+IGNORED_BY_POLICY = {
+    "autodist": (),
+    "tp": ("recompute_modules", "pipeline_pivots", "pipeline_nstages"),
+    "dp": ("recompute_modules", "pipeline_pivots", "pipeline_nstages"),
+    "hybrid": ("recompute_modules", "pipeline_pivots"),
+}
 # What only one engine has a meaning for.
 ENGINE_OPTIONS = {
     "torch": ("hardware", "plan"),
@@ -90,7 +97,7 @@ def main(argv: list[str] | None = None) -> None:
     check_vocabulary(args, config)
     if args.name is None:
         args.name = f"{Path(args.model_id).name}-{sequence_length}-{args.plan_ngpus}of{args.runtime_ngpus}"
-    check_folders(args)
+    check_folders(args, name)
     if os.environ.get("RANK", "0") == "0":
         print(f"engine: {name}, {reason}", flush=True)
     engine = importlib.import_module(f"{name}_engine")
@@ -129,9 +136,9 @@ def check_args(args: argparse.Namespace) -> None:
         )
 
 
-def check_folders(args: argparse.Namespace) -> None:
+def check_folders(args: argparse.Namespace, engine: str) -> None:
     """Raises a UserError for a folder that could not be written to, before there is anything to lose."""
-    folders = {"compiled_dir": Path(args.compiled_dir, args.name)}
+    folders = {"compiled_dir": Path(args.compiled_dir, args.name if engine == "torch" else "_parallel_modules")}
     if args.run_mode == "run":
         folders |= {"checkpoint_dir": Path(args.checkpoint_dir), "log_dir": Path(args.log_dir, args.name)}
     if folders["compiled_dir"].is_dir():  # it may be up to date, and then is only read
@@ -177,11 +184,31 @@ def check_engine_options(args: argparse.Namespace, engine: str) -> None:
                 f"--{given[0]} {getattr(args, given[0])}: it means nothing to the {engine} engine; leave it out, or "
                 f"choose --engine {other}"
             )
-    stages = args.pipeline_nstages
+    if engine == "nnscaler":
+        check_policy(args)
+
+
+def check_policy(args: argparse.Namespace) -> None:
+    """Raises a UserError for what nnScaler's policy does not take."""
+    policy, stages = args.pas_policy or "autodist", args.pipeline_nstages
+    for option in IGNORED_BY_POLICY[policy]:
+        if getattr(args, option) is not None:
+            raise UserError(
+                f"--{option} {getattr(args, option)}: it means nothing to --pas_policy {policy}; leave it out, or "
+                "choose autodist"
+            )
+    if policy == "dp" and args.plan_ngpus != 1:
+        raise UserError(f"--plan_ngpus {args.plan_ngpus}: --pas_policy dp takes 1; choose autodist, or leave it out")
     if stages not in (None, "auto") and not (stages.isdigit() and int(stages) >= 1):
         raise UserError(f"--pipeline_nstages {stages}: it has to be 1 or more, or 'auto'")
-    if stages not in (None, "auto", "1") and not args.pipeline_pivots:
+    if policy == "hybrid" or stages in (None, "auto"):
+        return
+    if stages != "1" and not args.pipeline_pivots:
         raise UserError(f"--pipeline_nstages {stages}: --pipeline_pivots is missing; name the layers it may cut before")
+    if stages == "1" and args.pipeline_pivots:
+        raise UserError(
+            f"--pipeline_pivots {args.pipeline_pivots}: --pipeline_nstages 1 has no use for it; leave it out"
+        )
 
 
 def choose_sequence_length(args: argparse.Namespace, dataset) -> int:

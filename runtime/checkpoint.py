@@ -146,7 +146,7 @@ def _remove_leftovers(checkpoint_dir: Path) -> None:
 # --- finding and checking ------------------------------------------------------------------------------------------
 
 
-def find(checkpoint_dir: Path, resume_path: str | None, engine: str = "torch") -> Path | None:
+def find(checkpoint_dir: Path, resume_path: str | None, engine: str) -> Path | None:
     """What to resume from: `resume_path` (a checkpoint, a folder of checkpoints or a merged file), else the last.
 
     None where there is no checkpoint yet.

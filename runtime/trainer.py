@@ -52,6 +52,17 @@ class Resume:
     option: str
 
 
+def find_resume(args: argparse.Namespace, n_rows: int, engine: str) -> Resume | None:
+    """What to resume from, known to be whole and of these rows; None to start from the model's weights."""
+    path = checkpoint.find(Path(args.checkpoint_dir), args.resume_path, engine)
+    if path is None:
+        return None
+    option = "--resume_path" if args.resume_path else "--checkpoint_dir"
+    state = checkpoint.read_state(path, option)
+    checkpoint.check_same_order(state, args.seed, n_rows, option, path)
+    return Resume(path, state, option)
+
+
 def announce(args: argparse.Namespace, settings: TrainSettings, n_rows: int, resume: Resume | None) -> None:
     if os.environ.get("RANK", "0") != "0":
         return
@@ -91,7 +102,7 @@ def train(
     total_steps = count_steps(n_rows, position, per_step, settings)
     rank_zero = dist.get_rank() == 0
     if rank_zero and position.step >= total_steps:
-        print(f"run: training is complete after step {position.step}; raise --max_epochs or --max_train_steps to go on")
+        print(complete(position))
 
     with metrics_log(settings.log_dir, position.step, total_steps) if rank_zero else nullcontext() as log:
         while position.step < total_steps:
@@ -124,6 +135,10 @@ def train(
                 path = checkpoint.save(settings.checkpoint_dir, model, optimizer, state, save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
+
+
+def complete(position: Position) -> str:
+    return f"run: training is complete after step {position.step}; raise --max_epochs or --max_train_steps to go on"
 
 
 def train_step(

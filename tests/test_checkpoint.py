@@ -89,7 +89,7 @@ def test_a_checkpoint_that_was_being_replaced_by_a_killed_run_is_found(tmp_path,
         patch.setattr(files.os, "rename", killed_before_the_second)
         (tmp_path / ".0000-000002.writing").mkdir()
         files.publish_folder(tmp_path / ".0000-000002.writing", tmp_path / "0000-000002")
-    found = checkpoint.find(tmp_path, None)
+    found = checkpoint.find(tmp_path, None, "torch")
     assert found.name.startswith(".0000-000002.old-")
     assert checkpoint.read_state(found, "--checkpoint_dir").position.step == 2
 
@@ -170,7 +170,7 @@ def load_on_rank(folder: Path, plan_ngpus: int, expected: list[int]) -> None:
     with parallel.process_group() as device:
         model, optimizer = small_model(device, plan_ngpus)
         torch.manual_seed(100)
-        path = checkpoint.find(folder, None)
+        path = checkpoint.find(folder, None, "torch")
         checkpoint.load(path, model, optimizer, checkpoint.read_state(path, "--checkpoint_dir"), "--checkpoint_dir")
         drawn = torch.rand(1)
         torch.manual_seed(expected[dist.get_rank()])

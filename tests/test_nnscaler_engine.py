@@ -99,16 +99,28 @@ def test_an_option_that_means_nothing_to_the_engine_is_refused(engine, option):
 
 
 @pytest.mark.parametrize(
-    ("stages", "sentence"),
+    ("options", "sentence"),
     [
-        ("none", "--pipeline_nstages none: it has to be 1 or more, or 'auto'"),
-        ("0", "--pipeline_nstages 0: it has to be 1 or more, or 'auto'"),
-        ("2", "--pipeline_nstages 2: --pipeline_pivots is missing"),
+        ("--pipeline_nstages none", "--pipeline_nstages none: it has to be 1 or more, or 'auto'"),
+        ("--pipeline_nstages 0", "--pipeline_nstages 0: it has to be 1 or more, or 'auto'"),
+        ("--pipeline_nstages 2", "--pipeline_nstages 2: --pipeline_pivots is missing"),
+        ("--pipeline_nstages 1 --pipeline_pivots A", "--pipeline_pivots A: --pipeline_nstages 1 has no use for it"),
+        ("--pas_policy tp --pipeline_nstages 2", "--pipeline_nstages 2: it means nothing to --pas_policy tp; leave"),
+        ("--pas_policy tp --recompute_modules A", "--recompute_modules A: it means nothing to --pas_policy tp; leave"),
+        ("--pas_policy hybrid --pipeline_pivots A", "--pipeline_pivots A: it means nothing to --pas_policy hybrid"),
+        ("--pas_policy dp --plan_ngpus 2", "--plan_ngpus 2: --pas_policy dp takes 1"),
     ],
 )
-def test_pipeline_stages_that_can_not_be_are_refused(stages, sentence):
+def test_what_a_policy_does_not_take_is_refused(options, sentence):
     with pytest.raises(UserError, match=sentence):
-        train.check_engine_options(train.parse_args(["--model_id", "any", "--pipeline_nstages", stages]), "nnscaler")
+        train.check_engine_options(train.parse_args(["--model_id", "any", *options.split()]), "nnscaler")
+
+
+@pytest.mark.parametrize(
+    "options", ["--pas_policy hybrid --pipeline_nstages 2", "--pipeline_pivots A", "--pipeline_nstages auto"]
+)
+def test_what_a_policy_takes_is_taken(options):
+    train.check_engine_options(train.parse_args(["--model_id", "any", *options.split()]), "nnscaler")
 
 
 # --- nnScaler's files, read without it -------------------------------------------------------------------------------
@@ -322,6 +334,45 @@ def test_shards_of_another_precision_are_refused(trained):
     more = ("--pas_policy", "tp", "--precision", "bf16", "--resume_path", "nnscaler/checkpoints/0000-0004")
     refusal = run(trained, "nnscaler", "other_precision", *more, check=False)
     assert "is of a run in fp32, whose shards nnscaler can't go on from in another" in refusal.stderr
+
+
+@needs_nnscaler
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--recompute_modules", "Decoder"), "--recompute_modules Decoder: Decoder is no module of LlamaForCausalLM"),
+        (("--pipeline_pivots", "Decoder"), "--pipeline_pivots Decoder: Decoder is no module of LlamaForCausalLM"),
+    ],
+)
+def test_modules_that_are_not_there_are_refused(job, more, sentence):
+    refusal = run(job, "nnscaler", "refused", *more, check=False)
+    assert sentence in refusal.stderr and "Traceback" not in refusal.stderr
+
+
+@needs_nnscaler
+def test_a_gpu_is_asked_for_in_a_sentence(job):
+    command = [sys.executable, str(ROOT / "train.py"), "--engine", "nnscaler", "--run_mode", "compile"]
+    refusal = subprocess.run(
+        [*command, "--model_id", "model", "--dataset_path", "rows"], capture_output=True, text=True, cwd=job
+    )
+    assert refusal.returncode == 2 and refusal.stderr.count("\n") == 1
+    assert "--engine nnscaler: it needs a GPU, to compile too, and there is none" in refusal.stderr
+
+
+@needs_nnscaler
+def test_a_run_that_is_complete_says_so(trained):
+    again = run(trained, "nnscaler", "nnscaler", *TP)
+    assert "run: training is complete after step 8; raise --max_epochs or --max_train_steps" in again.stdout
+
+
+@needs_nnscaler
+def test_data_parallel_ranks_draw_the_dropout_that_the_built_in_engines_do(job):
+    config = small_config("llama")
+    config.attention_dropout = 0.5
+    reference_model(config).save_pretrained(job / "dropout")
+    for engine, options in (("nnscaler", ("--pas_policy", "dp")), ("torch", ())):
+        run(job, engine, f"{engine}_dropout", *options, "--precision", "fp32", "--model_id", "dropout", plan_ngpus=1)
+    assert_same_training(job, "nnscaler_dropout", "torch_dropout", 1, rel=1e-6)
 
 
 @needs_nnscaler
