@@ -18,6 +18,7 @@ threads take blocks of words that stay in a core's cache, and multiply bfloat16 
 import concurrent.futures
 import ctypes
 import functools
+import math
 import os
 import threading
 from pathlib import Path
@@ -49,9 +50,8 @@ def chunk_linear_cross_entropy(
         weight: [n, d], of the same dtype.
         labels: [b, l], integers in [0, n), or padding_idx where a token doesn't count.
         padding_idx: a token with this label has loss and gradient 0, and costs no matrix product.
-        chunk_size: logits of at most this many tokens are held at a time, in float32. Every chunk reads and writes the
-            whole weight gradient, so fewer tokens take less memory and more time: 4,096 tokens x 512 x 128,256 words
-            on 2 CPU cores took 10.4 s with chunks of 1,024 (525 MB of logits) and 11.1 s with 256 (131 MB), run once.
+        chunk_size: logits of at most this many tokens are held at a time, in float32 (on a CPU of 32 at the least).
+            Every chunk reads and writes the whole weight gradient, so fewer tokens take less memory and more time.
         logit_softcap: c > 0 caps the logits first, to c * tanh(logits / c), as Gemma 2 does.
 
     Returns:
@@ -85,6 +85,8 @@ def _check_inputs(hidden_states, weight, labels, chunk_size, logit_softcap):
     if hidden_states.dtype != weight.dtype or not weight.is_floating_point():
         dtypes = f"{hidden_states.dtype} and {weight.dtype}"
         raise ValueError(f"hidden_states and weight must have the same floating point dtype, but have {dtypes}.")
+    if weight.numel() == 0:
+        raise ValueError(f"weight must have words and features, but is {tuple(weight.shape)}.")
     if labels.dtype not in (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8):
         raise ValueError(f"labels must be integers, but are {labels.dtype}.")
     if not hidden_states.device == weight.device == labels.device:
@@ -182,7 +184,7 @@ def _scaled(grads, scales, dtype):
     if grads.dtype == dtype and grads.device.type == "cpu" and bool((scales == 1).all()):
         return grads
     out = grads if grads.dtype == dtype and _saved_tensors_are_spent() else torch.empty_like(grads, dtype=dtype)
-    size = _block_size(grads)  # where dtypes differ, a CPU makes copies of what it multiplies: of one block, then
+    size = max(1, (8 << 20) // grads.shape[1])  # where dtypes differ, a CPU makes float32 copies: of one block, then
     for block, block_scales, block_out in zip(grads.split(size), scales.split(size), out.split(size), strict=True):
         torch.mul(block, block_scales[:, None], out=block_out)
     return out
@@ -211,18 +213,18 @@ def _losses(
 
     # Chunks of one size, so that the last is no sliver.
     flat_labels, flat_losses = labels.reshape(-1), losses.view(-1)
-    chunks = -(-len(rows) // chunk_size)
-    run_chunk, multiple = (_chunk_of_rows, 1) if _takes_triton(weight) else (_chunk_of_columns, _tokens_step(weight))
+    run_chunk, multiple = (_chunk_by_triton, 1) if _takes_triton(weight) else (_chunk_by_blocks, _tokens_step(weight))
+    chunks = -(-len(rows) // max(multiple, chunk_size // multiple * multiple))
     tokens = -(-len(rows) // chunks // multiple) * multiple
     memory = hidden.new_empty(tokens * (-(-len(weight) // 16) * 16), dtype=sums)
     parts = zip(rows.tensor_split(chunks), row_grads.tensor_split(chunks), strict=True)
     for chunk, (index, index_grads) in enumerate(parts):
         h = _filled_up(hidden[index].to(operands), multiple)
         y, g = _filled_up(flat_labels[index], multiple), _filled_up(index_grads, multiple)
-        dh = None if grad_hidden is None else torch.empty_like(h, dtype=sums)
-        chunk_losses = run_chunk(h, weight, y, g, logit_softcap, memory, dh, grad_weight, add=chunk > 0)
+        wants_dh = grad_hidden is not None
+        chunk_losses, dh = run_chunk(h, weight, y, g, logit_softcap, memory, wants_dh, grad_weight, add=chunk > 0)
         flat_losses[index] = chunk_losses[: len(index)]
-        if grad_hidden is not None:
+        if wants_dh:
             grad_hidden[index] = dh[: len(index)].to(grad_hidden.dtype)
     if operands == torch.float16:
         for grads in (grad_hidden, grad_weight):
@@ -242,51 +244,59 @@ def _operand_dtype(weight):
     return weight.dtype if _takes_triton(weight) or has_units else _sum_dtype(weight)
 
 
-def _block_size(tensor):
-    """How many rows of a matrix make a block: one that a CPU's caches hold; on a GPU, one that is worth a launch."""
-    size = 64 << 20 if tensor.is_cuda else torch.get_num_threads() * (4 << 20)
-    return max(1, size // max(1, tensor.shape[1] * _sum_dtype(tensor).itemsize))
-
-
 def _filled_up(tensor, multiple):
-    """tensor with rows of zeros appended, up to a multiple of rows. As row_grads say, no gradient comes from them."""
+    """tensor with rows of zeros appended, up to a multiple of rows. With row_grads of 0, they add to no gradient."""
     rows = -len(tensor) % multiple
     return torch.cat((tensor, tensor.new_zeros(rows, *tensor.shape[1:]))) if rows else tensor
 
 
-# On a CPU, or without Triton: logits [n, c], in blocks of words, each of which a thread works on alone.
+# On a CPU, or without Triton: logits [n, c], in blocks of words, which threads work on side by side.
 
 
-def _chunk_of_columns(h, weight, labels, row_grads, logit_softcap, memory, dh, grad_weight, add):
-    """The losses [c] of hidden states h [c, d]. Column t of the logits x [n, c], which lie in memory, is token t's.
+def _chunk_by_blocks(h, weight, labels, row_grads, logit_softcap, memory, wants_dh, grad_weight, add):
+    """The losses [c] of hidden states h [c, d] and, if wanted, their gradient [c, d], for incoming gradients row_grads.
 
-    Fills dh [c, d] and fills or, with add, adds to grad_weight [n, d], where these aren't None, for incoming gradients
-    row_grads [c]. The larger operands, weight in x = W h^T and dx in dW = dx h, are multiplied as they lie.
+    Fills or, with add, adds to grad_weight [n, d], if it isn't None. Column t of the logits x [n, c], which lie in
+    memory, is token t's: so weight in x = W h^T and dx in dW = dx h, the larger operands, need no transposed copies.
     """
     x = memory[: len(weight) * len(h)].view(len(weight), len(h))
-    blocks = _blocks(x, labels)
-    at_label = (h.to(x.dtype) * weight[labels].to(x.dtype)).sum(1)
+    blocks = _blocks(x, h.shape[1], labels)
+    label_h, label_weight = h.to(x.dtype), weight[labels].to(x.dtype)
+    at_label = (label_h * label_weight).sum(1)
     slope = 1
     if logit_softcap:
         tanh = (at_label / logit_softcap).tanh_()
         at_label, slope = logit_softcap * tanh, 1 - tanh.square()
 
-    log_sums = _make_probabilities(x, h, weight, blocks, logit_softcap)
-    others = log_sums.logsumexp(0)
-    if dh is not None or grad_weight is not None:
-        total = torch.logaddexp(others, at_label)
-        # As a sum over the other words, 1 - p keeps its digits where the label's probability p is near 1.
-        dx_at_label = -(others - total).exp_() * slope * row_grads
-        factors = (log_sums - total).exp_() * row_grads
-        _make_gradients(x, h, weight, blocks, logit_softcap, log_sums, factors, dx_at_label, dh, grad_weight, add)
-    return _log1p_exp(others - at_label)
+    tops, sums = _make_probabilities(x, h, weight, blocks, logit_softcap)
+    top = torch.maximum(tops.amax(0), at_label)
+    factors, of_label = sums * (tops - top).exp_(), at_label - top  # sums of exp(logit - top), a block; a logarithm
+    others = factors.sum(0)
+    total = others + of_label.exp()
+    losses = _log1p_exp(others.log() - of_label)
+    if not wants_dh and grad_weight is None:
+        return losses, None
+
+    factors.mul_(row_grads / total)
+    dh = _make_gradients(x, h, weight, blocks, logit_softcap, tops, sums, factors, wants_dh, grad_weight, add)
+    # The label's part, the largest, is added by itself: no operand of it is rounded, nor many small ones added to it.
+    # As a sum over the other words, 1 - p keeps its digits where the label's probability p is near 1.
+    dx_at_label = (-(others / total) * slope * row_grads)[:, None]
+    if wants_dh:
+        dh.addcmul_(dx_at_label, label_weight)
+    if grad_weight is not None:
+        grad_weight.index_add_(0, labels, label_h * dx_at_label)
+    return losses, dh
 
 
-def _blocks(x, labels):
+def _blocks(x, d, labels):
     """Blocks of the words of logits x [n, c]: slices, each with the indices into x[slice] of the labels among them."""
     n, c = x.shape
+    threads = _number_of_threads(x)
+    # On a GPU what is worth a launch; on a CPU what its caches hold of x, the fastest of those tried.
     words = (64 << 20) // c if x.is_cuda else min(max((1 << 20) // c, 512), 1024)
-    words = max(32, min(words, n // (4 * _number_of_threads(x))))
+    # Four blocks a thread or more, for balance; and what _make_gradients copies of weight is a quarter of x at most.
+    words = max(32, min(words, n // (4 * threads), n * c // (8 * d * threads)))
     starts = range(0, n, words)
     tokens = labels.argsort()
     bounds = torch.searchsorted(labels[tokens], torch.tensor(starts[1:], device=labels.device, dtype=labels.dtype))
@@ -297,9 +307,9 @@ def _blocks(x, labels):
 def _make_probabilities(x, h, weight, blocks, logit_softcap):
     """Makes x [n, c] of the softmax over each block's words, labels left out.
 
-    Returns the logs of the sums of exp(logit) that it is of, [len(blocks), c].
+    Returns the blocks' largest logits and their sums of exp(logit - largest), [len(blocks), c] each.
     """
-    log_sums = x.new_empty(len(blocks), x.shape[1])
+    tops, sums = x.new_empty(2, len(blocks), x.shape[1])
     h_tiles = _tiles(h.t())
     least = torch.finfo(x.dtype).min  # a logit whose probability is 0, without the NaN that -inf gives if it is alone
 
@@ -310,35 +320,35 @@ def _make_probabilities(x, h, weight, blocks, logit_softcap):
         if logit_softcap:
             block.div_(logit_softcap).tanh_().mul_(logit_softcap)
         block[label_places] = least
-        top = block.amax(0)
+        tops[i] = block.amax(0)
         torch.softmax(block, 0, out=block)
-        log_sums[i] = top - block.amax(0).log_()  # the largest probability is exp(top - top) / sum
+        sums[i] = block.amax(0).reciprocal_()  # the largest probability is exp(0) / sum
 
     _for_each(range(len(blocks)), make, _number_of_threads(x))
-    return log_sums
+    return tops, sums
 
 
-def _make_gradients(x, h, weight, blocks, logit_softcap, log_sums, factors, dx_at_label, dh, grad_weight, add):
-    """Makes of the probabilities in x [n, c] the logits' gradient, and of that dh [c, d] and grad_weight [n, d].
+def _make_gradients(x, h, weight, blocks, logit_softcap, tops, sums, factors, wants_dh, grad_weight, add):
+    """Makes of the probabilities in x [n, c] the logits' gradient, and of that grad_weight [n, d] and dh [c, d], which
+    it returns.
 
-    A block's probabilities are multiplied by its row of factors [len(blocks), c]; dx_at_label [c] goes to the labels.
+    A block's probabilities are multiplied by its row of factors [len(blocks), c]. The labels' part is left out.
     """
     threads = _number_of_threads(x)
     h_tiles = _tiles(h)
-    dh_t = None if dh is None else x.new_zeros(h.t().shape)
+    dh_t = x.new_zeros(h.t().shape) if wants_dh else None
     weight_t = {}  # of the blocks that dh_t lacks
 
     def make(i):
-        words, label_places = blocks[i]
+        words = blocks[i][0]
         block = x[words]
         if logit_softcap:
-            logits = block.log().add_(log_sums[i]).clamp_(min=-logit_softcap)
+            logits = block.log().add_(tops[i] + sums[i].log()).clamp_(min=-logit_softcap)
             block.mul_(1 - logits.div_(logit_softcap).square_())
         block.mul_(factors[i])
-        block[label_places] = dx_at_label[label_places[1]]
         if grad_weight is not None:
             _multiply_by_tiles(block.to(h.dtype), h_tiles, out=grad_weight[words], add=add)
-        if dh is not None:
+        if wants_dh:
             weight_t[i] = weight[words].t().contiguous().to(x.dtype)
 
     def add_to_dh(tile):
@@ -349,17 +359,18 @@ def _make_gradients(x, h, weight, blocks, logit_softcap, log_sums, factors, dx_a
 
     for first in range(0, len(blocks), 2 * threads):
         _for_each(range(first, min(first + 2 * threads, len(blocks))), make, threads)
-        if dh is not None:
+        if wants_dh:
             _for_each(_tiles_of_dh(dh_t, threads), add_to_dh, threads)
             weight_t.clear()
-    if dh is not None:
-        dh.copy_(dh_t.t())
+    return dh_t.t() if wants_dh else None
 
 
 def _tiles_of_dh(dh_t, threads):
     """Slices of features and of tokens of dh_t [d, c]: a tile for each thread, if that leaves them some size."""
     d, c = dh_t.shape
-    features = max(128, -(-d // -(-threads // -(-c // 256))))
+    by_tokens = math.ceil(c / 256)
+    by_features = min(math.ceil(threads / math.gcd(threads, by_tokens)), math.ceil(d / 128))
+    features = math.ceil(d / by_features)
     return [(slice(f, f + features), slice(t, t + 256)) for f in range(0, d, features) for t in range(0, c, 256)]
 
 
@@ -368,23 +379,39 @@ def _number_of_threads(tensor):
 
 
 def _for_each(items, function, threads):
-    """Calls function with each item, in as many threads."""
-    run = map if threads == 1 else _pool(os.getpid(), threads).map
-    for _ in run(torch.inference_mode()(function), items):
-        pass
+    """Calls function with each item, in that many threads. Where it raises, none of them is left at work."""
+    function = torch.inference_mode()(function)  # the caller's mode is its own thread's
+    if threads == 1:
+        for item in items:
+            function(item)
+        return
+    pool = _pool(threads)
+    futures = [pool.submit(function, item) for item in items]
+    try:
+        for future in futures:
+            future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+        concurrent.futures.wait(futures)
 
 
 @functools.cache
-def _pool(process, threads):
+def _pool(threads):
     """Threads in each of which PyTorch's operators run on one core, so that a block stays in that core's cache.
 
-    They are this process's: a fork inherits none.
+    As it is with OpenMP's, a forked process has none of them.
     """
-    pool = concurrent.futures.ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))
-    all_there = threading.Barrier(threads)
+
+    def begin():
+        torch.get_num_threads()  # a thread's first look at the number takes what was set last, for any thread
+        torch.set_num_threads(1)
+
+    pool = concurrent.futures.ThreadPoolExecutor(threads, initializer=begin)
+    all_there = threading.Barrier(threads, timeout=60)
     for _ in pool.map(lambda _: all_there.wait(), range(threads)):
         pass
-    torch.set_num_threads(threads)  # for threads yet to come, which take what was set last
+    torch.set_num_threads(threads)
     return pool
 
 
@@ -399,7 +426,9 @@ _BRGEMM = {
 
 def _brgemm(device_type, dtype):
     """brgemm(m, n, k, lda, ldb, ldc, add, a, b, c, in_pairs) of operands of dtype; None where it can't be used."""
-    if device_type != "cpu" or dtype not in _BRGEMM or not torch._C._get_mkldnn_enabled():
+    if device_type != "cpu" or dtype not in _BRGEMM:
+        return None
+    if not torch.backends.mkldnn.is_available() or not torch._C._get_mkldnn_enabled():
         return None
     # Where oneDNN lacks the instructions, or is kept from them, brgemm would end the process.
     has_units = torch.cpu._is_avx512_bf16_supported if dtype == torch.bfloat16 else torch.cpu._is_avx512_supported
@@ -443,7 +472,12 @@ def _multiply_by_tiles(a, tiles, out, add=False):
         (m, n), paired = part.shape, a.dtype == torch.bfloat16
         for k in range(0, a.shape[1], 512):  # as much of a tile as a cache holds
             a_k, b_k = a[:, k : k + 512], tile[k // 2 if paired else k :]
-            strides = a.stride(0), tile.stride(0) // (2 if paired else 1), out.stride(0)
+            # The stride of a dimension of 1 may be anything.
+            strides = (
+                max(a.stride(0), a.shape[1]),
+                max(tile.stride(0) // (2 if paired else 1), n),
+                max(out.stride(0), n),
+            )
             pointers = (x.data_ptr() for x in (a_k, b_k, part))
             brgemm(m, n, a_k.shape[1], *strides, add or k > 0, *pointers, paired)
     if brgemm is not None:
@@ -458,30 +492,28 @@ def _log1p_exp(z):
 
 
 def _takes_triton(weight):
-    dtypes = torch.bfloat16, torch.float32, torch.float16 if _CUBLAS_RETURNS_FLOAT32 else None
-    return triton is not None and weight.is_cuda and weight.dtype in dtypes
+    is_taken = weight.dtype in (torch.bfloat16, torch.float32)
+    is_taken |= weight.dtype == torch.float16 and _CUBLAS_RETURNS_FLOAT32
+    return triton is not None and weight.is_cuda and is_taken
 
 
-def _chunk_of_rows(h, weight, labels, row_grads, logit_softcap, memory, dh, grad_weight, add):
-    """The losses [c] of hidden states h [c, d], in memory for logits of c x (n, rounded up to 16).
-
-    Fills dh [c, d] and fills or, with add, adds to grad_weight [n, d], where these aren't None, for incoming gradients
-    row_grads [c].
-    """
+def _chunk_by_triton(h, weight, labels, row_grads, logit_softcap, memory, wants_dh, grad_weight, add):
+    """What _chunk_by_blocks does, with the logits as [c, n], n being rounded up to 16 in memory."""
     c, n = len(h), len(weight)
     # Rows of logits begin at multiples of 64 bytes.
     rows = memory[: c * (-(-n // 16) * 16)].view(c, -1)
     x = rows[:, :n]
     _multiply(h, weight.t(), out=x)
-    if dh is None and grad_weight is None:
-        return _triton_softmax_pass(x, None, labels, row_grads, logit_softcap)
+    if not wants_dh and grad_weight is None:
+        return _triton_softmax_pass(x, None, labels, row_grads, logit_softcap), None
     dx = rows.view(h.dtype)[:, :n]
     losses = _triton_softmax_pass(x, dx, labels, row_grads, logit_softcap)
-    if dh is not None:
+    dh = torch.empty_like(h, dtype=x.dtype) if wants_dh else None
+    if wants_dh:
         _multiply(dx, weight, out=dh)
     if grad_weight is not None:
         _multiply(dx.t(), h, out=grad_weight, add=add)
-    return losses
+    return losses, dh
 
 
 def _multiply(a, b, out, add=False):
@@ -496,7 +528,10 @@ def _multiply(a, b, out, add=False):
 
 
 def _triton_softmax_pass(x, dx, labels, row_grads, logit_softcap):
-    """_softmax_pass of float32 logits in one kernel, a program a row."""
+    """The losses [c] of float32 logits x [c, n], in one kernel, a program a row.
+
+    Leaves row_grads [c] times the logits' gradient in dx, which lies in x's memory, unless it is None; x is lost.
+    """
     c, n = x.shape
     log_ratios = torch.empty_like(row_grads)
     out = x if dx is None else dx

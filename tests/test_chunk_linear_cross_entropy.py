@@ -8,8 +8,8 @@ import concurrent.futures
 import functools
 import inspect
 import math
-import multiprocessing
 import os
+import time
 
 import hypothesis
 import hypothesis.strategies as st
@@ -18,6 +18,7 @@ import torch
 import torch._dynamo.testing
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed._tools.mem_tracker import MemTracker
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -132,20 +133,54 @@ def test_they_are_where_a_cpu_has_no_brgemm(problem):
         check_against_float64(*problem)
 
 
-@pytest.mark.parametrize("threads", [1, 2, 3])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
-def test_they_are_over_many_blocks_in_many_threads(threads, dtype, logit_softcap):
+@pytest.fixture
+def threads(request):
     before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        hidden, weight, labels = make_inputs(1, 300, 24, 5000, dtype, scale=0.5)
-        options = {"chunk_size": 140, "logit_softcap": logit_softcap}
-        check_against_float64(hidden, weight, labels, options, "sum")
-        with concurrent.futures.ThreadPoolExecutor(1) as pool:
-            assert torch.get_num_threads() == pool.submit(torch.get_num_threads).result() == threads
-    finally:
-        torch.set_num_threads(before)
+    torch.set_num_threads(getattr(request, "param", 2))
+    yield torch.get_num_threads()
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
+@pytest.mark.parametrize("reduction", ["sum", "weights"])
+def test_they_are_over_many_blocks_in_many_threads(threads, dtype, logit_softcap, reduction):
+    hidden, weight, labels = make_inputs(1, 300, 24, 5000, dtype, scale=0.5)
+    options = {"chunk_size": 140, "logit_softcap": logit_softcap}
+    check_against_float64(hidden, weight, labels, options, reduction)
+
+
+def test_its_threads_take_a_core_each_and_leave_the_others_theirs(threads):
+    chunk_linear_cross_entropy(*make_inputs(1, 8, 4, 300))
+    own = module._pool(threads)
+    with concurrent.futures.ThreadPoolExecutor(1) as others:
+        assert torch.get_num_threads() == others.submit(torch.get_num_threads).result() == threads == 2
+    assert [own.submit(torch.get_num_threads).result() for _ in range(8)] == 8 * [1]
+
+
+def test_callers_in_several_threads_may_share_them(threads):
+    problems = [make_inputs(1, 40, 24, 3000, seed=seed) for seed in range(4)]
+    expected = [chunk_linear_cross_entropy(*problem) for problem in problems]
+    with concurrent.futures.ThreadPoolExecutor(4) as callers:
+        losses = list(callers.map(lambda problem: chunk_linear_cross_entropy(*problem), problems))
+    assert all(torch.equal(a, b) for a, b in zip(losses, expected, strict=True))
+
+
+def test_an_error_in_one_of_them_comes_out_and_leaves_none_at_work(threads):
+    done = []
+
+    def work(item):
+        if item == 1:
+            raise MemoryError
+        time.sleep(0.2)
+        done.append(item)
+
+    with pytest.raises(MemoryError):
+        module._for_each(range(20), work, threads)
+    finished = list(done)
+    time.sleep(0.5)
+    assert done == finished and len(done) < 19
 
 
 def check_against_float64(hidden, weight, labels, options, reduction):
@@ -237,6 +272,19 @@ def test_tokens_predicted_with_confidence_keep_their_digits():
     torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-5, atol=0)
 
 
+def test_what_all_logits_share_takes_no_digits():
+    # Exact in float32, and the same softmax as without the 2^20.
+    hidden = torch.ones(1, 4, 2, device=DEVICE, requires_grad=True)
+    weight = torch.stack((torch.full((300,), 2.0**20), torch.arange(300) / 8), 1).to(DEVICE).requires_grad_()
+    labels = torch.tensor([[0, 7, 200, 299]], device=DEVICE)
+    losses = chunk_linear_cross_entropy(hidden, weight, labels)
+    losses.sum().backward()
+    expected, _, weight64 = float64_losses(hidden, weight, labels)
+    expected.sum().backward()
+    torch.testing.assert_close(losses.double(), expected, rtol=1e-6, atol=0)
+    torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-5, atol=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_logits_of_any_size_do_not_overflow(dtype):
     hidden, weight, labels = make_inputs(1, 6, 64, 50, dtype, scale=1000.0)
@@ -287,6 +335,19 @@ def test_one_chunk_of_logits_is_the_most_that_is_ever_held(dtype, reduction, log
     # One buffer of logits at a time; all else is smaller than half of it.
     assert [size for size in forward if size > logits / 2] == [logits]
     assert [size for size in backward if size > logits / 2] == ([logits] if reduction == "weights" else [])
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="MemTracker's figures are a CPU's here")
+@pytest.mark.usefixtures("in_this_thread")
+def test_with_all_else_it_holds_no_more_than_a_chunk_and_a_half():
+    hidden, weight, labels = make_inputs(1, 256, 1024, 8192)
+    tracker = MemTracker()
+    tracker.track_external(hidden, weight, labels)
+    with tracker:
+        chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=128).sum().backward()
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    inputs_and_gradients = 2 * (hidden.nbytes + weight.nbytes)
+    assert 128 * 8192 * 4 < peak - inputs_and_gradients < 1.5 * 128 * 8192 * 4
 
 
 def products(function):
@@ -461,6 +522,7 @@ def test_it_is_a_plain_function_with_plain_annotations():
         (lambda h, w, y: (h, w, y[:, 1:]), r"but are \(2, 5, 4\), \(6, 4\), \(2, 4\)"),
         (lambda h, w, y: (h, w.double(), y), "same floating point dtype, but have torch.float32 and torch.float64"),
         (lambda h, w, y: (h.long(), w.long(), y), "same floating point dtype, but have torch.int64"),
+        (lambda h, w, y: (h[..., :0], w[:, :0], y), r"weight must have words and features, but is \(6, 0\)"),
         (lambda h, w, y: (h, w, y.float()), "labels must be integers, but are torch.float32"),
         (lambda h, w, y: (h, w.to("meta"), y), "same device, but are on .*, meta and "),
         (lambda h, w, y: (h, w, y, -100, 0), "chunk_size must be at least 1, but is 0"),
@@ -581,8 +643,9 @@ needs_bfloat16_units = pytest.mark.skipif(
 
 @needs_bfloat16_units
 @pytest.mark.usefixtures("in_this_thread")
-def test_bfloat16_units_make_two_of_the_three_products(monkeypatch):
-    hidden, weight, labels = make_inputs(2, 64, 40, 300, torch.bfloat16)
+@pytest.mark.parametrize("chunk_size", [64, 90])
+def test_bfloat16_units_make_two_of_the_three_products(chunk_size, monkeypatch):
+    hidden, weight, labels = make_inputs(2, 96, 40, 300, torch.bfloat16)
     labels.clamp_(min=0)
     brgemm, made = module._brgemm(DEVICE, torch.bfloat16), []
 
@@ -592,7 +655,7 @@ def test_bfloat16_units_make_two_of_the_three_products(monkeypatch):
 
     monkeypatch.setattr(module, "_brgemm", lambda device_type, dtype: counting if dtype == torch.bfloat16 else None)
     with FlopCounterMode(display=False) as others:
-        chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=64).sum().backward()
+        chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=chunk_size).sum().backward()
     product = 2 * labels.numel() * weight.numel()
     assert (sum(made), others.get_total_flops()) == (2 * product, product)
 
@@ -614,20 +677,7 @@ def test_products_by_tiles_are_summed_in_float32(m, k, n, add, dtype):
     assert_close(out, expected, 16 * EPS[sums])
 
 
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_has_threads_of_its_own():
-    inputs = make_inputs(1, 4, 4, 6)
-    expected = chunk_linear_cross_entropy(*inputs).sum().item()
-    with multiprocessing.get_context("fork").Pool(1) as pool:
-        loss = pool.apply_async(summed_loss, [[x.detach() for x in inputs]])
-        assert loss.get(timeout=60) == expected
-
-
-def summed_loss(inputs):
-    return chunk_linear_cross_entropy(*inputs).sum().item()
-
-
-def test_inference_mode():
+def test_inference_mode(threads):
     hidden, weight, labels = make_inputs(1, 300, 24, 5000)
     expected = chunk_linear_cross_entropy(hidden, weight, labels)
     with torch.inference_mode():
