@@ -42,7 +42,7 @@ from torch import nn
 import model
 from compiler import hardware
 from compiler.annotation import REGISTERED_OPS
-from errors import UserError
+from errors import UserError, one_line
 from files import whole_file
 from runtime import checkpoint, data
 from runtime.metrics import FlopCount, metrics_log, step_metrics
@@ -115,8 +115,13 @@ def instance_name(args: argparse.Namespace) -> str:
 
 
 def check_gpu() -> None:
-    if torch.cuda.device_count() == 0:
-        raise UserError("--engine nnscaler: it needs a GPU, to compile too, and there is none; choose --engine torch")
+    try:
+        torch.cuda.get_device_properties(0)
+    except (RuntimeError, AssertionError) as error:  # as PyTorch says that there is no driver, or that it has no CUDA
+        raise UserError(
+            f"--engine nnscaler: it needs a GPU, to compile too, and there is none ({one_line(error)}); choose "
+            "--engine torch"
+        ) from error
 
 
 def check_model(args: argparse.Namespace, config) -> Parameters:

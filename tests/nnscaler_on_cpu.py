@@ -27,7 +27,6 @@ def install() -> None:
         "synchronize": None,
         "empty_cache": None,
         "reset_peak_memory_stats": None,
-        "device_count": 1,
         "current_device": torch.device("cpu"),
         "default_stream": _Stream(),
         "current_stream": _Stream(),
