@@ -356,7 +356,7 @@ def test_a_gpu_is_asked_for_in_a_sentence(job):
     refusal = subprocess.run(
         [*command, "--model_id", "model", "--dataset_path", "rows"], capture_output=True, text=True, cwd=job
     )
-    assert refusal.returncode == 2 and refusal.stderr.count("\n") == 1
+    assert refusal.returncode == 2 and "Traceback" not in refusal.stderr
     assert "--engine nnscaler: it needs a GPU, to compile too, and there is none" in refusal.stderr
 
 
