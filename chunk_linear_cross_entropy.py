@@ -472,14 +472,11 @@ def _multiply_by_tiles(a, tiles, out, add=False):
             torch.addmm(part, a, tile, beta=int(add), out=part)
             continue
         (m, n), paired = part.shape, a.dtype == torch.bfloat16
+        # The stride of a dimension of 1 may be anything.
+        b_stride = tile.stride(0) // (2 if paired else 1)
+        strides = max(a.stride(0), a.shape[1]), max(b_stride, n), max(out.stride(0), n)
         for k in range(0, a.shape[1], 512):  # as much of a tile as a cache holds
             a_k, b_k = a[:, k : k + 512], tile[k // 2 if paired else k :]
-            # The stride of a dimension of 1 may be anything.
-            strides = (
-                max(a.stride(0), a.shape[1]),
-                max(tile.stride(0) // (2 if paired else 1), n),
-                max(out.stride(0), n),
-            )
             pointers = (x.data_ptr() for x in (a_k, b_k, part))
             brgemm(m, n, a_k.shape[1], *strides, add or k > 0, *pointers, paired)
     if brgemm is not None:

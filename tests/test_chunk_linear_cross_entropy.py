@@ -44,9 +44,13 @@ def in_this_thread(monkeypatch):
     monkeypatch.setattr(module, "_number_of_threads", lambda tensor: 1)
 
 
+def take_brgemm_away(monkeypatch):
+    monkeypatch.setattr(module, "_brgemm", lambda device_type, dtype: None)
+
+
 @pytest.fixture
 def without_brgemm(monkeypatch):
-    monkeypatch.setattr(module, "_brgemm", lambda device_type, dtype: None)
+    take_brgemm_away(monkeypatch)
 
 
 def make_inputs(b, l, d, n, dtype=torch.float32, seed=0, scale=1.0):
@@ -129,7 +133,7 @@ def test_losses_and_gradients_are_those_of_float64(problem):
 @hypothesis.given(problems())
 def test_they_are_where_a_cpu_has_no_brgemm(problem):
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(module, "_brgemm", lambda device_type, dtype: None)
+        take_brgemm_away(monkeypatch)
         check_against_float64(*problem)
 
 
@@ -615,7 +619,7 @@ def test_operands_of_half_precision(dtype, logit_softcap):
         assert relative_error(actual[1], exact[1]) < EPS[dtype]
         # Probabilities below the least number of float16, 6e-8, are not lost. (A cap leaves none that small.)
         small = (exact[1].abs() / scale < 6e-8) & (exact[1].abs() / scale > 1e-8)
-        assert small.sum() > 100 and (logit_softcap or relative_error(actual[1][small], exact[1][small]) < 0.1)
+        assert small.sum() > 100 and (logit_softcap or relative_error(actual[1][small], exact[1][small]) < 0.02)
 
 
 MULTIPLY = module._multiply
@@ -662,9 +666,15 @@ def test_bfloat16_units_make_two_of_the_three_products(chunk_size, monkeypatch):
 
 @hypothesis.settings(max_examples=50, deadline=None)
 @hypothesis.given(
-    st.integers(1, 70), st.integers(1, 700), st.integers(1, 600), st.booleans(), st.sampled_from(list(EPS))
+    st.integers(1, 70),
+    st.integers(1, 700),
+    st.integers(1, 600),
+    st.booleans(),
+    st.sampled_from(list(EPS)),
+    st.integers(0, 99),
 )
-def test_products_by_tiles_are_summed_in_float32(m, k, n, add, dtype):
+def test_products_by_tiles_are_summed_in_float32(m, k, n, add, dtype, seed):
+    torch.manual_seed(seed)
     if dtype == torch.bfloat16:
         k += k % 2
     a, b = torch.randn(m, k + 3).to(DEVICE, dtype)[:, :k], torch.randn(n, k).to(DEVICE, dtype).t()
@@ -673,8 +683,9 @@ def test_products_by_tiles_are_summed_in_float32(m, k, n, add, dtype):
         a, b = a.to(sums), b.to(sums)
     out = torch.randn(m, n + 5).to(DEVICE, sums)[:, :n]
     expected = a.double() @ b.double() + (out.double() if add else 0)
+    terms = a.double().abs() @ b.double().abs() + out.double().abs()  # where they cancel, any sum's digits are lost
     module._multiply_by_tiles(a, module._tiles(b), out, add)
-    assert_close(out, expected, 16 * EPS[sums])
+    assert ((out.double() - expected).abs() <= 8 * EPS[sums] * terms).all()
 
 
 def test_inference_mode(threads):
