@@ -6,7 +6,7 @@ VENV_BIN := .venv/bin
 
 # Trains a small Llama-3 from books to a merged model; prints each command as it runs it.
 demo: .venv
-	PATH="$(CURDIR)/$(VENV_BIN):$$PATH" bash demo.sh
+	PATH="$(CURDIR)/$(VENV_BIN):$$PATH" bash examples/shakespeare/demo.sh
 
 test: .venv
 	$(VENV_BIN)/ruff check .
@@ -21,11 +21,11 @@ format: .venv
 .PHONY: .venv
 .venv: .venv/installed
 
-.venv/installed: requirements.txt requirements-demo.txt
+.venv/installed: requirements.txt examples/shakespeare/requirements.txt
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'Python 3.11 or newer is needed: make PYTHON=python3.11')"
 	$(PYTHON) -m venv .venv
 	$(VENV_BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(VENV_BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-demo.txt
+	$(VENV_BIN)/pip install --quiet --disable-pip-version-check --no-deps -r examples/shakespeare/requirements.txt
 	touch $@
 
 clean:

@@ -28,10 +28,10 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from corpus.documents import open_corpus
-from corpus.tokens import Tokens, tokenize
-from errors import UserError, one_line, run_script
-from files import whole_folder, why_not_writable
+from longctx.atomic import whole_folder, why_not_writable
+from longctx.data.documents import open_corpus
+from longctx.data.tokens import Tokens, tokenize
+from longctx.errors import UserError, one_line, run_script
 
 BLOCK = 2**22  # tokens packed and written at a time (16 MiB)
 BLOCKS_PER_SHARD = 32

@@ -11,9 +11,9 @@ they share, collect all shards in one folder first.
 import argparse
 from pathlib import Path
 
-from errors import UserError, run_script
-from files import why_not_writable
-from runtime import checkpoint
+from longctx.atomic import why_not_writable
+from longctx.errors import UserError, run_script
+from longctx.runtime import checkpoint
 
 
 def parse_args(argv: list[str] | None) -> argparse.Namespace:
@@ -63,11 +63,11 @@ def merge(path: Path, output: Path) -> None:
         checkpoint.merge(path, output)
         return
     try:
-        import nnscaler_engine
+        from longctx.engines.nnscaler import engine as nnscaler_engine
     except ImportError as error:
         raise UserError(
             f"--ckpt_dir {path}: it is a checkpoint of nnScaler's, which can't be imported here ({error}); merge it "
-            "where nnscaler is installed (requirements-nnscaler.txt)"
+            "where nnscaler is installed (longctx/engines/nnscaler/requirements.txt)"
         ) from error
     nnscaler_engine.merge(path, output)
 

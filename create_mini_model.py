@@ -14,8 +14,8 @@ import huggingface_hub
 import torch
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from errors import UserError, one_line, run_script
-from files import whole_folder, why_not_writable
+from longctx.atomic import whole_folder, why_not_writable
+from longctx.errors import UserError, one_line, run_script
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 # Not every architecture calls the width of its MLP intermediate_size, and transformers doesn't map these.

@@ -3,8 +3,8 @@
     python train.py --run_mode compile --model_id MODEL --dataset_path ROWS --plan_ngpus 1 --runtime_ngpus 8
     torchrun --nproc_per_node=8 train.py --model_id MODEL --dataset_path ROWS --plan_ngpus 1 --runtime_ngpus 8
 
-Two engines do the job: torch_engine.py, built in, on stock PyTorch, which compiles with no GPU and no weights; and
-nnscaler_engine.py, on upstream nnScaler. Run compiles too, unless what is compiled is up to date.
+Two engines do the job: longctx/engines/builtin.py, on stock PyTorch, compiles with no GPU and no weights;
+longctx/engines/nnscaler/engine.py, on upstream nnScaler. Run compiles too, unless what is compiled is up to date.
 """
 
 import argparse
@@ -16,14 +16,15 @@ from pathlib import Path
 import torch
 import transformers
 
-import model
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from compiler import hardware
-from compiler.annotation import register_op
-from errors import UserError, run_script
-from files import why_not_writable
-from runtime import data
-from runtime.trainer import TrainSettings
+from longctx.atomic import why_not_replaceable, why_not_writable
+from longctx.compiler import hardware
+from longctx.compiler.annotation import register_op
+from longctx.data import rows as data
+from longctx.engines import builtin
+from longctx.errors import UserError, run_script
+from longctx.huggingface import model
+from longctx.runtime.trainer import TrainSettings
 
 NNSCALER_NEWEST_TORCH = (2, 6)
 # What a policy of nnScaler's takes no notice of.
@@ -100,7 +101,9 @@ def main(argv: list[str] | None = None) -> None:
     check_folders(args, name)
     if os.environ.get("RANK", "0") == "0":
         print(f"engine: {name}, {reason}", flush=True)
-    engine = importlib.import_module(f"{name}_engine")
+    engine = importlib.import_module(
+        {"torch": "longctx.engines.builtin", "nnscaler": "longctx.engines.nnscaler.engine"}[name]
+    )
     if args.run_mode == "compile":
         engine.compile_plan(args, config, sequence_length)
     else:
@@ -124,6 +127,8 @@ def check_args(args: argparse.Namespace) -> None:
     for name in ("warmup_steps", "weight_decay"):
         if not getattr(args, name) >= 0:
             raise UserError(f"--{name} {getattr(args, name)}: it can't be negative")
+    if args.name is not None and (args.name in ("", "..") or Path(args.name).name != args.name):
+        raise UserError(f"--name {args.name!r}: it has to be a plain name, of one folder; leave out slashes and dots")
     if args.runtime_ngpus % args.plan_ngpus:
         raise UserError(
             f"--runtime_ngpus {args.runtime_ngpus}: it has to be a multiple of --plan_ngpus {args.plan_ngpus}, "
@@ -141,7 +146,10 @@ def check_folders(args: argparse.Namespace, engine: str) -> None:
     folders = {"compiled_dir": Path(args.compiled_dir, args.name if engine == "torch" else "_parallel_modules")}
     if args.run_mode == "run":
         folders |= {"checkpoint_dir": Path(args.checkpoint_dir), "log_dir": Path(args.log_dir, args.name)}
-    if folders["compiled_dir"].is_dir():  # it may be up to date, and then is only read
+    compiled = folders["compiled_dir"]
+    if engine == "torch" and (problem := why_not_replaceable(compiled, builtin.COMPILED_FILES)):
+        raise UserError(f"--compiled_dir {args.compiled_dir} --name {args.name}: {compiled}: {problem}; name another")
+    if compiled.is_dir():  # it may be up to date, and then is only read
         del folders["compiled_dir"]
     for option, folder in folders.items():
         if problem := why_not_writable(folder):
@@ -165,7 +173,7 @@ def choose_engine(asked: str) -> tuple[str, str]:
     if asked == "nnscaler":
         if problem:
             raise UserError(
-                f"--engine nnscaler: {problem}; see requirements-nnscaler.txt for what it needs, or choose torch"
+                f"--engine nnscaler: {problem}; see longctx/engines/nnscaler/requirements.txt, or choose torch"
             )
         return asked, "as asked"
     if problem is None and not torch.cuda.is_available():

@@ -28,7 +28,15 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, plays, lines = (f"{folder}/{name}" for name in ("tokenizer", "plays", "lines.jsonl"))
-        measure([str(ROOT / "demo_assets.py"), "--tokenizer_path", tokenizer, "--text_path", plays])
+        measure(
+            [
+                str(ROOT / "examples" / "shakespeare" / "demo_assets.py"),
+                "--tokenizer_path",
+                tokenizer,
+                "--text_path",
+                plays,
+            ]
+        )
         texts = [
             line for play in sorted(Path(plays).iterdir()) for line in play.read_text("utf-8").splitlines() if line
         ]

@@ -21,7 +21,7 @@ CASES += [(32, 131072, 2), (32, 131072, 4)]
 
 def compile_once(folder: Path, layers: int, length: int, ranks: int) -> tuple[float, float, float, int]:
     """Seconds of the whole process, of tracing, and of planning and writing; lines of gencode.py."""
-    config = json.loads((ROOT / "configs" / "llama3_8b" / "config.json").read_text())
+    config = json.loads((ROOT / "examples" / "llama3_8b_128k" / "config.json").read_text())
     model = folder / f"{layers}-{length}-{ranks}"
     model.mkdir()
     (model / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))

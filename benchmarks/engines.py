@@ -59,7 +59,12 @@ def make_job(folder: Path, options: argparse.Namespace) -> None:
     sizes += ["--num_hidden_layers", options.num_hidden_layers]
     sizes += ["--num_attention_heads", options.num_attention_heads]
     sizes += ["--num_key_value_heads", options.num_attention_heads // 2]
-    model = [sys.executable, str(ROOT / "create_mini_model.py"), "--model_id", str(ROOT / "configs" / "llama3_8b")]
+    model = [
+        sys.executable,
+        str(ROOT / "create_mini_model.py"),
+        "--model_id",
+        str(ROOT / "examples" / "llama3_8b_128k"),
+    ]
     run([*model, "--output_id", "model", *map(str, sizes)], folder)
     n_rows = options.steps * options.ranks * 4
     rows = f"torch.randint(0, 128000, ({n_rows}, {options.sequence_length})).int().numpy()"

@@ -32,11 +32,11 @@ from transformers import AutoConfig
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import model
 import train
-from compiler import codegen, memory, planner
-from compiler.trace import Graph
-from runtime import parallel, trainer
+from longctx.compiler import codegen, memory, planner
+from longctx.compiler.trace import Graph
+from longctx.huggingface import model
+from longctx.runtime import parallel, trainer
 
 CPU = torch.device("cpu")
 # plan_ngpus, sequence length, --gpu_mem_constraint: at 128K one GPU needs more than 64 GB for a row of its own.
@@ -78,7 +78,7 @@ class Compiled:
 
 
 def compile_llama(folder: Path, plan_ngpus: int, sequence_length: int, gigabytes: float) -> Compiled:
-    model_id = str(Path(__file__).parent.parent / "configs" / "llama3_8b")
+    model_id = str(Path(__file__).parent.parent / "examples" / "llama3_8b_128k")
     argv = [
         "--model_id",
         model_id,

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
+import demo_assets
 import pytest
 import torch
-
-import demo_assets
 
 torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
 

@@ -27,14 +27,14 @@ from ranks import run_ranks
 from tqdm import tqdm
 
 import train  # noqa: F401 (registers the loss)
-from compiler import codegen, planner
-from compiler.annotation import REPLICATED, Partition, split_along, split_dim
-from compiler.hardware import HARDWARE
-from compiler.partition import Assignment, legal_partitions, localize
-from compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, can_keep_attention
-from compiler.trace import Graph, Op, Tensor, trace
-from model import build_model
-from runtime import parallel
+from longctx.compiler import codegen, planner
+from longctx.compiler.annotation import REPLICATED, Partition, split_along, split_dim
+from longctx.compiler.hardware import HARDWARE
+from longctx.compiler.partition import Assignment, legal_partitions, localize
+from longctx.compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, can_keep_attention
+from longctx.compiler.trace import Graph, Op, Tensor, trace
+from longctx.huggingface.model import build_model
+from longctx.runtime import parallel
 
 LENGTH = 32
 

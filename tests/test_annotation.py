@@ -6,8 +6,8 @@ import importlib.util
 import pytest
 import torch
 
-from compiler.annotation import RegisteredOp, output_shapes, parse, register_op
-from errors import UserError
+from longctx.compiler.annotation import RegisteredOp, output_shapes, parse, register_op
+from longctx.errors import UserError
 
 
 @pytest.mark.parametrize(
@@ -104,13 +104,14 @@ def test_an_annotation_is_text_or_a_function():
 def test_an_annotation_that_contradicts_the_op_is_an_error_when_it_is_traced(monkeypatch):
     from families import small_config
 
-    import model
-    from compiler import annotation
-    from compiler.trace import trace
+    from longctx.compiler import annotation
+    from longctx.compiler.trace import trace
+    from longctx.huggingface.model import build_model
+    from longctx.kernels.rms_norm import rms_norm
 
-    wrong = annotation.RegisteredOp(model.rms_norm, "* d^, d^ -> *")
+    wrong = annotation.RegisteredOp(rms_norm, "* d^, d^ -> *")
     monkeypatch.setitem(annotation.REGISTERED_OPS, wrong.name, wrong)
-    wrapped = model.build_model(small_config("llama"), torch.float32)
+    wrapped = build_model(small_config("llama"), torch.float32)
     sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     with pytest.raises(UserError, match=r"promises an output of shape \[1, 8\], but it gives \[1, 8, 64\]"):
         trace(wrapped, sample)

@@ -20,9 +20,9 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import bookcorpus
-import corpus.documents
-import corpus.tokens
-from errors import UserError
+import longctx.data.documents
+import longctx.data.tokens
+from longctx.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -87,7 +87,7 @@ def saved_rows(folder) -> list[list[int]]:
 
 
 def in_pieces_of(monkeypatch, piece, overlap):
-    for module in (corpus.documents, corpus.tokens):
+    for module in (longctx.data.documents, longctx.data.tokens):
         monkeypatch.setattr(module, "PIECE", piece)
         monkeypatch.setattr(module, "OVERLAP", overlap)
 
@@ -112,10 +112,10 @@ def test_rows_are_the_documents_tokens_one_after_another_but_for_the_tail(
     folder = tmp_path_factory.mktemp("rows")
     documents = ((text, 1) for text in texts)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(corpus.tokens, "PIECE", piece)
+        patch.setattr(longctx.data.tokens, "PIECE", piece)
         patch.setattr(bookcorpus, "BLOCK", block)
         patch.setattr(bookcorpus, "BLOCKS_PER_SHARD", blocks_per_shard)
-        tokens = corpus.tokens.tokenize(documents, tokenizer, num_proc)
+        tokens = longctx.data.tokens.tokenize(documents, tokenizer, num_proc)
         if not whole:
             with pytest.raises(UserError, match=f"{len(expected):,} tokens"):
                 bookcorpus.write_rows(folder, tokens, len(texts), sequence_length)
@@ -159,8 +159,8 @@ def test_a_long_document_has_the_tokens_it_has_when_tokenized_whole(tokenizers_b
     text = "".join(data.draw(st.lists(passages | runs | st.text(max_size=40), min_size=4, max_size=14)))
     with pytest.MonkeyPatch.context() as patch:
         in_pieces_of(patch, 2048, 512)
-        documents = corpus.documents.row_documents(text, 1)
-        found = np.concatenate([tokens.ids for tokens in corpus.tokens.tokenize(documents, tokenizer, 1)])
+        documents = longctx.data.documents.row_documents(text, 1)
+        found = np.concatenate([tokens.ids for tokens in longctx.data.tokens.tokenize(documents, tokenizer, 1)])
     assert found.tolist() == one_at_a_time(tokenizer, [text])
 
 
@@ -170,7 +170,7 @@ def test_a_long_text_file_is_read_in_pieces_and_tokenized_on_all_processes(
     play = (plays_path / "tragedies" / "macbeth.md").read_bytes().decode()
     (tmp_path / "long.txt").write_text(play, encoding="utf-8", newline="")
     in_pieces_of(monkeypatch, 10_000, 1_000)
-    documents = list(corpus.documents.read_text(tmp_path / "long.txt", "text"))
+    documents = list(longctx.data.documents.read_text(tmp_path / "long.txt", "text"))
     assert len(documents) > 10
     assert all(len(piece.text) <= 10_000 for piece, _ in documents)
     assert sum(share for _, share in documents) == (tmp_path / "long.txt").stat().st_size
@@ -184,7 +184,7 @@ def test_documents_are_read_no_further_ahead_than_memory_allows(monkeypatch, tok
     in_pieces_of(monkeypatch, 100, 10)
     read = itertools.count()
     documents = ((f"document {next(read)} " + "of fifty characters" * 2, 1) for _ in range(400))
-    tokens = corpus.tokens.tokenize(documents, tokenizer, num_proc)
+    tokens = longctx.data.tokens.tokenize(documents, tokenizer, num_proc)
     done = 0
     for some in itertools.islice(tokens, 30):
         done += some.documents
@@ -197,7 +197,7 @@ def test_a_length_to_cut_at_in_the_tokenizer_file_cuts_nothing(tokenizer, llama3
     cutting = AutoTokenizer.from_pretrained(llama3_tokenizer_path)
     cutting.backend_tokenizer.enable_truncation(4)
     cutting.backend_tokenizer.enable_padding(length=64)
-    found = list(corpus.tokens.tokenize(iter([("to be or not to be, that is", 1)]), cutting, 1))
+    found = list(longctx.data.tokens.tokenize(iter([("to be or not to be, that is", 1)]), cutting, 1))
     assert found[0].ids.tolist() == one_at_a_time(tokenizer, ["to be or not to be, that is"])
 
 

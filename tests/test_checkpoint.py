@@ -16,10 +16,10 @@ from ranks import run_ranks
 from torch import nn
 
 import ckpt_merger
-import files
-from errors import UserError
-from runtime import checkpoint, parallel, trainer
-from runtime.data import Position
+from longctx import atomic as files
+from longctx.data.rows import Position
+from longctx.errors import UserError
+from longctx.runtime import checkpoint, parallel, trainer
 
 ROOT = Path(__file__).parent.parent
 

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from runtime import collectives, parallel
+from longctx.runtime import collectives, parallel
 
 CASES = 12  # drawn for each move on each number of ranks, half in bfloat16
 Tensors = list[torch.Tensor]

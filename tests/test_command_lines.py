@@ -15,8 +15,8 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_merger
 import train
-from errors import UserError
-from runtime import data
+from longctx.data import rows as data
+from longctx.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 
@@ -75,15 +75,15 @@ def refused(job: Path, sentence: str, **changes) -> None:
         ("--dataset_path: it is missing; make rows", {"dataset_path": None}),
         ("--dataset_path: it is missing; give it, or --seq", {"dataset_path": None, "run_mode": "compile"}),
         ("--dataset_path nowhere: no such folder; make it with bookcorpus.py", {"dataset_path": "nowhere"}),
-        ("--dataset_path .*: it is no dataset that bookcorpus.py wrote", {"dataset_path": ROOT / "configs"}),
+        ("--dataset_path .*: it is no dataset that bookcorpus.py wrote", {"dataset_path": ROOT / "docs"}),
         ("--sequence_length 32: the rows of --dataset_path .* have 16 tokens", {"sequence_length": 32}),
         ("--model_id ./nowhere: no config.json there", {"model_id": "./nowhere"}),
         (
             "--model_id .*: it has no model.safetensors; pass --random_init",
-            {"model_id": ROOT / "configs" / "llama3_8b", "checkpoint_dir": "none_yet"},
+            {"model_id": ROOT / "examples" / "llama3_8b_128k", "checkpoint_dir": "none_yet"},
         ),
         ("--resume_path nowhere: there is no such file or folder", {"resume_path": "nowhere"}),
-        ("--resume_path .*configs: it has no checkpoint in it", {"resume_path": ROOT / "configs"}),
+        ("--resume_path .*docs: it has no checkpoint in it", {"resume_path": ROOT / "docs"}),
         ("--resume_path .*: it is no merged checkpoint", {"resume_path": ROOT / "README.md"}),
         (
             "--attn_implementation flash_attention_2: the package flash-attn",
@@ -94,6 +94,19 @@ def refused(job: Path, sentence: str, **changes) -> None:
 def test_one_sentence_names_the_option(job, tmp_path, sentence, changes):
     refused(job, sentence, **{"compiled_dir": tmp_path, **changes})
     assert not list(tmp_path.iterdir())  # nothing half-written
+
+
+@pytest.mark.parametrize("name", ["data", "../data", ".", "", "..", "{absolute}/data", "data/inner"])
+def test_a_folder_of_the_users_is_never_replaced_by_a_compiled_one(job, tmp_path, name):
+    (tmp_path / "here" / "data").mkdir(parents=True)
+    (tmp_path / "data").mkdir()
+    kept = [tmp_path / "data" / "thesis.tex", tmp_path / "here" / "data" / "plan.json", tmp_path / "here/data/notes"]
+    for file in kept:
+        file.write_text("years of work")
+    ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 16, "compiled_dir": tmp_path / "here"}
+    refused(job, "--name .*; name another|--name .*plain name", name=name.format(absolute=tmp_path), **ask)
+    assert [file.read_text() for file in kept] == ["years of work"] * 3
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "here"]
 
 
 def test_ranks_that_could_share_no_work_are_refused_with_what_would_work(job, tmp_path):
@@ -119,7 +132,7 @@ def test_a_plans_partitions_are_taken_again_at_another_length(job, tmp_path):
     assert json.loads((tmp_path / "second" / "plan.json").read_text())["decisions"] == decisions
     decisions["ops"]["LlamaDecoderLayer"][0][1] = "*1"  # the first norm, along the sequence
     (tmp_path / "edited.json").write_text(json.dumps({"decisions": decisions}))
-    sentence = "--plan: it splits input_layernorm's model.rms_norm along '\\*1', which 2 ranks can't share evenly here"
+    sentence = "--plan: it splits input_layernorm's longctx.*rms_norm along '\\*1', which 2 ranks can't share"
     refused(job, sentence, sequence_length=33, name="third", plan=tmp_path / "edited.json", **ask)
 
 
@@ -131,7 +144,7 @@ def test_a_folder_that_can_not_be_written_to_is_refused_before_anything_is_done(
     (tmp_path / "file").write_text("")
     places = {name: tmp_path / name for name in ("compiled_dir", "checkpoint_dir", "log_dir")}
     compiled = []
-    monkeypatch.setattr("torch_engine.compile_plan", lambda *args: compiled.append(args))
+    monkeypatch.setattr("longctx.engines.builtin.compile_plan", lambda *args: compiled.append(args))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "locked")  # root may do everything
     (tmp_path / "locked").mkdir()
     for place, problem in (

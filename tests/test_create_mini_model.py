@@ -13,10 +13,10 @@ from safetensors import safe_open
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import create_mini_model
-from errors import UserError
+from longctx.errors import UserError
 
 ROOT = Path(__file__).parent.parent
-LLAMA3 = ROOT / "configs" / "llama3_8b"
+LLAMA3 = ROOT / "examples" / "llama3_8b_128k"
 SMALL = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
 
 

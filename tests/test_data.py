@@ -4,8 +4,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime import data
-from runtime.data import Position
+from longctx.data import rows as data
+from longctx.data.rows import Position
 
 
 def all_rows(n_rows, world_size, accumulation, seed, start, n_steps):

@@ -4,7 +4,7 @@ import errno
 
 import pytest
 
-from errors import UserError, run_script
+from longctx.errors import UserError, run_script
 
 
 def said(capsys, error: Exception) -> str:

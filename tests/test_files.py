@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-import files
-from files import HOST, publish_folder, whole_file, whole_folder, why_not_writable
+from longctx import atomic as files
+from longctx.atomic import HOST, publish_folder, whole_file, whole_folder, why_not_writable
 
 ROOT = Path(__file__).parent.parent
 
@@ -62,7 +62,7 @@ def test_what_another_host_writes_is_left_alone_whatever_runs_here(tmp_path):
 
 WRITE = """
 import sys
-from files import whole_folder
+from longctx.atomic import whole_folder
 with whole_folder(sys.argv[1]) as aside:
     (aside / "theirs").write_text("")
 """

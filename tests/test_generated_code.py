@@ -20,14 +20,15 @@ from families import (
 )
 from ranks import run_ranks
 
-import model
-import torch_engine
 import train
-from compiler import annotation, codegen, hardware, memory, planner
-from compiler.partition import legal_partitions, localize
-from compiler.trace import trace
-from errors import UserError
-from runtime import parallel
+from longctx.compiler import annotation, codegen, hardware, memory, planner
+from longctx.compiler.partition import legal_partitions, localize
+from longctx.compiler.trace import trace
+from longctx.engines import builtin
+from longctx.errors import UserError
+from longctx.huggingface import model
+from longctx.kernels.rms_norm import rms_norm
+from longctx.runtime import parallel
 
 LENGTH = 48
 
@@ -239,14 +240,14 @@ def like_a_norm(hidden_states, weight, eps, offset=0.0) -> str:
 
 def _compile_on_ranks(folder: Path, options: list[list[str]]) -> None:
     """Each rank compiles with its own options, and writes down how that ended."""
-    annotation.register_op(like_a_norm)(model.rms_norm)  # a function, at another address in each process
+    annotation.register_op(like_a_norm)(rms_norm)  # a function, at another address in each process
     rank = int(os.environ["RANK"])
     try:
         said = str(compile_folder(folder / "llama", folder / "compiled", "--precision", "fp32", *options[rank]))
     except UserError as error:
         said = f"error: {error}"
     (folder / str(rank)).write_text(said)
-    store = torch_engine.rendezvous_store()
+    store = builtin.rendezvous_store()
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(len(options))])  # rank 0 holds the store of all
 

@@ -12,9 +12,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compiler import hardware
-from compiler.hardware import HARDWARE, KINDS, Timing, collective_seconds, identify, load
-from errors import UserError
+from longctx.compiler import hardware
+from longctx.compiler.hardware import HARDWARE, KINDS, Timing, collective_seconds, identify, load
+from longctx.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20

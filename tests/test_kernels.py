@@ -5,7 +5,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import model
+from longctx.errors import UserError
+from longctx.huggingface.model import _register_attention
+from longctx.kernels import attention as attention_module
+from longctx.kernels.attention import attention
+from longctx.kernels.rms_norm import rms_norm
 
 
 def formula(query, key, value, scale, window=0, softcap=0.0):
@@ -38,8 +42,8 @@ def test_attention_is_its_formula(b, heads, length, d, window, softcap, implemen
     key, value = (torch.randn(b, heads[1], length, d, requires_grad=True) for _ in range(2))
     upstream = torch.randn(b, length, heads[0], d)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(model, "QUERY_BLOCK", block)
-        result = model.attention(query, key, value, 0.3, window, softcap, implementation=implementation)
+        patch.setattr(attention_module, "QUERY_BLOCK", block)
+        result = attention(query, key, value, 0.3, window, softcap, implementation=implementation)
     gradients = torch.autograd.grad(result, (query, key, value), upstream)
     expected = formula(query, key, value, 0.3, window, softcap)
     expected_gradients = torch.autograd.grad(expected, (query, key, value), upstream.double())
@@ -55,9 +59,9 @@ def test_rms_norm_is_its_formula(leading, d, offset):
     torch.manual_seed(d)
     x, weight = torch.randn(*leading, d), torch.randn(d)
     expected = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)
-    torch.testing.assert_close(model.rms_norm(x, weight, 1e-5, offset).double(), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rms_norm(x, weight, 1e-5, offset).double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_forcing_flash_attention_says_what_is_missing():
-    with pytest.raises(model.UserError, match="--attn_implementation flash_attention_2: the package flash-attn is not"):
-        model._register_attention("flash_attention_2")
+    with pytest.raises(UserError, match="--attn_implementation flash_attention_2: the package flash-attn is not"):
+        _register_attention("flash_attention_2")

@@ -10,11 +10,11 @@ from families import FAMILIES, small_config
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import chunk_linear_cross_entropy as loss
-import model
 import train  # noqa: F401 (registers the loss)
 from benchmarks import memory as benchmark
-from compiler import codegen, memory, planner
-from compiler.trace import Op, Tensor, map_tensors, trace
+from longctx.compiler import codegen, memory, planner
+from longctx.compiler.trace import Op, Tensor, map_tensors, trace
+from longctx.huggingface import model
 
 LENGTH = 2048
 SIZES = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runtime.metrics import FlopCount, metrics_log, step_metrics
+from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
 
 
 def log_steps(folder: Path, first_step: int, last_step: int) -> None:

@@ -1,8 +1,8 @@
 """nnScaler as an engine: the same job, on the same rows, as the built-in engine does it.
 
 What is marked nnscaler runs the real nnScaler 0.8 in real processes, on CPUs by the stand-ins of nnscaler_on_cpu.py.
-Run this file with the Python of requirements-nnscaler.txt; the built-in engine, which needs another PyTorch, runs
-beside it with the Python of `make .venv`.
+Run this file with the Python of longctx/engines/nnscaler/requirements.txt; the built-in engine, of another PyTorch,
+runs beside it with the Python of `make .venv`.
 """
 
 import importlib.util
@@ -22,8 +22,9 @@ from transformers import AutoModelForCausalLM
 
 import ckpt_merger
 import train
-from errors import UserError
-from runtime import checkpoint, data
+from longctx.data import rows as data
+from longctx.errors import UserError
+from longctx.runtime import checkpoint
 
 ROOT = Path(__file__).parent.parent
 LENGTH, ROWS, STEPS = 64, 22, 8  # of 4 rows each: an epoch is 6 steps, the last of 2 rows
@@ -32,7 +33,9 @@ TORCH_PYTHON = ROOT / ".venv" / "bin" / "python"
 
 def needs_nnscaler(test):
     here = importlib.util.find_spec("nnscaler") is not None
-    skip = pytest.mark.skipif(not here, reason="nnscaler is not installed: see requirements-nnscaler.txt")
+    skip = pytest.mark.skipif(
+        not here, reason="nnscaler is not installed: see longctx/engines/nnscaler/requirements.txt"
+    )
     return pytest.mark.nnscaler(skip(test))
 
 
@@ -69,7 +72,7 @@ def test_auto_takes_nnscaler_where_it_works_and_says_why(machine, installed, ver
 @pytest.mark.parametrize(
     ("installed", "version", "sentence"),
     [
-        (False, "2.6.0", "--engine nnscaler: nnscaler is not installed; see requirements-nnscaler.txt"),
+        (False, "2.6.0", "--engine nnscaler: nnscaler is not installed; see longctx/engines/nnscaler/requirements.txt"),
         (True, "2.13.0", "--engine nnscaler: nnscaler works with PyTorch up to 2.6 and here is 2.13.0; see"),
     ],
 )
@@ -258,10 +261,25 @@ def test_other_families_take_the_same_steps_too(job, family):
 
 @needs_nnscaler
 def test_generated_code_calls_our_ops(trained):
-    folder = trained / "nnscaler" / "compiled" / "_parallel_modules" / "nnscaler_engine" / "WrappedModel" / "job"
+    folder = (
+        trained
+        / "nnscaler"
+        / "compiled"
+        / "_parallel_modules"
+        / "longctx"
+        / "engines"
+        / "nnscaler"
+        / "engine"
+        / "WrappedModel"
+        / "job"
+    )
     for rank in range(2):
         code = (folder / f"gencode{rank}.py").read_text()
-        for call in ("model.attention(", "model.rms_norm(", "chunk_linear_cross_entropy.chunk_linear_cross_entropy("):
+        for call in (
+            "longctx.kernels.attention.attention(",
+            "longctx.kernels.rms_norm.rms_norm(",
+            "chunk_linear_cross_entropy.chunk_linear_cross_entropy(",
+        ):
             assert call in code
 
 
@@ -368,7 +386,7 @@ def test_a_run_that_is_complete_says_so(trained):
 
 @needs_nnscaler
 def test_data_parallel_ranks_draw_dropout_of_their_own_and_the_ranks_of_a_plan_the_same(job):
-    import nnscaler_engine
+    from longctx.engines.nnscaler import engine as nnscaler_engine
 
     args = train.parse_args(["--model_id", str(job / "model"), "--plan_ngpus", "2", "--seed", "5"])
     args.runtime_ngpus, args.name = 8, "job"

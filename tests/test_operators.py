@@ -18,10 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.node import map_aggregate
 
-import model  # registers attention and rms_norm
 import train  # noqa: F401 (registers the loss)
-from compiler import operators
-from compiler.annotation import (
+from longctx.compiler import operators
+from longctx.compiler.annotation import (
     PARTIAL,
     REGISTERED_OPS,
     REPLICATED,
@@ -31,11 +30,12 @@ from compiler.annotation import (
     split_along,
     split_dim,
 )
-from compiler.operators import ATOM, PRODUCT, SUM, UNARY, Expression, expression, is_known
-from compiler.partition import Assignment, legal_partitions, localize
-from compiler.trace import DEVICE, Device, Graph, Op, Tensor, map_tensors
+from longctx.compiler.operators import ATOM, PRODUCT, SUM, UNARY, Expression, expression, is_known
+from longctx.compiler.partition import Assignment, legal_partitions, localize
+from longctx.compiler.trace import DEVICE, Device, Graph, Op, Tensor, map_tensors
+from longctx.kernels.attention import attention
 
-ATTENTION, RMS_NORM = "model.attention", "model.rms_norm"
+ATTENTION, RMS_NORM = "longctx.kernels.attention.attention", "longctx.kernels.rms_norm.rms_norm"
 LOSS = "chunk_linear_cross_entropy.chunk_linear_cross_entropy"
 FLOAT, INT, BOOL, CONTIGUOUS = torch.float64, torch.int64, torch.bool, torch.contiguous_format
 
@@ -737,7 +737,7 @@ def test_a_registered_op_is_called_by_its_name_with_its_own_arguments():
     op, _ = as_op(Call(ATTENTION, (QUERY, KEY, KEY), {"scale": 0.5, "window": 3}))
     written = expression(op, lambda tensor: Expression(tensor.name), "device")
     assert written.text == "attention(x1, x2, x3, scale=0.5, window=3)"
-    assert model.attention is REGISTERED_OPS[ATTENTION].fn
+    assert attention is REGISTERED_OPS[ATTENTION].fn
 
 
 # --- random numbers ------------------------------------------------------------------------------------------------
@@ -752,7 +752,7 @@ def test_an_op_that_may_draw_random_numbers_is_known_for_one(monkeypatch):
         (ATTENTION, {"dropout": 0.1}),
     ]
     others = [("aten.linear.default", {}), (ATTENTION, {"scale": 1.0}), (ATTENTION, {"dropout": 0.0}), (RMS_NORM, {})]
-    others += [(LOSS, {}), ("runtime.collectives.all_gather", {"dim": 0})]
+    others += [(LOSS, {}), ("longctx.runtime.collectives.all_gather", {"dim": 0})]
     for target, kwargs in drawing + others:
         found = operators.draws_random_numbers(Op(target, (), kwargs, (), "", None))
         assert found == ((target, kwargs) in drawing), target

@@ -13,9 +13,9 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 import train  # noqa: F401 (registers the loss)
-from compiler import hardware, planner, report
-from compiler.annotation import REPLICATED, Partition, Placement, split_along, split_dim
-from compiler.cost import (
+from longctx.compiler import hardware, planner, report
+from longctx.compiler.annotation import REPLICATED, Partition, Placement, split_along, split_dim
+from longctx.compiler.cost import (
     ATTENTION,
     LOSS,
     Seconds,
@@ -25,8 +25,8 @@ from compiler.cost import (
     resident_seconds,
     saved_by,
 )
-from compiler.partition import find_move, legal_partitions, localize
-from compiler.planner import (
+from longctx.compiler.partition import find_move, legal_partitions, localize
+from longctx.compiler.planner import (
     GB,
     KEEP_ALL,
     KEEP_ATTENTION,
@@ -37,9 +37,9 @@ from compiler.planner import (
     Setting,
     make_plan,
 )
-from compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor, trace
-from errors import UserError
-from model import build_model, load_config
+from longctx.compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor, trace
+from longctx.errors import UserError
+from longctx.huggingface.model import build_model, load_config
 
 H100 = hardware.load("h100")
 
@@ -74,7 +74,7 @@ def mlp_kind(shape: tuple[int, ...], wide: int) -> LayerKind:
     """hidden + down(silu(up(norm(hidden))))"""
     body, d = Body(), shape[-1]
     hidden = Tensor("hidden", shape, DTYPE, True)
-    normed = body.add("model.rms_norm", hidden, body.parameter(d), shape=shape, eps=1e-5)
+    normed = body.add("longctx.kernels.rms_norm.rms_norm", hidden, body.parameter(d), shape=shape, eps=1e-5)
     up = body.add("aten.linear.default", normed, body.parameter(wide, d), shape=(*shape[:-1], wide))
     active = body.add("aten.silu.default", up, shape=up.shape)
     down = body.add("aten.linear.default", active, body.parameter(d, wide), shape=shape)
@@ -560,7 +560,7 @@ def traced(config, length: int) -> Graph:
 
 
 def llama(length: int, n_layers: int = 32) -> Graph:
-    config = load_config("configs/llama3_8b")
+    config = load_config("examples/llama3_8b_128k")
     config.num_hidden_layers = n_layers
     return traced(config, length)
 
@@ -585,7 +585,7 @@ def steps_of(graph: Graph, plan: Plan) -> list[str]:
         name = op.target.rsplit(".", 1)[-1]
         if op.target == "aten.linear.default":
             steps.append(op.module.rsplit(".", 1)[-1])
-        elif op.target == ATTENTION or op.target.startswith("runtime.collectives"):
+        elif op.target == ATTENTION or op.target.startswith("longctx.runtime.collectives"):
             steps.append(name)
     return [step for step in steps if step not in ("own_slice", "scale_gradient")]  # of weights: nothing is sent
 
@@ -634,7 +634,7 @@ def test_a_plan_of_one_rank_splits_and_moves_nothing(short_llama):
 
     assert {partition.dim for partition in plan.assignment.partitions.values()} == {None}
     assert not plan.assignment.resident
-    assert not any(op.target.startswith("runtime.collectives.") for op in local.kinds[0].ops)
+    assert not any(op.target.startswith("longctx.runtime.collectives.") for op in local.kinds[0].ops)
 
 
 def test_more_layers_of_a_kind_change_no_decision_and_make_no_larger_program(short_llama, monkeypatch):

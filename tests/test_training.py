@@ -15,7 +15,7 @@ import torch
 from families import reference_loss, reference_model, small_config
 from transformers import AutoModelForCausalLM
 
-from runtime import data
+from longctx.data import rows as data
 
 ROOT = Path(__file__).parent.parent
 LENGTH, ROWS, STEPS = 32, 22, 10
@@ -104,7 +104,7 @@ def partitioned(job) -> dict[int, dict]:
 
 def test_a_plan_over_two_ranks_trains_as_two_ranks_apart_do(job, uninterrupted, partitioned):
     code = (job / "compiled" / "2ranks" / "gencode.py").read_text()
-    assert "from runtime.collectives import" in code
+    assert "from longctx.runtime.collectives import" in code
     for step in range(1, STEPS + 1):
         assert partitioned[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=2e-5), step
         assert partitioned[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step

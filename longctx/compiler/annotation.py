@@ -1,0 +1,371 @@
+"""Op annotations: nnScaler's notation for how an operator may be partitioned.
+
+`'b l d^, n^ d^, b l -> b l'` has one entry a tensor and one identifier a dimension; equal names have equal lengths.
+
+    x        may be partitioned, and then every output has it
+    x+       may be partitioned; the outputs lack it and become partial sums
+    x^       may not be partitioned
+    (h d^)   one dimension made of inner ones, partitioned by its outermost
+    128      a dimension of that length
+    *        any number of leading dimensions
+    ?        a value that is only ever replicated
+
+An annotation may also be a function of the op's arguments that returns such a string.
+"""
+
+import hashlib
+import inspect
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from types import FunctionType
+
+from longctx.errors import UserError
+
+_TOKEN = re.compile(r"\s*(->|[A-Za-z_][A-Za-z_0-9]*|\d+|[,()*?^+])")
+
+
+@dataclass(frozen=True)
+class Dim:
+    """One dimension, or one factor of a dimension: `b`, `d^`, `k+`, `128`."""
+
+    name: str  # an identifier, or the digits of a fixed length
+    reduce: str = ""  # '' partitioned with the outputs, '+' partial sums, '^' whole
+
+    @property
+    def length(self) -> int | None:
+        return int(self.name) if self.name.isdigit() else None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor's dimensions, each a tuple of factors, outermost first; or a `?`."""
+
+    dims: tuple[tuple[Dim, ...], ...] = ()
+    leading: bool = False  # starts with `*`
+    replicated: bool = False  # `?`
+
+
+@dataclass(frozen=True)
+class Annotation:
+    """A parsed annotation; `text` is quoted by its errors."""
+
+    text: str
+    inputs: tuple[Entry, ...]
+    outputs: tuple[Entry, ...]
+
+
+def parse(text: str) -> Annotation:
+    """Parses an annotation.
+
+    Raises:
+        UserError: the text breaks the grammar; the message quotes it and points at the place.
+    """
+    tokens = _tokenize(text)
+    sides: list[list[Entry]] = [[]]
+    position = 0
+    while True:
+        entry, position = _parse_entry(text, tokens, position)
+        sides[-1].append(entry)
+        kind, at = tokens[position]
+        position += 1
+        if kind == "->" and len(sides) == 1:
+            sides.append([])
+        elif kind == "" and len(sides) == 2:
+            break
+        elif kind != ",":
+            raise _error(text, at, "expected '->' and the outputs" if kind == "" else f"unexpected {kind!r}")
+    annotation = Annotation(text, tuple(sides[0]), tuple(sides[1]))
+    _check_names(annotation)
+    return annotation
+
+
+def _tokenize(text: str) -> list[tuple[str, int]]:
+    """The tokens of an annotation with their places, and an empty one at its end."""
+    tokens, at = [], 0
+    stripped = text.rstrip()
+    while at < len(stripped):
+        match = _TOKEN.match(stripped, at)
+        if not match:
+            at += len(stripped[at:]) - len(stripped[at:].lstrip())
+            raise _error(text, at, f"{stripped[at]!r} is not part of an annotation")
+        tokens.append((match[1], match.start(1)))
+        at = match.end()
+    return [*tokens, ("", len(stripped))]
+
+
+def _parse_entry(text: str, tokens: list[tuple[str, int]], position: int) -> tuple[Entry, int]:
+    """Reads one entry, up to a `,`, a `->` or the end."""
+    dims: list[tuple[Dim, ...]] = []
+    leading = replicated = False
+    first = position
+    while (kind := tokens[position][0]) not in (",", "->", ""):
+        at = tokens[position][1]
+        if kind == "?":
+            replicated = True
+            position += 1
+        elif kind == "*":
+            if position != first:
+                raise _error(text, at, "'*' stands for leading dimensions, so it comes first")
+            leading = True
+            position += 1
+        elif kind == "(":
+            factors, position = _parse_group(text, tokens, position + 1)
+            dims.append(factors)
+        else:
+            dim, position = _parse_dim(text, tokens, position)
+            dims.append((dim,))
+    if replicated and position != first + 1:
+        raise _error(text, tokens[first][1], "'?' stands alone in its entry")
+    if position == first:
+        raise _error(text, tokens[position][1], "an entry is missing (write 1 for a scalar)")
+    return Entry(tuple(dims), leading, replicated), position
+
+
+def _parse_group(text: str, tokens: list[tuple[str, int]], position: int) -> tuple[tuple[Dim, ...], int]:
+    factors: list[Dim] = []
+    while tokens[position][0] != ")":
+        dim, position = _parse_dim(text, tokens, position)
+        factors.append(dim)
+    if not factors:
+        raise _error(text, tokens[position][1], "a dimension needs at least one identifier between '(' and ')'")
+    return tuple(factors), position + 1
+
+
+def _parse_dim(text: str, tokens: list[tuple[str, int]], position: int) -> tuple[Dim, int]:
+    name, at = tokens[position]
+    if not re.fullmatch(r"\w+", name):
+        raise _error(text, at, f"expected a dimension, found {name!r}" if name else "a dimension or ')' is missing")
+    suffix = tokens[position + 1][0] if tokens[position + 1][0] in ("^", "+") else ""
+    return Dim(name, suffix), position + (2 if suffix else 1)
+
+
+def _check_names(annotation: Annotation) -> None:
+    """Every output dimension is an input's; a name has one mark throughout; a `+` is in no output."""
+    marks: dict[str, str] = {}
+    for entry in annotation.inputs:
+        for dim in _named(entry):
+            if marks.setdefault(dim.name, dim.reduce) != dim.reduce:
+                raise _name_error(annotation, dim, "is marked differently in two places")
+    leading = any(entry.leading for entry in annotation.inputs)
+    for entry in annotation.outputs:
+        if entry.leading and not leading:
+            at = annotation.text.rindex("*")
+            raise _error(annotation.text, at, "'*' is in an output but in no input")
+        for dim in _named(entry):
+            if dim.name not in marks:
+                raise _name_error(annotation, dim, "is in an output but in no input")
+            if marks[dim.name] == "+":
+                raise _name_error(annotation, dim, "is summed over ('+'), so no output can have it")
+    outputs = [entry for entry in annotation.outputs if not entry.replicated]
+    for entry in annotation.inputs:
+        for dim in _named(entry):
+            everywhere = all(dim.name in {d.name for d in _named(output)} for output in outputs)
+            if marks[dim.name] == "" and not everywhere:
+                raise _name_error(annotation, dim, "is not in every output: mark it '+' (summed over) or '^' (whole)")
+
+
+def _named(entry: Entry) -> list[Dim]:
+    return [dim for factors in entry.dims for dim in factors if dim.length is None]
+
+
+def _name_error(annotation: Annotation, dim: Dim, problem: str) -> UserError:
+    places = [match.start() for match in re.finditer(rf"\b{dim.name}\b", annotation.text)]
+    return _error(annotation.text, places[-1], f"dimension {dim.name!r} {problem}")
+
+
+def _error(text: str, at: int, problem: str) -> UserError:
+    return UserError(f"annotation {text!r}, at character {at + 1} ({text[at : at + 8]!r}): {problem}")
+
+
+def lengths(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) -> dict[str, int]:
+    """The length of every identifier, from the input tensors' shapes (None for a value that is no tensor).
+
+    Identifiers whose length no shape tells (two unknown factors of one dimension) are found from the other inputs.
+    The leading dimensions that `*` stands for get the names `*0`, `*1`, ....
+
+    Raises:
+        UserError: a tensor has another number of dimensions than its entry, or a name two lengths.
+    """
+    found: dict[str, int] = {}
+    waiting = []
+    for index, (entry, shape) in enumerate(zip(annotation.inputs, shapes, strict=False)):
+        if entry.replicated or shape is None:
+            continue
+        dims = expand_leading(entry, len(shape))
+        if len(dims) != len(shape):
+            raise UserError(
+                f"annotation {annotation.text!r}: input {index} has {len(dims)} dimensions there, "
+                f"but the tensor's shape is {list(shape)}"
+            )
+        waiting += zip(dims, shape, strict=True)
+    for _ in range(2):  # a factor may be known only from a later input
+        for factors, size in waiting:
+            _solve(annotation, factors, size, found)
+    return found
+
+
+def _solve(annotation: Annotation, factors: tuple[Dim, ...], size: int, found: dict[str, int]) -> None:
+    known = [found.get(dim.name) if dim.length is None else dim.length for dim in factors]
+    unknown = [dim for dim, length in zip(factors, known, strict=True) if length is None]
+    product = prod(length for length in known if length is not None)
+    if len(unknown) == 1 and product and size % product == 0:
+        found[unknown[0].name] = size // product
+    elif product and size % product if unknown else product != size:
+        raise _length_error(annotation, factors, product, size)
+
+
+def _length_error(annotation: Annotation, factors: tuple[Dim, ...], expected: int, size: int) -> UserError:
+    name = " ".join(dim.name + dim.reduce for dim in factors)
+    at = annotation.text.find(factors[-1].name)
+    return _error(
+        annotation.text, max(at, 0), f"dimension {name!r} has length {expected} in one tensor and {size} in another"
+    )
+
+
+def expand_leading(entry: Entry, ndim: int) -> tuple[tuple[Dim, ...], ...]:
+    """The entry's dimensions for a tensor of `ndim` dimensions, `*` written out as `*0`, `*1`, ...."""
+    if not entry.leading:
+        return entry.dims
+    return tuple((Dim(f"*{i}"),) for i in range(ndim - len(entry.dims))) + entry.dims
+
+
+def output_shapes(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) -> list[tuple[int, ...] | None]:
+    """The shapes that the annotation promises for the outputs; None for a `?`."""
+    known = lengths(annotation, shapes)
+    n_leading = sum(name.startswith("*") for name in known)
+    results: list[tuple[int, ...] | None] = []
+    for entry in annotation.outputs:
+        dims = expand_leading(entry, n_leading + len(entry.dims))
+        if unknown := [dim for factors in dims for dim in factors if dim.length is None and dim.name not in known]:
+            raise _name_error(annotation, unknown[0], "has a length that no input tells")
+        sizes = [prod(known[dim.name] if dim.length is None else dim.length for dim in factors) for factors in dims]
+        results.append(None if entry.replicated else tuple(sizes))
+    return results
+
+
+@dataclass(frozen=True)
+class RegisteredOp:
+    """A function that tracing records as one node and that generated code calls."""
+
+    fn: Callable
+    annotation: str | Callable[..., str]
+
+    @property
+    def name(self) -> str:
+        return f"{self.fn.__module__}.{self.fn.__name__}"
+
+    def annotate(self, args: tuple, kwargs: dict) -> Annotation:
+        """The annotation for these arguments."""
+        text = self.annotation if isinstance(self.annotation, str) else self.annotation(*args, **kwargs)
+        return parse(text)
+
+    def fingerprint(self) -> str:
+        """What the annotation is, the same in every process: its text, or where its function is and the source there.
+
+        The whole file counts, since the function may use anything in it.
+        """
+        if isinstance(self.annotation, str):
+            return self.annotation
+        file = inspect.getsourcefile(self.annotation)
+        source = Path(file).read_bytes() if file and Path(file).is_file() else self.annotation.__code__.co_code
+        return f"{self.annotation.__module__}.{self.annotation.__qualname__} {hashlib.sha256(source).hexdigest()}"
+
+
+REGISTERED_OPS: dict[str, RegisteredOp] = {}
+
+
+def register_op(annotation: str | Callable[..., str]) -> Callable[[Callable], Callable]:
+    """Registers a module-level function as an operator: `@register_op('b l^ -> b l^')`, or `register_op(...)(fn)`.
+
+    The annotation's entries stand for the function's first arguments, in order; the rest are values, never partitioned.
+
+    Raises:
+        UserError: the annotation is neither text nor a function, or breaks the grammar, or generated code could not
+            import the function.
+    """
+    if isinstance(annotation, str):
+        parse(annotation)
+    elif not isinstance(annotation, FunctionType):
+        raise UserError(f"register_op: annotation {annotation!r} is neither a string nor a function that returns one")
+
+    def register(fn: Callable) -> Callable:
+        if fn.__qualname__ != fn.__name__ or fn.__module__ == "__main__":
+            raise UserError(
+                f"register_op: {fn.__module__}.{fn.__qualname__} can't be imported by generated code; "
+                "move it to the top level of a module of its own"
+            )
+        if isinstance(annotation, str) and len(parse(annotation).inputs) > len(inspect.signature(fn).parameters):
+            raise UserError(f"register_op: annotation {annotation!r} has more inputs than {fn.__name__} has arguments")
+        op = RegisteredOp(fn, annotation)
+        REGISTERED_OPS[op.name] = op
+        return fn
+
+    return register
+
+
+# --- partitions ----------------------------------------------------------------------------------------------------
+
+# Where a tensor's elements are: 'R', the same on every rank; 'P', partial sums; 'S0', 'S1', ..., split along a dim.
+Placement = str
+REPLICATED: Placement = "R"
+PARTIAL: Placement = "P"
+
+
+def split_along(dim: int) -> Placement:
+    return f"S{dim}"
+
+
+def split_dim(placement: Placement) -> int | None:
+    """The dimension that a placement splits; None for R and P."""
+    return int(placement[1:]) if placement.startswith("S") else None
+
+
+@dataclass(frozen=True)
+class Partition:
+    """One way for the plan's ranks to compute an op: split along the identifier `dim`, or, if None, whole on each rank.
+
+    An input that is R receives a gradient that is P if the op is split, and R if it is whole. A gradient has otherwise
+    its tensor's placement; an output that is P receives one that is R.
+    """
+
+    dim: str | None
+    inputs: tuple[Placement, ...]
+    outputs: tuple[Placement, ...]
+
+
+def partitions(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None], n_ranks: int) -> list[Partition]:
+    """Every legal partition of an op over `n_ranks`, the whole one first.
+
+    An identifier may be split if its length divides evenly and it is the outermost factor of its dimension wherever it
+    is, once a tensor at most.
+    """
+    whole = Partition(None, (REPLICATED,) * len(annotation.inputs), (REPLICATED,) * len(annotation.outputs))
+    known = lengths(annotation, shapes)
+    n_leading = sum(name.startswith("*") for name in known)
+    entries = [
+        () if entry.replicated or shape is None else expand_leading(entry, len(shape))
+        for entry, shape in zip(annotation.inputs, shapes, strict=True)
+    ]
+    outputs = [expand_leading(entry, n_leading + len(entry.dims)) for entry in annotation.outputs]
+    marks = {dim.name: dim.reduce for dims in entries for factors in dims for dim in factors}
+    legal = [whole]
+    for name, mark in marks.items():
+        places = [_places(name, dims) for dims in (*entries, *outputs)]
+        if mark == "^" or name not in known or known[name] % n_ranks or None in places or n_ranks == 1:
+            continue
+        inputs = tuple(split_along(place) if place >= 0 else REPLICATED for place in places[: len(entries)])
+        ends = places[len(entries) :]
+        results = tuple(split_along(end) if end >= 0 else PARTIAL if mark == "+" else REPLICATED for end in ends)
+        legal.append(Partition(name, inputs, results))
+    return legal
+
+
+def _places(name: str, dims: tuple[tuple[Dim, ...], ...]) -> int | None:
+    """The dimension of a tensor that splitting `name` splits, -1 for none; None if it can't be split there."""
+    found = [place for place, factors in enumerate(dims) if name in {dim.name for dim in factors}]
+    if not found:
+        return -1
+    return found[0] if len(found) == 1 and dims[found[0]][0].name == name else None

@@ -1,0 +1,437 @@
+"""Plan -> Python: one module for all ranks, as an engineer would have written it.
+
+Equal layers share one class. Parameters keep their Hugging Face names, values the names of the model's own source; an
+expression that the source writes in one statement is one statement here.
+"""
+
+import keyword
+import subprocess
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import reduce
+
+import numpy
+import torch
+
+from longctx.compiler.memory import nbytes, say_bytes
+from longctx.compiler.operators import Expression, draws_random_numbers, expression
+from longctx.compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, Plan
+from longctx.compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor
+
+LINE = 120
+CARRIED = "hidden_states"  # what flows from layer to layer
+
+_PRELUDE = '''
+def module(**parts):
+    """A module that has, under the given names, submodules or parameters of the given shapes."""
+    result = nn.Module()
+    for name, part in parts.items():
+        setattr(result, name, nn.Parameter(torch.empty(part)) if isinstance(part, tuple) else part)
+    return result
+'''
+
+
+def generate(graph: Graph, plan: Plan, title: str) -> str:
+    """The text of gencode.py. `title` is the first line of its docstring."""
+    constants = _name_constants(graph)
+    root, names = _root_class(graph, plan, constants)
+    classes = [_layer_class(graph, number, constants, names) for number in range(len(graph.kinds))]
+    parts = [
+        f'"""{title}\n\nWritten by train.py --run_mode compile; plan.json holds the plan, report.md explains it.\n"""',
+        _imports(graph, plan),
+        *(_constant(name, value) for name, value in constants.values()),
+        _PRELUDE,
+        *classes,
+        root,
+    ]
+    return format_code("\n\n".join(part.strip("\n") for part in parts) + "\n")
+
+
+def format_code(text: str) -> str:
+    """`text` as ruff formats it."""
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", str(LINE), "-"]
+    return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
+
+
+def _imports(graph: Graph, plan: Plan) -> str:
+    ops = [op for body in (graph.body, *(kind.ops for kind in graph.kinds)) for op in body if isinstance(op, Op)]
+    registered: dict[str, set[str]] = {}
+    for op in ops:
+        if not op.target.startswith("aten."):
+            module, name = op.target.rsplit(".", 1)
+            registered.setdefault(module, set()).add(name)
+    lines = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
+    if set(plan.recompute) - {KEEP_ALL}:
+        lines.append("from torch.utils.checkpoint import checkpoint")
+    if KEEP_ATTENTION in plan.recompute:
+        registered.setdefault("longctx.kernels.attention", set()).add("keep_attention")
+    lines.append("")
+    lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(registered.items())]
+    return "\n".join(lines)
+
+
+# --- constants -----------------------------------------------------------------------------------------------------
+
+
+def _name_constants(graph: Graph) -> dict[Tensor, tuple[str, torch.Tensor]]:
+    """A module-level name for every constant tensor; equal ones share it."""
+    named: dict[Tensor, tuple[str, torch.Tensor]] = {}
+    for tensors in (graph.constants, *(kind.constants for kind in graph.kinds)):
+        for tensor, value in tensors.items():
+            name = tensor.name.upper()
+            taken = dict(named.values())
+            number = 0
+            while name in taken and not (taken[name].shape == value.shape and torch.equal(taken[name], value)):
+                number += 1
+                name = f"{tensor.name.upper()}_{number}"
+            named[tensor] = (name, value)
+    return dict(sorted(named.items(), key=lambda item: item[1][0]))
+
+
+def _constant(name: str, value: torch.Tensor) -> str:
+    """NAME = torch.tensor([...]), exact to the bit."""
+    dtype = "" if value.dtype in (torch.float32, torch.int64, torch.bool) else f", dtype={value.dtype}"
+    shape = "" if value.dim() == 1 else f".view({tuple(value.shape)})"
+    numbers = ", ".join(_literal(number) for number in value.flatten())
+    body = "\n".join(textwrap.wrap(numbers, LINE - 4, initial_indent="    ", subsequent_indent="    "))
+    text = f"torch.tensor(\n    [\n{textwrap.indent(body, '    ')}\n    ]{dtype}\n){shape}"
+    return f"# fmt: off\n{name} = {text}\n# fmt: on"
+
+
+def _literal(number: torch.Tensor) -> str:
+    if number.dtype == torch.bool or not number.dtype.is_floating_point:
+        return repr(number.item())
+    shortest = str(numpy.float32(number.item())) if number.dtype == torch.float32 else repr(number.item())
+    exact = torch.tensor(float(shortest), dtype=number.dtype).equal(number)
+    text = shortest if exact else repr(number.item())
+    return f'float("{text}")' if text in ("inf", "-inf", "nan") else text
+
+
+# --- function bodies -----------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Body:
+    """A function in the making: which ops are statements, which are written inside them, what values are called."""
+
+    device: str  # the expression that new tensors take their device from
+    reserved: set[str]  # names that no variable may take
+    constants: dict[Tensor, tuple[str, torch.Tensor]]
+    parameters: dict[Tensor, str]  # 'self.mlp.up_proj.weight'
+    results: tuple[Tensor, ...]  # what it returns
+    statements: list[Op | LayerCall] = field(default_factory=list)
+    inlined: dict[Tensor, Op] = field(default_factory=dict)
+    names: dict[Tensor, str] = field(default_factory=dict)
+    last_use: dict[Tensor, int] = field(default_factory=dict)  # index of the last statement that reads a value
+    targets: dict[Tensor, str] = field(default_factory=dict)  # the variable that the model's source assigns it to
+    module_results: set[Tensor] = field(default_factory=set)  # what only other modules read
+
+    def refer(self, tensor: Tensor) -> Expression:
+        if tensor in self.inlined:
+            return expression(self.inlined[tensor], self.refer, self.device)
+        if tensor in self.parameters:
+            return Expression(self.parameters[tensor])
+        if tensor in self.constants:
+            return Expression(f"{self.constants[tensor][0]}.to({self.device})")
+        return Expression(self.names[tensor])
+
+    def reads(self, item: Op | LayerCall) -> Iterable[Tensor]:
+        """The values a statement reads, through what is inlined in it."""
+        for tensor in item.inputs:
+            if tensor in self.inlined:
+                yield from self.reads(self.inlined[tensor])
+            else:
+                yield tensor
+
+    def choose_name(self, tensor: Tensor, candidates: Iterable[str], at: int) -> str:
+        """Names a value made by statement `at` with the first candidate that no value still to be read has."""
+        live = {name for other, name in self.names.items() if self.last_use.get(other, -1) > at}
+        names = [c for c in candidates if c.isidentifier() and not keyword.iskeyword(c) and c != "_"]
+        names = [c for c in names if c not in self.reserved] or ["value"]
+        numbered = (f"{names[0]}_{i}" for i in range(1, len(live) + 2))
+        self.names[tensor] = next(name for name in (*names, *numbered) if name not in live)
+        return self.names[tensor]
+
+
+def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device: str) -> _Body:
+    """Decides what is a statement and what is inlined: the source's own statements are kept whole."""
+    items = owner.body if isinstance(owner, Graph) else owner.ops
+    results = (owner.output,) if isinstance(owner, Graph) else owner.outputs
+    reserved = {"torch", "F", "nn", "checkpoint", "module", "self", "layer"} | {name for name, _ in constants.values()}
+    reserved |= {op.target.rsplit(".", 1)[-1] for op in _all_ops(graph) if not op.target.startswith("aten.")}
+    body = _Body(device, reserved, constants, {t: f"self.{name}" for name, t in owner.parameters.items()}, results)
+
+    users: dict[Tensor, list[Op | LayerCall]] = {}
+    for item in items:
+        for tensor in item.inputs:
+            users.setdefault(tensor, []).append(item)
+    for item in items:
+        if len(item.outputs) == 1 and item.outputs[0] not in results and len(users[item.outputs[0]]) == 1:
+            (user,) = users[item.outputs[0]]
+            if isinstance(item, Op) and isinstance(user, Op) and _in_one_statement(item, user):
+                body.inlined[item.outputs[0]] = item
+    body.statements = [item for item in items if item.outputs[0] not in body.inlined]
+    for index, item in enumerate(body.statements):
+        body.last_use |= dict.fromkeys(body.reads(item), index)
+    body.last_use |= dict.fromkeys(results, len(body.statements))
+    _match_targets(body, users)
+    for op in body.statements:
+        if isinstance(op, Op) and all(user.module != op.module for t in op.outputs for user in users.get(t, [])):
+            body.module_results.update(op.outputs)
+    return body
+
+
+def _all_ops(graph: Graph) -> list[Op]:
+    return [op for body in (graph.body, *(kind.ops for kind in graph.kinds)) for op in body if isinstance(op, Op)]
+
+
+def _in_one_statement(op: Op, user: Op) -> bool:
+    """Whether the source has both in one statement, or one of them in what that statement calls."""
+    if op.statement is None or user.statement is None:
+        return False
+    if op.statement.place in {s.place for s in (*user.statement.callers, user.statement)}:
+        return True
+    return not op.statement.targets and user.statement.place in {s.place for s in op.statement.callers}
+
+
+def _match_targets(body: _Body, users: dict[Tensor, list[Op | LayerCall]]) -> None:
+    """Finds for each value the variable it is in the source: the results of a statement, in order, are its targets."""
+    groups: dict[tuple, list[Op]] = {}
+    for op in body.statements:
+        if isinstance(op, Op) and op.statement and op.statement.targets:
+            groups.setdefault(_source_place(op), []).append(op)
+    for place, ops in groups.items():
+        within = {id(op) for op in (*ops, *body.inlined.values()) if _source_place(op) == place}
+        results = [t for op in ops for t in op.outputs if any(id(u) not in within for u in users.get(t, [None]))]
+        targets = ops[0].statement.targets
+        body.targets |= dict(zip(results[-len(targets) :], targets, strict=False))
+
+
+def _source_place(op: Op) -> tuple | None:
+    return (op.module.rsplit(".", 1)[0], op.statement.place) if op.statement else None
+
+
+def _candidates(op: Op, tensor: Tensor, body: _Body) -> list[str]:
+    """Names for a value, best first: the source's variable, what it was before a cast, its module's, its operator's."""
+    source = next((body.names[t] for t in body.reads(op) if t in body.names), None)
+    operator = op.target.split(".")[1] if op.target.startswith("aten.") else op.target.rsplit(".", 1)[-1]
+    names = [body.targets[tensor]] if tensor in body.targets else []
+    if not names and source and (op.note or operator in ("to", "type_as", "contiguous")):
+        names.append(source)
+    elif not names and op.statement:
+        names += [s.targets[0] for s in reversed(op.statement.callers[-1:]) if len(s.targets) == 1]
+    if tensor in body.module_results:
+        names.append(op.module.rsplit(".", 1)[-1])
+    names += _inlined_modules(op, body)
+    return [*names, f"{source}_{operator}" if source else operator]
+
+
+def _inlined_modules(op: Op, body: _Body) -> list[str]:
+    """The names of the modules within an op's own whose results the op's statement takes, the nearest first."""
+    names = []
+    for inner in (body.inlined[t] for t in op.inputs if t in body.inlined):
+        if inner.module != op.module and inner.module.startswith(op.module):
+            names.append(inner.module.rsplit(".", 1)[-1])
+        names += _inlined_modules(inner, body)
+    return names
+
+
+def _write_op(index: int, body: _Body) -> list[str]:
+    """`name = expression  # shape`, then a `del` of large values that nothing after it reads, or the return."""
+    op = body.statements[index]
+    right = expression(op, body.refer, body.device).text
+    dead = [t for t in dict.fromkeys(body.reads(op)) if t in body.names and body.last_use[t] == index]
+    left = [body.choose_name(t, _candidates(op, t, body), index) for t in op.outputs]
+    if index + 1 == len(body.statements) and op.outputs == body.results and op.statement and not op.statement.targets:
+        return [f"return {right}"]
+    shape = f"# {list(op.outputs[0].shape)}"
+    lines = [f"# {_describe_move(op)}", ""] if op.note else [""]
+    lines[-1] = f"{', '.join(left)} = {right}"
+    if len(lines[-1]) + len(shape) + 10 <= LINE:
+        lines[-1] += f"  {shape}"
+    freed = [body.names[t] for t in dead if t.requires_grad and body.names[t] not in left]
+    if index + 1 == len(body.statements):
+        lines.append(f"return {', '.join(body.names[t] for t in body.results)}")
+    elif freed:
+        lines.append(f"del {', '.join(freed)}")
+    return lines
+
+
+_MOVES = {
+    "all_to_all": "all-to-all of {before}",
+    "all_gather": "all-gather to {after}",
+    "all_gather_reduce": "all-gather to {after}, the gradient is reduce-scattered",
+    "take_slice": "own slice, nothing moves{but_gathers}",
+    "replicate": "nothing moves, the gradient is all-reduced, {before}",
+    "all_reduce": "all-reduce of {before}",
+    "all_reduce_both": "all-reduce of {before}, and of the gradient",
+    "reduce_scatter": "reduce-scatter of {before}, the gradient is all-gathered",
+}
+
+
+def _describe_move(op: Op) -> str:
+    """What moves between the ranks, how many bytes of it a rank holds, and why."""
+    before, after = (say_bytes(nbytes(t)) for t in (op.inputs[0], op.outputs[0]))
+    gathers = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
+    what = _MOVES[op.target.rsplit(".", 1)[-1]].format(before=before, after=after, but_gathers=gathers)
+    return f"{what}: {op.note}"
+
+
+# --- classes -------------------------------------------------------------------------------------------------------
+
+
+def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor, str]) -> str:
+    """The class of layer kind `number`; `names` are what the root calls its inputs."""
+    kind = graph.kinds[number]
+    arguments: list[str] = []
+    first = next(call for call in graph.layer_calls if call.kind == number)
+    for tensor in first.inputs:
+        wanted = names[tensor] if arguments else CARRIED
+        arguments.append(wanted if wanted not in arguments else f"{wanted}_{len(arguments)}")
+    body = _start_body(graph, kind, constants, f"{arguments[0]}.device")
+    body.names = dict(zip(kind.inputs, arguments, strict=True))
+    lines, section = [], None
+    for index, op in enumerate(body.statements):
+        if section not in (None, op.module.split(".")[0]):
+            lines.append("")
+        section = op.module.split(".")[0]
+        lines += _write_op(index, body)
+    which = _ranges([call.index for call in graph.layer_calls if call.kind == number])
+    return _class(
+        kind.class_name, f"{graph.layers_path}: {which}.", _parameter_tree(kind), kind.inputs, arguments, lines
+    )
+
+
+def _root_class(graph: Graph, plan: Plan, constants: dict) -> tuple[str, dict[Tensor, str]]:
+    """The class of the whole model, and what it calls its values."""
+    arguments = [t.name for t in graph.inputs]
+    body = _start_body(graph, graph, constants, f"{arguments[0]}.device")
+    body.names = dict(zip(graph.inputs, arguments, strict=True))
+    for call in graph.layer_calls[:1]:
+        body.targets[call.inputs[0]] = CARRIED
+    lines: list[str] = []
+    index = 0
+    while index < len(body.statements):
+        if isinstance(body.statements[index], LayerCall):
+            run = _run_of_layers(body, index, plan)
+            lines += _write_run(run, index, graph, plan, body)
+            index += len(run)
+        else:
+            lines += _write_op(index, body)
+            index += 1
+    tree = _parameter_tree(graph)
+    if graph.kinds:
+        *path, name = graph.layers_path.split(".")
+        reduce(lambda node, part: node.setdefault(part, {}), path, tree)[name] = _module_list(graph)
+    says = "The model with its loss, summed over tokens."
+    return _class(graph.class_name, says, tree, graph.inputs, arguments, lines), body.names
+
+
+def _run_of_layers(body: _Body, first: int, plan: Plan) -> list[LayerCall]:
+    """The calls from statement `first` on that one loop can make: each takes what the last gave, all else the same."""
+    run = [body.statements[first]]
+    for call in body.statements[first + 1 :]:
+        last = run[-1]
+        if not isinstance(call, LayerCall) or len(last.outputs) > 1 or call.index != last.index + 1:
+            break
+        same = call.inputs == (last.outputs[0], *run[0].inputs[1:]) and call.inputs[1:] == run[0].inputs[1:]
+        read_later = body.last_use[last.outputs[0]] > first + len(run)
+        if not same or read_later or plan.recompute[call.index] != plan.recompute[last.index]:
+            break
+        run.append(call)
+    return run
+
+
+_POLICIES = {
+    KEEP_INPUT: "These layers keep their input only, and run their forward again in the backward pass.",
+    KEEP_ATTENTION: "These layers keep their input and attention's output, and compute the rest again in backward.",
+    KEEP_ALL: "These layers keep all that their backward pass needs.",
+}
+
+
+def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body: _Body) -> list[str]:
+    """A loop over layers, or the call of a single one."""
+    layers = f"self.{graph.layers_path}"
+    given = [body.names[t] for t in run[0].inputs]
+    last = first + len(run) - 1
+    made = [body.choose_name(t, [CARRIED], last) for t in run[-1].outputs]
+    policy = plan.recompute[run[0].index]
+    lines = ["", *(f"# {line}" for line in textwrap.wrap(_POLICIES[policy], LINE - 10))]
+
+    def call(layer: str, arguments: list[str]) -> str:
+        if policy == KEEP_ALL:
+            return f"{layer}({', '.join(arguments)})"
+        random = any(draws_random_numbers(op) for op in graph.kinds[run[0].kind].ops)
+        options = ["use_reentrant=False"] + ([] if random else ["preserve_rng_state=False"])
+        options += ["context_fn=keep_attention"] if policy == KEEP_ATTENTION else []
+        return f"checkpoint({', '.join([layer, *arguments, *options])})"
+
+    if len(run) == 1:
+        return [*lines, f"{', '.join(made)} = {call(f'{layers}[{run[0].index}]', given)}"]
+    if given[0] != made[0]:
+        lines.append(f"{made[0]} = {given[0]}")
+    whole = len(run) == len(graph.layer_calls)
+    span = layers if whole else f"{layers}[{run[0].index} : {run[-1].index + 1}]"
+    return [*lines, f"for layer in {span}:", f"    {made[0]} = {call('layer', [made[0], *given[1:]])}", ""]
+
+
+def _class(name: str, says: str, tree: dict, inputs: Sequence[Tensor], arguments: list[str], lines: list[str]) -> str:
+    """A module's class: parameters in `tree`, a forward of `lines`."""
+    assignments = "\n".join(f"self.{part} = {_parameters(value)}" for part, value in tree.items())
+    shapes = ", ".join(f"{argument} {list(t.shape)}" for argument, t in zip(arguments, inputs, strict=True))
+    forward = "\n".join([f"# {shapes}", *lines])
+    return f'''
+class {name}(nn.Module):
+    """{says}"""
+
+    def __init__(self):
+        super().__init__()
+{textwrap.indent(assignments, " " * 8)}
+
+    def forward(self, {", ".join(arguments)}):
+{textwrap.indent(forward, " " * 8)}
+'''
+
+
+def _parameter_tree(owner: Graph | LayerKind) -> dict:
+    """{'mlp': {'up_proj': {'weight': (14336, 4096)}}}: the parameters' shapes, nested as their names are."""
+    tree: dict = {}
+    for name, tensor in owner.parameters.items():
+        *path, last = name.split(".")
+        reduce(lambda node, part: node.setdefault(part, {}), path, tree)[last] = tensor.shape
+    return tree
+
+
+def _parameters(node: dict | tuple | str) -> str:
+    """Python that makes a node of the parameter tree."""
+    if isinstance(node, str):
+        return node
+    if isinstance(node, tuple):
+        return f"nn.Parameter(torch.empty({node}))"
+    parts = {name: str(v) if isinstance(v, tuple) else _parameters(v) for name, v in node.items()}
+    if all(name.isidentifier() and not keyword.iskeyword(name) for name in parts):
+        return f"module({', '.join(f'{name}={text}' for name, text in parts.items())})"
+    return f"module(**{{{', '.join(f'{name!r}: {text}' for name, text in parts.items())}}})"
+
+
+def _module_list(graph: Graph) -> str:
+    """nn.ModuleList of every layer; a repeating pattern of kinds is written once."""
+    kinds = [graph.kinds[call.kind].class_name for call in graph.layer_calls]
+    if len(set(kinds)) == 1:
+        return f"nn.ModuleList({kinds[0]}() for _ in range({len(kinds)}))"
+    n = len(kinds)
+    period = next(p for p in range(1, n + 1) if n % p == 0 and kinds == kinds[:p] * (n // p))
+    return f"nn.ModuleList(kind() for kind in [{', '.join(kinds[:period])}]{f' * {n // period}' if period < n else ''})"
+
+
+def _ranges(numbers: list[int]) -> str:
+    """'layers 0 to 31', 'layers 0, 2, 4', 'layers 0 to 2, 4 to 6'."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return "layers " + ", ".join(f"{r[0]} to {r[-1]}" if len(r) > 1 else str(r[0]) for r in runs)

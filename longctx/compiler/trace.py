@@ -1,0 +1,588 @@
+"""Model -> dataflow graph: torch.export on meta tensors, then layers of one kind folded into one.
+
+The graph keeps ATen's operators and names what a person knows: parameters by their Hugging Face names, values by the
+variables of the model's own source, and each layer kind once, however many layers there are.
+"""
+
+import ast
+import inspect
+import logging
+import re
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from longctx.compiler.annotation import REGISTERED_OPS, RegisteredOp, output_shapes
+from longctx.errors import UserError, one_line
+
+PACKAGE = str(Path(__file__).parent.parent)  # frames of ours say nothing of the model
+
+
+class Device:
+    """Stands, among an op's arguments, for the device that the generated code runs on."""
+
+    def __repr__(self) -> str:
+        return "DEVICE"
+
+
+DEVICE = Device()
+
+
+@dataclass(frozen=True, eq=False)
+class Tensor:
+    """A value of the graph; two are the same only if they are the same object."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    requires_grad: bool
+    kind: str = "activation"  # or 'input', 'parameter', 'constant'
+
+
+@dataclass(frozen=True)
+class Statement:
+    """The source statement an op came from; `targets` are the variables it assigns, and ops share it by `place`."""
+
+    place: tuple[str, int]
+    targets: tuple[str, ...]
+    callers: tuple["Statement", ...] = ()  # the statements that called it, outermost first
+
+
+@dataclass(frozen=True, eq=False)
+class Op:
+    """One operator: `target` is an ATen overload ('aten.linear.default') or a registered function ('model.attention').
+
+    `args` and `kwargs` hold Tensors, lists of them, and plain values, as the target takes them.
+    """
+
+    target: str
+    args: tuple
+    kwargs: dict[str, Any]
+    outputs: tuple[Tensor, ...]
+    module: str  # dotted path of the module that ran it, within its layer if it is in one
+    statement: Statement | None
+    note: str = ""  # for a move between ranks: what it is for
+
+    @property
+    def inputs(self) -> list[Tensor]:
+        return list(tensors_in((self.args, self.kwargs)))
+
+
+@dataclass(frozen=True, eq=False)
+class LayerKind:
+    """The ops of every layer that is equal to this one; parameters are named within the layer."""
+
+    class_name: str
+    inputs: tuple[Tensor, ...]  # the previous layer's output first
+    outputs: tuple[Tensor, ...]
+    parameters: dict[str, Tensor]
+    constants: dict[Tensor, torch.Tensor]
+    ops: tuple[Op, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """Layer `index` of kind `kinds[kind]`, with the values it takes and gives in the model's graph."""
+
+    index: int
+    kind: int
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+    module: str = ""
+
+
+@dataclass(frozen=True, eq=False)
+class Graph:
+    """A model: `body` runs in order. Parameters of layers are in their kinds, all others here."""
+
+    class_name: str
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    parameters: dict[str, Tensor]
+    constants: dict[Tensor, torch.Tensor]
+    body: tuple[Op | LayerCall, ...]
+    kinds: tuple[LayerKind, ...]
+    layers_path: str  # 'model.layers'
+
+    @property
+    def layer_calls(self) -> list[LayerCall]:
+        return [item for item in self.body if isinstance(item, LayerCall)]
+
+    def all_parameters(self) -> dict[str, Tensor]:
+        """Every parameter by its Hugging Face name."""
+        named = dict(self.parameters)
+        for call in self.layer_calls:
+            for name, tensor in self.kinds[call.kind].parameters.items():
+                named[f"{self.layers_path}.{call.index}.{name}"] = tensor
+        return named
+
+    def named(self, values: dict[Tensor, Any]) -> dict[str, Any]:
+        """What is known of some parameters, by Hugging Face name; a layer kind's are those of all its layers."""
+        return {name: values[tensor] for name, tensor in self.all_parameters().items() if tensor in values}
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The Tensors in nested tuples, lists and dicts, in order."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (tuple, list)):
+        for item in value:
+            yield from tensors_in(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_in(item)
+
+
+def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
+    """`value` with every Tensor in it replaced by change(tensor)."""
+    if isinstance(value, Tensor):
+        return change(value)
+    if isinstance(value, (tuple, list)):
+        return type(value)(map_tensors(item, change) for item in value)
+    if isinstance(value, dict):
+        return {key: map_tensors(item, change) for key, item in value.items()}
+    return value
+
+
+# --- export --------------------------------------------------------------------------------------------------------
+
+
+def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
+    """Traces module(**sample) to a Graph.
+
+    Args:
+        module: has the traced model as its attribute `model`; parameters on meta, buffers real.
+        sample: inputs on meta, by the names of forward's parameters, each its own tensor.
+
+    Raises:
+        UserError: torch.export can't trace the model.
+    """
+    buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
+    module.to("meta")  # one device for all; the buffers' values are in `buffers`
+    with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
+        try:
+            with _without_logs():
+                exported = torch.export.export(module, (), kwargs=sample, strict=False)
+        except UserError:
+            raise
+        except Exception as error:
+            reason = one_line(error)
+            raise UserError(f"--model_id: torch.export can't trace {type(module.model).__name__}: {reason}") from error
+    flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
+    _check_learned_positions(flat, type(module.model).__name__)
+    return _fold_layers(flat, type(module.model).__name__, *_decoder_layers(module.model))
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Nothing is logged or printed as an error inside: torch.export tells on pages what the error says in a line."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with redirect_stderr(StringIO()):
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@dataclass
+class _Opaque:
+    """What the stand-in of a registered op stands for."""
+
+    op: RegisteredOp
+    values: dict[str, Any]  # arguments that are no tensors
+    tensors: tuple[str, ...]  # names of those that are
+
+
+@contextmanager
+def _opaque_ops(library: torch.library.Library) -> Iterator[dict[str, _Opaque]]:
+    """Inside, every registered function, wherever a module refers to it, records itself as a single node.
+
+    Yields the table of what each such node's operator stands for.
+    """
+    table: dict[str, _Opaque] = {}
+    stand_ins = {op.fn: _stand_in(library, op, table) for op in REGISTERED_OPS.values()}
+    replaced = []
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if type(value) is FunctionType and value in stand_ins:
+                replaced.append((module.__dict__, name, value))
+                module.__dict__[name] = stand_ins[value]
+    try:
+        yield table
+    finally:
+        for namespace, name, value in replaced:
+            namespace[name] = value
+
+
+def _stand_in(library: torch.library.Library, op: RegisteredOp, table: dict[str, _Opaque]) -> Callable:
+    """A function that calls, for each set of non-tensor arguments, a torch operator of its own."""
+    signature = inspect.signature(op.fn)
+    n_outputs = 1
+    overloads: dict[str, Callable] = {}
+
+    def stand_in(*args, **kwargs):
+        bound = signature.bind(*args, **kwargs)
+        annotation = op.annotate(args, kwargs)
+        shapes = [tuple(v.shape) if isinstance(v, torch.Tensor) else None for v in bound.arguments.values()]
+        promised = output_shapes(annotation, shapes[: len(annotation.inputs)])
+        given = {name: v for name, v in bound.arguments.items() if isinstance(v, torch.Tensor)}
+        values = {name: v for name, v in bound.arguments.items() if name not in given}
+        key = repr((values, tuple(given)))
+        if key not in overloads:
+            name = f"{op.fn.__name__}_{len(table)}"
+            schema = ", ".join(f"Tensor {name}" for name in given)
+            library.define(f"{name}({schema}) -> {', '.join(['Tensor'] * n_outputs)}")
+
+            def fake(*tensors):
+                return op.fn(**dict(zip(given, tensors, strict=True)), **values)
+
+            torch.library.register_fake(f"annotated::{name}", fake, lib=library)
+            overloads[key] = getattr(torch.ops.annotated, name).default
+            table[str(overloads[key])] = _Opaque(op, values, tuple(given))
+        result = overloads[key](*given.values())
+        if promised[0] is not None and tuple(result.shape) != promised[0]:
+            raise UserError(
+                f"annotation {annotation.text!r} of {op.name} promises an output of shape {list(promised[0])}, "
+                f"but it gives {list(result.shape)}; mend the annotation"
+            )
+        return result
+
+    return stand_in
+
+
+def _decoder_layers(model: nn.Module) -> tuple[str, dict[int, str]]:
+    """The path of the list of decoder layers, the one with the most parameters, and each layer's class name."""
+    lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
+    if not lists:
+        return "", {}
+    path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    return path, {index: type(layer).__name__ for index, layer in enumerate(layers)}
+
+
+# --- ATen nodes -> ops ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Flat:
+    """The traced graph before its layers are folded; an op's `module` is the full path here."""
+
+    inputs: tuple[Tensor, ...]
+    output: Tensor | None = None
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    constants: dict[Tensor, torch.Tensor] = field(default_factory=dict)
+    ops: list[Op] = field(default_factory=list)
+
+
+def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaque: dict[str, _Opaque]) -> _Flat:
+    """Nested graphs inlined, devices replaced, parameters and constants resolved, identities dropped."""
+    env: dict[fx.Node, Any] = {}
+    flat = _Flat(inputs=())
+    canonical = {id(p): name for name, p in module.named_parameters()}  # a tied weight has the name it has first
+    by_name = dict(module.named_parameters(remove_duplicate=False))
+    values = {**exported.constants, **buffers}
+    for spec, node in zip(
+        exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
+    ):
+        value = node.meta["val"]
+        if spec.kind.name == "PARAMETER":
+            name = canonical[id(by_name[spec.target])].removeprefix("model.")
+            if name not in flat.parameters:
+                parameter = by_name[spec.target]
+                flat.parameters[name] = _tensor(name, value, parameter.requires_grad, "parameter")
+            env[node] = flat.parameters[name]
+        elif spec.kind.name == "USER_INPUT":
+            env[node] = _tensor(node.name, value, False, "input")
+            flat.inputs += (env[node],)
+        else:
+            env[node] = _tensor(spec.target.rsplit(".", 1)[-1], value, False, "constant")
+            flat.constants[env[node]] = values[spec.target]
+    (flat.output,) = _convert(exported.graph_module, env, flat.ops, opaque)
+    return flat
+
+
+def _tensor(name: str, value: torch.Tensor, requires_grad: bool, kind: str = "activation") -> Tensor:
+    return Tensor(name, tuple(value.shape), value.dtype, requires_grad, kind)
+
+
+def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:
+    """Appends a graph's nodes to `ops`; `env` maps its placeholders to values. Returns the values of its outputs."""
+    for node in module.graph.nodes:
+        if node.op == "placeholder":
+            continue
+        if node.op == "get_attr":
+            env[node] = getattr(module, node.target)
+            continue
+        args = fx.map_arg(node.args, env.__getitem__)
+        if node.op == "output":
+            return tuple(args[0])
+        kwargs = {k: fx.map_arg(v, env.__getitem__) for k, v in node.kwargs.items()}
+        target = str(node.target)
+        if target == "wrap_with_set_grad_enabled":
+            env[node] = _inline(args, node, ops, opaque)
+        elif target == "<built-in function getitem>":
+            env[node] = args[0][args[1]]
+        elif target.startswith("aten._assert_tensor_metadata"):
+            continue
+        elif target.startswith(("aten.", "annotated.")):
+            env[node] = _append_op(target, args, kwargs, node, ops, opaque)
+        else:
+            raise UserError(f"--model_id: the model uses {target}, which the compiler does not know how to generate")
+    raise AssertionError("a graph has an output")
+
+
+def _inline(args: tuple, node: fx.Node, ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:
+    """A region with autograd switched off: its inputs are detached, which cuts the same gradients."""
+    grad_enabled, module, *given = args
+    if not grad_enabled:
+        given = [_detach(value, ops) if value.requires_grad else value for value in given]
+    return _convert(module, dict(zip(module.graph.find_nodes(op="placeholder"), given, strict=True)), ops, opaque)
+
+
+def _detach(tensor: Tensor, ops: list[Op]) -> Tensor:
+    result = replace(tensor, name=f"{tensor.name}_detached", requires_grad=False, kind="activation")
+    ops.append(Op("aten.detach.default", (tensor,), {}, (result,), "", None))
+    return result
+
+
+def _append_op(target: str, args: tuple, kwargs: dict, node: fx.Node, ops: list[Op], opaque: dict) -> Any:
+    """Appends the op a node is and returns its output, or the input itself where the node changes nothing."""
+    if target in opaque:
+        stands_for = opaque[target]
+        parameters = inspect.signature(stands_for.op.fn).parameters
+        kwargs = {name: v for name, v in stands_for.values.items() if v != parameters[name].default}
+        target = stands_for.op.name
+        if list(stands_for.tensors) != list(parameters)[: len(args)]:  # a tensor behind a plain value goes by name
+            kwargs |= dict(zip(stands_for.tensors, args, strict=True))
+            args = ()
+    else:
+        target, args, kwargs = _without_device(target, args, kwargs)
+        if (same := _identity(target, args, kwargs, node.meta["val"])) is not None:
+            return same
+    inputs = list(tensors_in((args, kwargs)))
+    requires_grad = any(t.requires_grad for t in inputs) and not target.startswith("aten.detach")
+    values = node.meta["val"]
+    outputs = tuple(
+        _tensor(node.name if i == 0 else f"{node.name}_{i}", value, requires_grad and value.dtype.is_floating_point)
+        for i, value in enumerate(values if isinstance(values, (tuple, list)) else [values])
+    )
+    path = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
+    path = path.removeprefix("model").removeprefix(".")
+    ops.append(Op(target, args, kwargs, outputs, path, _statement(node.meta.get("stack_trace") or "")))
+    return outputs if isinstance(values, (tuple, list)) else outputs[0]
+
+
+def _without_device(target: str, args: tuple, kwargs: dict) -> tuple[str, tuple, dict]:
+    """Takes the traced device (meta) out: moves between devices go, tensors made in the graph are made on DEVICE."""
+    args = tuple(DEVICE if isinstance(a, torch.device) else a for a in args)
+    kwargs = {k: DEVICE if isinstance(v, torch.device) else v for k, v in kwargs.items()}
+    kwargs = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "layout")}
+    if target == "aten.to.device":  # to(tensor, device, dtype, ...)
+        return "aten.to.dtype", (args[0], args[2]), {}
+    if target == "aten.to.dtype_layout":
+        return "aten.to.dtype", (args[0], kwargs["dtype"]), {}
+    return target, args, kwargs
+
+
+def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | None:
+    """The input of an op that returns it unchanged, bit for bit; None for any other op."""
+    name = target.split(".")[1]
+    first = args[0] if args and isinstance(args[0], Tensor) else None
+    if first is None or not isinstance(value, torch.Tensor):
+        return None
+    same_type = first.dtype == value.dtype and first.shape == tuple(value.shape)
+    same = {
+        "to": True,
+        "type_as": True,
+        "alias": True,
+        "lift_fresh_copy": True,
+        "expand": True,
+        "view": True,
+        "reshape": True,
+        "slice": True,
+        "contiguous": "view" in name,  # layout only, kept where it is: it decides whether a later view is legal
+        "dropout": len(args) > 2 and (args[1] == 0.0 or not args[2]),
+        "add": len(args) == 2 and args[1] == 0 and not isinstance(args[1], Tensor),
+        "mul": len(args) == 2 and args[1] == 1 and not isinstance(args[1], Tensor),
+    }.get(name, False)
+    return first if same and same_type else None
+
+
+def _without_dead_ops(flat: _Flat) -> _Flat:
+    used = {flat.output}
+    kept = []
+    for op in reversed(flat.ops):
+        if used & set(op.outputs):
+            kept.append(op)
+            used.update(op.inputs)
+    flat.ops = kept[::-1]
+    flat.constants = {t: value for t, value in flat.constants.items() if t in used}
+    if lost := [t.name for t, value in flat.constants.items() if value.is_meta]:
+        raise UserError(
+            f"--model_id: the model's forward makes a tensor of numbers ({lost[0]}), whose values tracing loses; train "
+            "a model that keeps them in a buffer"
+        )
+    return flat
+
+
+def _check_learned_positions(flat: _Flat, class_name: str) -> None:
+    """Raises a UserError where a table of positions is shorter than the rows: tracing reads no entry of it."""
+    makers = {t: op for op in flat.ops for t in op.outputs}
+
+    def value_of(tensor: Tensor) -> torch.Tensor | None:
+        """The value, if it is the same whatever the tokens are."""
+        if tensor in flat.constants:
+            return flat.constants[tensor]
+        if tensor not in makers or len(makers[tensor].outputs) > 1 or not makers[tensor].target.startswith("aten."):
+            return None
+        op = makers[tensor]
+        known = {t: value_of(t) for t in op.inputs}
+        if any(value is None for value in known.values()):
+            return None
+        args, kwargs = map_tensors((op.args, op.kwargs), known.__getitem__)
+        kwargs = {name: "cpu" if isinstance(value, Device) else value for name, value in kwargs.items()}
+        _, name, overload = op.target.split(".")
+        return getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
+
+    length = flat.inputs[0].shape[-1]
+    for op in flat.ops:
+        if op.target.startswith("aten.embedding.") and (positions := value_of(op.inputs[1])) is not None:
+            table = op.inputs[0]
+            if (missing := positions.max().item() + 1 - table.shape[0]) > 0:
+                raise UserError(
+                    f"--model_id: {class_name} has learned positions ({table.name}) for {length - missing} tokens and "
+                    f"the rows have {length}; take rows of at most {length - missing}, or another model"
+                )
+
+
+# --- source statements ---------------------------------------------------------------------------------------------
+
+
+def _statement(stack_trace: str) -> Statement | None:
+    """The innermost statement of the model's own source in a stack trace, or of ours if there is none."""
+    frames = [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', stack_trace)]
+    frames = [f for f in frames if "/torch/" not in f[0] and "\\torch\\" not in f[0]]
+    theirs = [f for f in frames if not f[0].startswith(PACKAGE)]
+    found = [s for file, line in theirs or frames if (s := _statements(file).get(line))]
+    return replace(found[-1], callers=tuple(found[:-1])) if found else None
+
+
+@lru_cache(maxsize=64)
+def _statements(file: str) -> dict[int, Statement]:
+    """The simple statement on each line of a source file."""
+    try:
+        with open(file) as source:
+            tree = ast.parse(source.read())
+    except (OSError, SyntaxError, ValueError):
+        return {}
+    lines = {}
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)):
+            assigned = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
+            names = assigned.elts if isinstance(assigned, ast.Tuple) else [assigned]
+            targets = tuple(n.id for n in names if isinstance(n, ast.Name))
+            for line in range(node.lineno, node.end_lineno + 1):
+                lines[line] = Statement((file, node.lineno), targets)
+    return lines
+
+
+# --- layers --------------------------------------------------------------------------------------------------------
+
+
+def _fold_layers(flat: _Flat, class_name: str, layers_path: str, class_names: dict[int, str]) -> Graph:
+    """Gathers each layer's ops, and layers that are equal but for their parameters into one kind."""
+    layer_of: dict[Op, int] = {}
+    for op in flat.ops:
+        match = re.match(rf"{re.escape(layers_path)}\.(\d+)(\.|$)", op.module) if layers_path else None
+        if match:
+            layer_of[op] = int(match[1])
+    by_layer: dict[int, list[Op]] = {}
+    for op, index in layer_of.items():
+        by_layer.setdefault(index, []).append(op)
+
+    kinds: list[LayerKind] = []
+    signatures: list[tuple] = []
+    calls: dict[int, LayerCall] = {}
+    carried: Tensor | None = None
+    for index, ops in sorted(by_layer.items()):
+        call, kind = _cut_layer(flat, ops, index, f"{layers_path}.{index}.", class_names[index], carried)
+        signature = _signature(kind)
+        if signature not in signatures:
+            signatures.append(signature)
+            kinds.append(kind)
+        calls[index] = replace(call, kind=signatures.index(signature))
+        carried = call.outputs[0]
+
+    body: list[Op | LayerCall] = []
+    for op in flat.ops:
+        if op not in layer_of:
+            body.append(op)
+        elif op is by_layer[layer_of[op]][-1]:
+            body.append(calls[layer_of[op]])
+    in_layers = {t for kind in kinds for t in kind.constants}
+    return Graph(
+        class_name=class_name,
+        inputs=flat.inputs,
+        output=flat.output,
+        parameters={n: t for n, t in flat.parameters.items() if not re.match(rf"{re.escape(layers_path)}\.\d+\.", n)},
+        constants={t: v for t, v in flat.constants.items() if t not in in_layers},
+        body=tuple(body),
+        kinds=tuple(_numbered(kinds)),
+        layers_path=layers_path,
+    )
+
+
+def _cut_layer(
+    flat: _Flat, ops: list[Op], index: int, prefix: str, class_name: str, carried: Tensor | None
+) -> tuple[LayerCall, LayerKind]:
+    """Layer `index` with what flows into and out of it; `carried` is the previous layer's output."""
+    made = {t for op in ops for t in op.outputs}
+    inside = set(ops)
+    used_outside = {t for op in flat.ops if op not in inside for t in op.inputs} | {flat.output}
+    taken = list(dict.fromkeys(t for op in ops for t in op.inputs if t not in made))
+    parameters = {t.name.removeprefix(prefix): t for t in taken if t.kind == "parameter"}
+    if outsiders := [t.name for t in parameters.values() if not t.name.startswith(prefix)]:
+        raise UserError(f"--model_id: layer {index} uses the weight {outsiders[0]}, which is not its own")
+    constants = {t: flat.constants[t] for t in taken if t.kind == "constant"}
+    inputs = [t for t in taken if t.kind not in ("parameter", "constant")]
+    inputs.sort(key=lambda t: (t is not carried, not t.requires_grad))  # stable: hidden states come first
+    outputs = tuple(t for op in ops for t in op.outputs if t in used_outside)
+    ops = [replace(op, module=op.module.removeprefix(prefix.removesuffix(".")).removeprefix(".")) for op in ops]
+    call = LayerCall(index, -1, tuple(inputs), outputs)
+    return call, LayerKind(class_name, tuple(inputs), outputs, parameters, constants, tuple(ops))
+
+
+def _signature(kind: LayerKind) -> tuple:
+    """Equal for two layers that compute the same from their inputs and parameters."""
+    number: dict[Tensor, Any] = {t: ("parameter", name) for name, t in kind.parameters.items()}
+    number |= {t: ("constant", tuple(v.flatten().tolist())) for t, v in kind.constants.items()}
+    for tensor in (*kind.inputs, *(t for op in kind.ops for t in op.outputs)):
+        number[tensor] = len(number)
+
+    def local(tensor: Tensor) -> tuple:
+        return number[tensor], tensor.shape, tensor.dtype, tensor.requires_grad
+
+    ops = tuple(repr((op.target, map_tensors((op.args, op.kwargs), local), op.module)) for op in kind.ops)
+    inputs, outputs = (tuple(local(t) for t in side) for side in (kind.inputs, kind.outputs))
+    return kind.class_name, inputs, outputs, ops
+
+
+def _numbered(kinds: list[LayerKind]) -> list[LayerKind]:
+    """Kinds of one class get names that differ: Gemma2DecoderLayer0, Gemma2DecoderLayer1."""
+    names = [kind.class_name for kind in kinds]
+    seen: dict[str, int] = {}
+    numbered = []
+    for kind in kinds:
+        number = seen[kind.class_name] = seen.get(kind.class_name, -1) + 1
+        alone = names.count(kind.class_name) == 1
+        numbered.append(kind if alone else replace(kind, class_name=f"{kind.class_name}{number}"))
+    return numbered

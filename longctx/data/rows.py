@@ -1,0 +1,156 @@
+"""Rows of tokens, in an order that depends on the seed alone."""
+
+import json
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from longctx.errors import UserError, one_line
+
+IGNORE_INDEX = -100  # a label that does not count
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far training has come: `row` rows of epoch `epoch`'s order are done, after `step` optimizer steps."""
+
+    step: int = 0
+    epoch: int = 0
+    row: int = 0
+
+
+def open_dataset(path: str) -> Any:
+    """The rows that bookcorpus.py wrote (or any saved dataset with rows of `input_ids`).
+
+    Raises:
+        UserError: there is none, it holds something else, or its rows are not all of one length.
+    """
+    from datasets import Dataset, load_from_disk
+
+    if not Path(path).is_dir():
+        raise UserError(f"--dataset_path {path}: no such folder; make it with bookcorpus.py")
+    try:
+        dataset = load_from_disk(path)
+    except Exception as error:  # whatever a damaged or foreign folder makes datasets raise
+        reason = one_line(error)
+        raise UserError(f"--dataset_path {path}: it is no dataset that bookcorpus.py wrote ({reason})") from error
+    if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
+        raise UserError(f"--dataset_path {path}: it has no rows of 'input_ids'; make it with bookcorpus.py")
+    if len(dataset) == 0:
+        raise UserError(f"--dataset_path {path}: it has no rows; make it again with a shorter --sequence_length")
+    check_rows(dataset, path)
+    return dataset.select_columns("input_ids").with_format("torch")
+
+
+def check_rows(dataset: Any, path: str) -> None:
+    """Raises a UserError unless all rows have as many token ids, 2 or more; reads Arrow's offsets, and no token."""
+    import pyarrow.compute as pc
+    from pyarrow import types
+
+    column = dataset.data.column("input_ids")
+    lists = types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type)
+    if not lists or not types.is_integer(column.type.value_type):
+        raise UserError(
+            f"--dataset_path {path}: its 'input_ids' are of type {column.type}, not lists of token ids; make it with "
+            "bookcorpus.py"
+        )
+    lengths = pc.fill_null(pc.list_value_length(column), 0)
+    first = lengths[0].as_py()
+    row = pc.index(pc.not_equal(lengths, first), True).as_py()
+    if row >= 0:
+        raise UserError(
+            f"--dataset_path {path}: row {row} has {lengths[row]} tokens and row 0 has {first}, and the plan is "
+            "compiled for one length; make it again with bookcorpus.py"
+        )
+    if first < 2:
+        raise UserError(
+            f"--dataset_path {path}: its rows have {first} tokens, and it takes 2 to predict one; make it again with a "
+            "longer --sequence_length"
+        )
+
+
+def corpus_facts(path: str) -> dict[str, Any]:
+    """What bookcorpus.py recorded beside the rows; empty for a dataset that it did not make.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    file = Path(path) / "corpus.json"
+    try:
+        return dict(json.loads(file.read_text())) if file.is_file() else {}
+    except (ValueError, TypeError) as error:
+        raise UserError(
+            f"--dataset_path {path}: its corpus.json is damaged ({one_line(error)}); make it again with bookcorpus.py"
+        ) from error
+
+
+def rows_per_step(data_parallel: int, accumulation: int) -> int:
+    return data_parallel * accumulation
+
+
+def steps_per_epoch(n_rows: int, per_step: int) -> int:
+    """The last step of an epoch takes the rows that are left."""
+    return -(-n_rows // per_step)
+
+
+@lru_cache(maxsize=1)
+def epoch_order(n_rows: int, seed: int, epoch: int) -> torch.Tensor:
+    """The order in which an epoch sees the rows: a shuffle of its own, each row once."""
+    shuffle = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))  # seed + epoch would repeat orders
+    return torch.randperm(n_rows, generator=shuffle)
+
+
+def step_rows(order: torch.Tensor, position: Position, per_step: int) -> list[int]:
+    """The rows of the next step, over all ranks and micro-batches; fewer at the end of an epoch."""
+    return order[position.row : position.row + per_step].tolist()
+
+
+def advance(position: Position, rows: list[int], n_rows: int) -> Position:
+    """Where training stands once the step over `rows` is done."""
+    row = position.row + len(rows)
+    if row == n_rows:
+        return Position(position.step + 1, position.epoch + 1, 0)
+    return Position(position.step + 1, position.epoch, row)
+
+
+def position_after(step: int, n_rows: int, per_step: int) -> Position:
+    """Where training stands after so many steps that all took `per_step` rows, but the last of each epoch."""
+    epoch, steps = divmod(step, steps_per_epoch(n_rows, per_step))
+    return Position(step, epoch, steps * per_step)
+
+
+def micro_batches(rows: list[int], data_parallel: int, rank: int) -> list[int | None]:
+    """The rows that data-parallel rank `rank` computes, one a micro-batch; None where the others have one and it not.
+
+    Every rank has as many micro-batches as the others, since each is a round of collectives for all.
+    """
+    n_micro_batches = -(-len(rows) // data_parallel)
+    mine = rows[rank::data_parallel]
+    return [*mine, *[None] * (n_micro_batches - len(mine))]
+
+
+def load_row(dataset: Any, row: int | None, sequence_length: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row `row` as (tokens, labels), [1, l] int64 each; labels are shifted left by one, the last is ignored.
+
+    Row None is a row with no label that counts: it takes part in the collectives and adds nothing.
+
+    Raises:
+        UserError: the row has a token that the model does not know.
+    """
+    if row is None:
+        tokens = torch.zeros(1, sequence_length, dtype=torch.long)
+        return tokens, torch.full_like(tokens, IGNORE_INDEX)
+    tokens = dataset[row]["input_ids"].long().unsqueeze(0)
+    low, high = tokens.aminmax()
+    if low < 0 or high >= vocab_size:
+        raise UserError(
+            f"--dataset_path: row {row} has token {int(high if high >= vocab_size else low)}, and the model's "
+            f"vocabulary has {vocab_size}; make the dataset with the model's own tokenizer"
+        )
+    labels = torch.full_like(tokens, IGNORE_INDEX)
+    labels[:, :-1] = tokens[:, 1:]
+    return tokens, labels

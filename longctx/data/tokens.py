@@ -1,0 +1,160 @@
+"""Text -> tokens, on several processes, in the order of the documents."""
+
+import itertools
+import os
+import signal
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import connection, get_context, parent_process
+
+import numpy as np
+from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
+
+from longctx.data.documents import OVERLAP, PIECE, Documents, Piece
+
+DIFFERENT_TOKENS = 16  # at least, where two pieces are joined
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one process tokenizes at a time: whole documents, or one piece of a long one."""
+
+    texts: list[str]
+    piece: Piece | None
+    share: int
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """The corpus's next tokens, bos and eos included, int32 [n], and how many documents end among them."""
+
+    ids: np.ndarray
+    documents: int = 0
+    empty_documents: int = 0
+    share: int = 0
+
+
+def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> Iterator[Tokens]:
+    """Yields the tokens of all documents in order, the same for any `num_proc`.
+
+    Empty documents are left out, and counted: bos + eos alone would teach a model to end a text before it begins.
+    """
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # some tokenizer.json have a length to cut at
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    initargs = (backend, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    use_tokenizer(*initargs)
+    encoded = encode_in_order(batches(documents), num_proc, initargs)
+    for batch, ids, starts in encoded:
+        if batch.piece is None:
+            empty = batch.texts.count("")
+            yield Tokens(ids, len(batch.texts) - empty, empty, batch.share)
+        else:
+            yield from join_pieces(batch, ids, starts, encoded)
+
+
+def batches(documents: Documents) -> Iterator[Batch]:
+    """Groups short documents by PIECE characters, so that every batch takes about as long as a piece."""
+    texts, characters, shares = [], 0, 0
+    for document, share in documents:
+        is_piece = isinstance(document, Piece)
+        if texts and (is_piece or characters + len(document) > PIECE):
+            yield Batch(texts, None, shares)
+            texts, characters, shares = [], 0, 0
+        if is_piece:
+            yield Batch([], document, share)
+        else:
+            texts.append(document)
+            characters, shares = characters + len(document) + 1, shares + share
+    if texts:
+        yield Batch(texts, None, shares)
+
+
+def encode_in_order(batches: Iterator[Batch], num_proc: int, initargs: tuple) -> Iterator[tuple]:
+    """Yields (batch, *encode(batch)) in order; no more than 2 * num_proc batches are under way, to bound memory."""
+    if num_proc == 1:
+        yield from ((batch, *encode(batch)) for batch in batches)
+        return
+    context = get_context("fork" if sys.platform == "linux" else "spawn")  # a fork has the tokenizer at once
+    with ProcessPoolExecutor(num_proc, context, start_worker, initargs) as pool:
+        under_way = deque()
+        for batch in batches:
+            under_way.append((batch, pool.submit(encode, batch)))
+            if len(under_way) == 2 * num_proc:
+                first, future = under_way.popleft()
+                yield first, *future.result()
+        for batch, future in under_way:
+            yield batch, *future.result()
+
+
+def start_worker(backend: Tokenizer, bos: int, eos: int) -> None:
+    use_tokenizer(backend, bos, eos)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and is the parent's to handle
+    threading.Thread(target=end_with_parent, daemon=True).start()
+
+
+def end_with_parent() -> None:
+    """Ends this process when its parent was killed: nobody else would tell it."""
+    connection.wait([parent_process().sentinel])
+    os._exit(1)
+
+
+def use_tokenizer(*tokenizer_bos_eos: Tokenizer | int) -> None:
+    global tokenizer_in_use  # of this process: sending a tokenizer with every batch would cost more than the batch
+    tokenizer_in_use = tokenizer_bos_eos
+
+
+def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
+    """Tokenizes a batch: whole documents with bos and eos and no starts, or a piece as encode_piece does."""
+    if batch.piece:
+        return encode_piece(batch.piece.text)
+    backend, bos, eos = tokenizer_in_use
+    encodings = backend.encode_batch_fast([text for text in batch.texts if text], add_special_tokens=False)
+    ids = itertools.chain.from_iterable(itertools.chain([bos], encoding.ids, [eos]) for encoding in encodings)
+    return np.fromiter(ids, np.int32), None
+
+
+def encode_piece(text: str) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the tokens of `text`, int32 [n], and the character at which each starts, int64 [n], ascending."""
+    encoding = tokenizer_in_use[0].encode(text, add_special_tokens=False)
+    starts = np.fromiter((start for start, _ in encoding.offsets), np.int64)
+    return np.fromiter(encoding.ids, np.int32), np.maximum.accumulate(starts)
+
+
+def join_pieces(batch: Batch, ids: np.ndarray, starts: np.ndarray, following: Iterator[tuple]) -> Iterator[Tokens]:
+    """Yields the tokens of one long document as if it had been tokenized whole, from its first piece and those next.
+
+    What a tokenizer does at one place depends on few characters around it, so pieces go wrong only near their ends.
+    Where neighbours agree on every token of the middle half of their overlap, the document is cut at that half's
+    start. Where they don't, or where so few different tokens prove nothing (a run of one character may be cut at one
+    phase or another), they are tokenized again as one; its length doubles, so that the time stays near linear.
+    """
+    text, begin, low, high = batch.piece.text, 0, OVERLAP // 4, OVERLAP * 3 // 4
+    yield Tokens(np.array([tokenizer_in_use[1]], np.int32), share=batch.share)
+    while not batch.piece.last:
+        offset = len(text) - OVERLAP  # of the next piece in this one
+        batch, next_ids, next_starts = next(following)
+        share = batch.share
+        here = slice(*np.searchsorted(starts, [offset + low, offset + high]))
+        there = slice(*np.searchsorted(next_starts, [low, high]))
+        agree = np.array_equal(ids[here], next_ids[there])
+        agree = agree and np.array_equal(starts[here] - offset, next_starts[there])
+        if agree and len(np.unique(ids[here])) >= DIFFERENT_TOKENS:
+            yield Tokens(ids[np.searchsorted(starts, begin) : here.start], share=share)
+            text, begin, ids, starts = batch.piece.text, low, next_ids, next_starts
+            continue
+        long = 2 * len(text)
+        text += batch.piece.text[OVERLAP:]
+        while len(text) < long and not batch.piece.last:
+            batch, _, _ = next(following)
+            text, share = text + batch.piece.text[OVERLAP:], share + batch.share
+        ids, starts = encode_piece(text)
+        yield Tokens(ids[:0], share=share)
+    end = np.array([tokenizer_in_use[2]], np.int32)
+    yield Tokens(np.concatenate([ids[np.searchsorted(starts, begin) :], end]), documents=1)

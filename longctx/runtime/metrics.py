@@ -1,0 +1,147 @@
+"""What a run says of itself: a progress bar, TensorBoard, one JSON line a step; throughput, MFU and memory."""
+
+import itertools
+import json
+import math
+import resource
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from longctx.atomic import whole_file
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimizer step, over all ranks."""
+
+    step: int
+    epoch: int
+    loss: float  # per token whose label counts
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int
+    seconds: float
+    tokens_per_s: float
+    tokens_per_s_per_gpu: float
+    mfu: float | None  # attention counted whole, as the reference counts it; None where the peak is not known
+    mfu_causal: float | None  # attention counted by half, as causal attention needs
+    peak_memory_gb: float  # this rank's, 1e9 bytes
+
+
+@dataclass(frozen=True)
+class FlopCount:
+    """FLOPs of one row's forward pass, and what the device can do in a second."""
+
+    whole: float
+    causal: float
+    peak_per_s: float | None
+
+
+def step_metrics(
+    *,
+    step: int,
+    epoch: int,
+    loss: float,
+    grad_norm: float,
+    learning_rate: float,
+    rows: int,
+    sequence_length: int,
+    seconds: float,
+    world_size: int,
+    flops: FlopCount,
+) -> StepMetrics:
+    """Throughput and MFU of a step over `rows` rows; a step is a forward and a backward of twice its FLOPs."""
+    tokens = rows * sequence_length
+    peak = flops.peak_per_s and flops.peak_per_s * world_size * seconds
+    return StepMetrics(
+        step=step,
+        epoch=epoch,
+        loss=loss,
+        grad_norm=grad_norm,
+        learning_rate=learning_rate,
+        tokens=tokens,
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        tokens_per_s_per_gpu=tokens / seconds / world_size,
+        mfu=3 * flops.whole * rows / peak if peak else None,
+        mfu_causal=3 * flops.causal * rows / peak if peak else None,
+        peak_memory_gb=peak_memory_bytes() / 1e9,
+    )
+
+
+def peak_memory_bytes() -> int:
+    """The most this process has held: on the GPU where there is one, else in memory."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(frozen=True)
+class MetricsLog:
+    """Where rank 0 reports; `write` takes one step's metrics."""
+
+    bar: tqdm
+    board: object
+    lines: object
+
+    def write(self, metrics: StepMetrics) -> None:
+        self.lines.write(json.dumps(asdict(metrics)) + "\n")
+        self.lines.flush()
+        for name, value in asdict(metrics).items():
+            if name != "step" and value is not None:
+                self.board.add_scalar(f"train/{name}", value, metrics.step)
+        mfu = {} if metrics.mfu is None else {"mfu": f"{metrics.mfu:.1%}", "causal": f"{metrics.mfu_causal:.1%}"}
+        self.bar.set_postfix(
+            loss=f"{metrics.loss:.4f}",
+            grad_norm=f"{metrics.grad_norm:.3g}",
+            tok_s=f"{metrics.tokens_per_s:,.0f}",
+            **mfu,
+            mem=f"{metrics.peak_memory_gb:.1f}GB",
+            refresh=False,
+        )
+        self.bar.update()
+
+
+@contextmanager
+def metrics_log(folder: Path, first_step: int, total_steps: int) -> Iterator[MetricsLog]:
+    """Opens the bar, TensorBoard events and metrics.jsonl in `folder`.
+
+    Steps after `first_step`, of a run that this one takes over from, are dropped from both. A run that starts from step
+    0 takes over from none: the file of the one before it stays, as metrics.<number>.jsonl.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "metrics.jsonl"
+    if file.is_file() and first_step == 0:
+        numbered = (folder / f"metrics.{number}.jsonl" for number in itertools.count(1))
+        kept_as = next(name for name in numbered if not name.exists())
+        file.rename(kept_as)
+        print(f"run: the metrics of the run before are in {kept_as}", flush=True)
+    elif file.is_file():
+        lines = file.read_text(errors="replace").splitlines()
+        kept = [line for line in lines if _step_of(line) <= first_step]
+        with whole_file(file) as aside:
+            aside.write_text("".join(f"{line}\n" for line in kept))
+    bar = tqdm(initial=first_step, total=total_steps, unit="step", desc="training", dynamic_ncols=True)
+    board = SummaryWriter(str(folder), purge_step=first_step + 1)
+    with bar, file.open("a") as lines:
+        try:
+            yield MetricsLog(bar, board, lines)
+        finally:
+            board.close()
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinite for one that a kill cut short."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return math.inf
