@@ -20,10 +20,10 @@ from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.atomic import why_not_replaceable, why_not_writable
 from longctx.compiler import hardware
 from longctx.compiler.annotation import register_op
-from longctx.data import rows as data
+from longctx.data import rows
 from longctx.engines import builtin
 from longctx.errors import UserError, run_script
-from longctx.huggingface import model
+from longctx.huggingface import build
 from longctx.runtime.trainer import TrainSettings
 
 NNSCALER_NEWEST_TORCH = (2, 6)
@@ -65,8 +65,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--plan", help="the plan.json whose partitions to take, at this sequence length")
     add("--random_init", action="store_true", help="start from seeded random weights, not from the model's")
-    add("--precision", choices=model.DTYPES, default="bf16", help="of compute; masters, optimizer and sums are float32")
-    add("--attn_implementation", choices=model.ATTN_IMPLEMENTATIONS, default="auto", help="force one kernel")
+    add("--precision", choices=build.DTYPES, default="bf16", help="of compute; masters, optimizer and sums are float32")
+    add("--attn_implementation", choices=build.ATTN_IMPLEMENTATIONS, default="auto", help="force one kernel")
     add("--learning_rate", type=float, default=2e-5)
     add("--lr_schedule", choices=("constant", "linear", "cosine"), default="constant", help="after the warm-up")
     add("--warmup_steps", type=int, default=0)
@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> None:
     check_args(args)
     name, reason = choose_engine(args.engine)
     check_engine_options(args, name)
-    config = model.load_config(args.model_id)
-    dataset = data.open_dataset(args.dataset_path) if args.dataset_path else None
+    config = build.load_config(args.model_id)
+    dataset = rows.open_dataset(args.dataset_path) if args.dataset_path else None
     sequence_length = choose_sequence_length(args, dataset)
     check_vocabulary(args, config)
     if args.name is None:
@@ -242,7 +242,7 @@ def choose_sequence_length(args: argparse.Namespace, dataset) -> int:
 
 def check_vocabulary(args: argparse.Namespace, config) -> None:
     """Raises a UserError if the tokenizer that made the rows has more entries than the model."""
-    facts = data.corpus_facts(args.dataset_path) if args.dataset_path else {}
+    facts = rows.corpus_facts(args.dataset_path) if args.dataset_path else {}
     if facts.get("vocab_size", 0) > config.vocab_size:
         raise UserError(
             f"--dataset_path {args.dataset_path}: its tokenizer {facts['tokenizer']} has {facts['vocab_size']} entries "

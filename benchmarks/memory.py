@@ -35,7 +35,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import train
 from longctx.compiler import codegen, memory, planner
 from longctx.compiler.trace import Graph
-from longctx.huggingface import model
+from longctx.huggingface import build
+from longctx.kernels import attention
 from longctx.runtime import parallel, trainer
 
 CPU = torch.device("cpu")
@@ -165,7 +166,7 @@ def count(compiled: Path, facts: dict) -> dict[_FSDPRefType, int]:
         module = parallel.load_generated(compiled, facts["class_name"])
         stack.enter_context(_gpu_kernels(module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        dtype = model.DTYPES[facts["precision"]]
+        dtype = build.DTYPES[facts["precision"]]
         parts = (facts["layers_path"], CPU, dtype, facts["plan_ngpus"], facts["resident"])
         sharded = parallel.parallelize(module, *parts)
         optimizer = trainer.make_optimizer(sharded, _Rates(), CPU)
@@ -220,7 +221,7 @@ def _gpu_kernels(module: nn.Module) -> Iterator[None]:
     gencode = type(module).forward.__globals__
     loss = {"chunk_linear_cross_entropy": loss_on_gpu} if "chunk_linear_cross_entropy" in gencode else {}
     with (
-        mock.patch.object(model, "_sdpa", _sdpa_on_gpu),
+        mock.patch.object(attention, "_sdpa", _sdpa_on_gpu),
         mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: _FusedRmsNorm.apply(x, weight)),
         mock.patch.dict(gencode, loss),
     ):

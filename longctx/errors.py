@@ -1,4 +1,9 @@
-"""What a person did wrong, said in one sentence, with exit status 2."""
+"""What a person did wrong, said in one sentence, with exit status 2.
+
+Code below the scripts raises the errors of the domain: it speaks of models, rows, plans and checkpoints, and never of
+options. A script knows which of its options named the thing at fault, and puts that option before the sentence
+(`longctx/options.py` has the table).
+"""
 
 import os
 import sys
@@ -10,10 +15,63 @@ OTHER_RANKS_WAIT_S = 10  # for rank 0 to say it first; torchrun then ends them
 
 
 class UserError(Exception):
-    """The job can't be done as asked.
+    """The job can't be done as asked. The message is one sentence: what is wrong, and what to do."""
 
-    The message is one sentence that names the option or file, what is wrong with it, and what to do.
-    """
+
+class ModelError(UserError):
+    """A model's configuration, architecture or weights can't be used."""
+
+
+class NoWeights(ModelError):
+    """A model has no weights to start from."""
+
+
+class KernelError(UserError):
+    """An attention implementation that was asked for can't be had here."""
+
+
+class AnnotationError(UserError):
+    """An operator's annotation breaks the grammar, or doesn't fit the operator's tensors."""
+
+
+class HardwareError(UserError):
+    """What a plan is to be made for is neither in the table nor a profile."""
+
+
+class PlanSizeError(UserError):
+    """The ranks of a plan could share no work."""
+
+
+class DoesNotFit(UserError):
+    """No plan needs as little memory as there may be. `missing_gb`: by how much."""
+
+    def __init__(self, message: str, missing_gb: float):
+        super().__init__(message)
+        self.missing_gb = missing_gb
+
+
+class DecisionsError(UserError):
+    """The decisions of another plan can't be taken for this one."""
+
+
+class LayerNameError(UserError):
+    """A layer class that the model doesn't have."""
+
+
+class SolverError(UserError):
+    """The solver of the integer program ended with no answer."""
+
+
+class RowsError(UserError):
+    """A dataset of rows can't be trained on."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or merged file is missing, damaged, or of another job."""
+
+
+class TrainingError(UserError):
+    """Training can't go on."""
 
 
 def one_line(error: Exception) -> str:

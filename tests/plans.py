@@ -33,7 +33,7 @@ from longctx.compiler.hardware import HARDWARE
 from longctx.compiler.partition import Assignment, legal_partitions, localize
 from longctx.compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, can_keep_attention
 from longctx.compiler.trace import Graph, Op, Tensor, trace
-from longctx.huggingface.model import build_model
+from longctx.huggingface.build import build_model
 from longctx.runtime import parallel
 
 LENGTH = 32

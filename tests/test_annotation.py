@@ -106,7 +106,7 @@ def test_an_annotation_that_contradicts_the_op_is_an_error_when_it_is_traced(mon
 
     from longctx.compiler import annotation
     from longctx.compiler.trace import trace
-    from longctx.huggingface.model import build_model
+    from longctx.huggingface.build import build_model
     from longctx.kernels.rms_norm import rms_norm
 
     wrong = annotation.RegisteredOp(rms_norm, "* d^, d^ -> *")

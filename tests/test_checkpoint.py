@@ -17,7 +17,7 @@ from torch import nn
 
 import ckpt_merger
 from longctx import atomic as files
-from longctx.data.rows import Position
+from longctx.data.order import Position
 from longctx.errors import UserError
 from longctx.runtime import checkpoint, parallel, trainer
 

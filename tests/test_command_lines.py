@@ -15,7 +15,6 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_merger
 import train
-from longctx.data import rows as data
 from longctx.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -200,8 +199,8 @@ def test_rows_may_be_lists_of_any_arrow_kind_in_any_number_of_files(tmp_path, ki
     features = datasets.Features({"input_ids": kind})
     rows = torch.randint(0, 256, (6, 16)).tolist()
     datasets.Dataset.from_dict({"input_ids": rows}, features).save_to_disk(tmp_path / "rows", num_shards=3)
-    opened = data.open_dataset(str(tmp_path / "rows"))
-    assert [data.load_row(opened, row, 16, 256)[0][0].tolist() for row in range(6)] == rows
+    opened = rows.open_dataset(str(tmp_path / "rows"))
+    assert [rows.load_row(opened, row, 16, 256)[0][0].tolist() for row in range(6)] == rows
 
 
 @pytest.mark.parametrize("content", ["{", "3"])

@@ -4,26 +4,26 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.data import rows as data
-from longctx.data.rows import Position
+from longctx.data import rows as stored
+from longctx.data.order import Position, advance, epoch_order, micro_batches, rows_per_step, step_rows, steps_per_epoch
 
 
 def all_rows(n_rows, world_size, accumulation, seed, start, n_steps):
     """What the ranks compute in `n_steps` steps from `start` on, and where they end."""
     seen, position = [], start
     for _ in range(n_steps):
-        order = data.epoch_order(n_rows, seed, position.epoch)
-        rows = data.step_rows(order, position, data.rows_per_step(world_size, accumulation))
-        per_rank = [data.micro_batches(rows, world_size, rank) for rank in range(world_size)]
+        order = epoch_order(n_rows, seed, position.epoch)
+        rows = step_rows(order, position, rows_per_step(world_size, accumulation))
+        per_rank = [micro_batches(rows, world_size, rank) for rank in range(world_size)]
         assert len({len(rows) for rows in per_rank}) == 1  # as many collectives on every rank
         seen.append((position.epoch, sorted(row for rows in per_rank for row in rows if row is not None)))
-        position = data.advance(position, rows, n_rows)
+        position = advance(position, rows, n_rows)
     return seen, position
 
 
 @given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3))
 def test_each_row_is_seen_once_an_epoch_over_all_ranks(n_rows, world_size, accumulation, seed):
-    per_epoch = data.steps_per_epoch(n_rows, data.rows_per_step(world_size, accumulation))
+    per_epoch = steps_per_epoch(n_rows, rows_per_step(world_size, accumulation))
     steps, position = all_rows(n_rows, world_size, accumulation, seed, Position(), 2 * per_epoch)
     for epoch in (0, 1):
         assert sorted(row for e, rows in steps if e == epoch for row in rows) == list(range(n_rows))
@@ -34,25 +34,25 @@ def test_each_row_is_seen_once_an_epoch_over_all_ranks(n_rows, world_size, accum
 def test_a_run_resumed_on_other_ranks_still_sees_each_row_once(n_rows, before, after, draw):
     first, position = all_rows(n_rows, before, 2, 0, Position(), draw.draw(st.integers(0, 5)))
     seen = [row for epoch, rows in first if epoch == position.epoch for row in rows]
-    left = data.steps_per_epoch(n_rows - position.row, data.rows_per_step(after, 2))
+    left = steps_per_epoch(n_rows - position.row, rows_per_step(after, 2))
     rest, _ = all_rows(n_rows, after, 2, 0, position, left)
     assert sorted(seen + [row for _, rows in rest for row in rows]) == list(range(n_rows))
 
 
 def test_epochs_and_seeds_have_orders_of_their_own():
-    orders = {tuple(data.epoch_order(50, seed, 0).tolist()) for seed in range(5)}
-    orders |= {tuple(data.epoch_order(50, 0, epoch).tolist()) for epoch in range(1, 5)}
+    orders = {tuple(epoch_order(50, seed, 0).tolist()) for seed in range(5)}
+    orders |= {tuple(epoch_order(50, 0, epoch).tolist()) for epoch in range(1, 5)}
     assert len(orders) > 5
 
 
 def test_labels_are_tokens_shifted_left_and_the_last_is_ignored():
     rows = [{"input_ids": torch.tensor([5, 6, 7])}]
-    tokens, labels = data.load_row(rows, 0, 3, 10)
+    tokens, labels = stored.load_row(rows, 0, 3, 10)
     assert tokens.tolist() == [[5, 6, 7]]
     assert labels.tolist() == [[6, 7, -100]]
 
 
 def test_a_row_that_fills_up_a_step_has_no_label_that_counts():
-    tokens, labels = data.load_row([], None, 4, 10)
+    tokens, labels = stored.load_row([], None, 4, 10)
     assert tokens.shape == (1, 4)
     assert (labels == -100).all()

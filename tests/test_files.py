@@ -30,14 +30,24 @@ def test_a_file_keeps_its_old_contents_until_the_new_ones_are_whole(tmp_path):
 def test_a_folder_replaces_the_one_before_it_whole(tmp_path):
     path = tmp_path / "folder"
     for text in ("old", "new"):
-        with whole_folder(path) as aside:
-            (aside / text).write_text(text)
-    assert os.listdir(path) == ["new"]
-    with pytest.raises(RuntimeError), whole_folder(path) as aside:
-        (aside / "half").write_text("half")
+        with whole_folder(path, ours=("mark",)) as aside:
+            (aside / "mark").write_text(text)
+    assert (path / "mark").read_text() == "new"
+    with pytest.raises(RuntimeError), whole_folder(path, ours=("mark",)) as aside:
+        (aside / "mark").write_text("half")
         raise RuntimeError
-    assert os.listdir(path) == ["new"]
+    assert (path / "mark").read_text() == "new"
     assert os.listdir(tmp_path) == ["folder"]
+
+
+@pytest.mark.parametrize("names", [["theirs"], ["mark", "theirs"], ["ours"]])
+def test_a_folder_that_this_program_did_not_write_is_never_replaced(tmp_path, names):
+    (tmp_path / "folder").mkdir()
+    for name in names:
+        (tmp_path / "folder" / name).write_text("theirs")
+    with pytest.raises(FileExistsError), whole_folder(tmp_path / "folder", ours=("mark", "ours")) as aside:
+        (aside / "mark").write_text("")
+    assert sorted(os.listdir(tmp_path / "folder")) == sorted(names)
 
 
 def test_what_a_killed_process_left_is_removed_by_the_next_and_what_a_live_one_writes_is_not(tmp_path):
@@ -63,7 +73,7 @@ def test_what_another_host_writes_is_left_alone_whatever_runs_here(tmp_path):
 WRITE = """
 import sys
 from longctx.atomic import whole_folder
-with whole_folder(sys.argv[1]) as aside:
+with whole_folder(sys.argv[1], ours=("old",)) as aside:
     (aside / "theirs").write_text("")
 """
 
@@ -74,7 +84,7 @@ def test_of_two_processes_that_make_the_same_folder_the_first_keeps_its_place(tm
     if there_before:
         path.mkdir()
         (path / "old").write_text("")
-    with whole_folder(path) as aside:
+    with whole_folder(path, ours=("old", "new")) as aside:
         (aside / "ours").write_text("")
         subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, cwd=ROOT)
     assert os.listdir(path) == ["theirs"]
@@ -91,7 +101,7 @@ def test_a_process_that_comes_between_the_two_renames_keeps_its_place(tmp_path, 
         rename(source, target)
 
     monkeypatch.setattr(files.os, "rename", rename_late)
-    with whole_folder(path) as aside:
+    with whole_folder(path, ours=("old", "new")) as aside:
         (aside / "ours").write_text("")
     assert os.listdir(path) == ["theirs"]
     assert os.listdir(tmp_path) == ["folder"]

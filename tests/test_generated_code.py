@@ -26,7 +26,7 @@ from longctx.compiler.partition import legal_partitions, localize
 from longctx.compiler.trace import trace
 from longctx.engines import builtin
 from longctx.errors import UserError
-from longctx.huggingface import model
+from longctx.huggingface import build
 from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime import parallel
 
@@ -93,7 +93,7 @@ def test_learned_positions_that_are_fewer_than_the_rows_tokens_are_refused(tmp_p
 
 def test_what_torch_export_can_not_trace_is_said_in_one_sentence(monkeypatch, capfd):
     config = small_config("llama")
-    wrapped = model.build_model(config, torch.float32)
+    wrapped = build.build_model(config, torch.float32)
     norm = wrapped.model.model.norm
     monkeypatch.setattr(norm, "forward", lambda x: x if x.sum() > 0 else -x)
     sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
@@ -104,7 +104,7 @@ def test_what_torch_export_can_not_trace_is_said_in_one_sentence(monkeypatch, ca
 
 
 def test_numbers_that_tracing_would_lose_are_refused(monkeypatch):
-    wrapped = model.build_model(small_config("llama"), torch.float32)
+    wrapped = build.build_model(small_config("llama"), torch.float32)
     norm = wrapped.model.model.norm
     monkeypatch.setattr(norm, "forward", lambda x: x * torch.tensor([0.5, 2.0] * 32, device=x.device))
     sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
@@ -122,7 +122,7 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
             module = parallel.load_generated(compiled, plan["class_name"])
             sharded = parallel.parallelize(module, plan["layers_path"], device, torch.float32)
             weights = folder / family / family
-            parallel.load_safetensors(sharded, model.find_weights(str(weights), small_config(family)))
+            parallel.load_safetensors(sharded, weights.find_weights(str(weights), small_config(family)))
             tokens, labels = random_rows(n_ranks, LENGTH, 256)
             mine = slice(dist.get_rank(), dist.get_rank() + 1)
             loss = module(tokens[mine], labels[mine])
@@ -192,7 +192,7 @@ def test_a_layer_with_dropout_has_the_same_gradients_when_it_is_recomputed(famil
 
 def test_values_are_called_as_the_source_calls_them_or_by_the_module_that_made_them():
     sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    graph = trace(model.build_model(small_config("llama"), torch.float32), sample)
+    graph = trace(build.build_model(small_config("llama"), torch.float32), sample)
     of = {
         name: [op for op in graph.kinds[0].ops if op.target.startswith(f"aten.{name}.")]
         for name in ("linear", "view", "transpose")
@@ -287,12 +287,12 @@ def test_a_head_that_the_loss_can_not_compute_is_refused(monkeypatch):
 
     monkeypatch.setattr(LlamaForCausalLM, "forward", squared)
     with pytest.raises(UserError, match="LlamaForCausalLM computes linear -> pow"):
-        model.build_model(small_config("llama"), torch.float32)
+        build.build_model(small_config("llama"), torch.float32)
 
 
 def test_an_attention_argument_that_ours_lacks_is_refused():
     config = small_config("llama")
-    wrapped = model.build_model(config, torch.float32)
+    wrapped = build.build_model(config, torch.float32)
     tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
     with pytest.raises(UserError, match="takes s_aux"):
         wrapped.to("meta").model.model(input_ids=tokens, use_cache=False, s_aux=1.0)

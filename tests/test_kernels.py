@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.errors import UserError
-from longctx.huggingface.model import _register_attention
+from longctx.huggingface.build import _register_attention
 from longctx.kernels import attention as attention_module
 from longctx.kernels.attention import attention
 from longctx.kernels.rms_norm import rms_norm

@@ -14,7 +14,7 @@ import train  # noqa: F401 (registers the loss)
 from benchmarks import memory as benchmark
 from longctx.compiler import codegen, memory, planner
 from longctx.compiler.trace import Op, Tensor, map_tensors, trace
-from longctx.huggingface import model
+from longctx.huggingface import build
 
 LENGTH = 2048
 SIZES = {"vocab_size": 2048, "hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3}
@@ -107,7 +107,7 @@ def run_op(op: Op) -> tuple[dict[Tensor, torch.Tensor], list[torch.Tensor]]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autograd_saves_what_saved_tensors_says(family):
     sample = {name: torch.empty(1, 32, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    graph = trace(model.build_model(small_config(family), torch.float32), sample)
+    graph = trace(build.build_model(small_config(family), torch.float32), sample)
     for op in (*graph.kinds[0].ops, *(item for item in graph.body if isinstance(item, Op))):
         if not op.target.startswith("aten.") or "DEVICE" in repr((op.args, op.kwargs)):
             continue

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 import ckpt_merger
 import train
-from longctx.data import rows as data
+from longctx.data import order
 from longctx.errors import UserError
 from longctx.runtime import checkpoint
 
@@ -136,7 +136,7 @@ def nnscaler_merged(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
     model = reference_model(small_config("llama"))
     masters = {name: parameter.detach() for name, parameter in model.named_parameters()}
     shapes = {name: list(tensor.shape) for name, tensor in masters.items()}
-    state = checkpoint.State(data.Position(4, 0, 16), 0, ROWS, 2, 2, shapes)
+    state = checkpoint.State(order.Position(4, 0, 16), 0, ROWS, 2, 2, shapes)
     moments = [
         {"step": torch.tensor(4.0), "exp_avg": m * 2, "exp_avg_sq": m * m, "fp32_params": m} for m in masters.values()
     ]
@@ -162,7 +162,7 @@ def test_nnscalers_merged_file_becomes_a_hugging_face_folder_of_its_float32_mast
 
 def test_nnscalers_merged_file_is_read_as_the_built_in_engines(nnscaler_merged):
     merged, masters = nnscaler_merged
-    assert checkpoint.read_state(merged, "--resume_path").position == data.Position(4, 0, 16)
+    assert checkpoint.read_state(merged, "--resume_path").position == order.Position(4, 0, 16)
     entries = checkpoint.normalized(torch.load(merged, weights_only=True))
     assert {name.rpartition("/")[2] for name in entries["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"}
     for name, master in masters.items():
@@ -390,7 +390,7 @@ def test_data_parallel_ranks_draw_dropout_of_their_own_and_the_ranks_of_a_plan_t
 
     args = train.parse_args(["--model_id", str(job / "model"), "--plan_ngpus", "2", "--seed", "5"])
     args.runtime_ngpus, args.name = 8, "job"
-    config = train.model.load_config(args.model_id)
+    config = train.build.load_config(args.model_id)
     hook = nnscaler_engine.Callbacks(args, config, train.train_settings(args, config, LENGTH), {}, ROWS)
     seeds = []
     for rank in range(1, 8):  # the first opens the logs

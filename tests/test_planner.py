@@ -39,7 +39,7 @@ from longctx.compiler.planner import (
 )
 from longctx.compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor, trace
 from longctx.errors import UserError
-from longctx.huggingface.model import build_model, load_config
+from longctx.huggingface.build import build_model, load_config
 
 H100 = hardware.load("h100")
 

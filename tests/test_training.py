@@ -15,7 +15,7 @@ import torch
 from families import reference_loss, reference_model, small_config
 from transformers import AutoModelForCausalLM
 
-from longctx.data import rows as data
+from longctx.data import order
 
 ROOT = Path(__file__).parent.parent
 LENGTH, ROWS, STEPS = 32, 22, 10
@@ -77,9 +77,9 @@ def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uni
     factors = [1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / (STEPS - 2))) for i in range(STEPS - 2))]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, STEPS - 1)])
     rows = datasets.load_from_disk(str(job / "rows")).with_format("torch")["input_ids"][:]
-    position = data.Position()
+    position = order.Position()
     for step in range(1, STEPS + 1):
-        chosen = data.step_rows(data.epoch_order(ROWS, 0, position.epoch), position, 4)
+        chosen = order.step_rows(order.epoch_order(ROWS, 0, position.epoch), position, 4)
         tokens = rows[chosen].long()
         labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
         loss = reference_loss(model, tokens, labels) / (labels != -100).sum()
@@ -91,7 +91,7 @@ def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uni
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-        position = data.advance(position, chosen, ROWS)
+        position = order.advance(position, chosen, ROWS)
     assert uninterrupted[STEPS]["loss"] < uninterrupted[1]["loss"]
 
 
@@ -174,8 +174,8 @@ def test_the_merged_model_opens_in_transformers_with_the_trained_weights(job, un
         run([*merger, "--ckpt_dir", str(job / "uninterrupted" / checkpoint)])
         model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
         state = json.loads((job / "uninterrupted" / checkpoint / "checkpoint.json").read_text())
-        position = data.Position(**state["position"])
-        chosen = data.step_rows(data.epoch_order(ROWS, 0, position.epoch), position, 4)
+        position = order.Position(**state["position"])
+        chosen = order.step_rows(order.epoch_order(ROWS, 0, position.epoch), position, 4)
         tokens = datasets.load_from_disk(str(job / "rows")).with_format("torch")[chosen]["input_ids"].long()
         labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
         with torch.no_grad():

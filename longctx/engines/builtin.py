@@ -19,7 +19,9 @@ from longctx.compiler import codegen, hardware, partition, planner, report
 from longctx.compiler.annotation import REGISTERED_OPS
 from longctx.compiler.trace import trace
 from longctx.errors import UserError
-from longctx.huggingface import model
+from longctx.huggingface.build import DTYPES, build_model
+from longctx.huggingface.flops import forward_flops
+from longctx.huggingface.weights import check_weights, find_weights, random_weights, save_hf_files
 from longctx.runtime import checkpoint, parallel
 from longctx.runtime.metrics import FlopCount
 from longctx.runtime.trainer import TrainSettings, announce, find_resume, train
@@ -79,7 +81,7 @@ def write_plan(args: argparse.Namespace, config, sequence_length: int, folder: P
             print(f"compile: {folder} is up to date, reusing it", flush=True)
         return
     started = time.perf_counter()
-    wrapped = model.build_model(config, model.DTYPES[args.precision], args.attn_implementation, sequence_length)
+    wrapped = build_model(config, DTYPES[args.precision], args.attn_implementation, sequence_length)
     sample = {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     graph = trace(wrapped, sample)
     traced = time.perf_counter()
@@ -88,7 +90,7 @@ def write_plan(args: argparse.Namespace, config, sequence_length: int, folder: P
     plan = planner.make_plan(graph, setting, fixed)
     local = partition.localize(graph, plan.assignment)
     n_parameters = sum(parameter.numel() for parameter in wrapped.parameters())
-    flops = model.forward_flops(config, n_parameters, sequence_length)
+    flops = forward_flops(config, n_parameters, sequence_length)
     predicted = report.plan_facts(graph, plan, setting, n_parameters, flops)
     facts = {**inputs, **plan_facts(graph, plan, predicted)}
     title = f"{graph.class_name} at {sequence_length:,} tokens on {args.plan_ngpus} rank(s), {args.precision}."
@@ -187,19 +189,19 @@ def fingerprint_of(folder: Path) -> str | None:
 def run(args: argparse.Namespace, config, dataset, settings: TrainSettings) -> None:
     """Trains: checks first all that can be checked without a process group, then joins the ranks."""
     resume = find_resume(args, len(dataset), "torch")
-    weights = None if args.random_init or resume else model.find_weights(args.model_id, config)
+    weights = None if args.random_init or resume else find_weights(args.model_id, config)
     folder = compile_plan(args, config, settings.sequence_length)
     plan = json.loads((folder / "plan.json").read_text())
     if resume:
         checkpoint.check_same_model(resume.state, plan["parameters"], resume.option, resume.path)
     elif weights:
-        model.check_weights(args.model_id, weights, plan["parameters"])
-    dtype = model.DTYPES[args.precision]
+        check_weights(args.model_id, weights, plan["parameters"])
+    dtype = DTYPES[args.precision]
     with parallel.process_group() as device:
         module = parallel.load_generated(folder, plan["class_name"])
         sharded = parallel.parallelize(module, plan["layers_path"], device, dtype, args.plan_ngpus, plan["resident"])
         if resume is None and args.random_init:
-            parallel.load_tensors(sharded, model.random_weights(config, args.seed))
+            parallel.load_tensors(sharded, random_weights(config, args.seed))
         elif resume is None:
             parallel.load_safetensors(sharded, weights)
         flops = FlopCount(
@@ -208,5 +210,5 @@ def run(args: argparse.Namespace, config, dataset, settings: TrainSettings) -> N
             hardware.peak_rate_here(dtype),
         )
         announce(args, settings, len(dataset), resume)
-        save_hf_files = functools.partial(model.save_hf_files, args.model_id, config)
-        train(sharded, dataset, settings, flops, device, resume, save_hf_files)
+        write_hf_files = functools.partial(save_hf_files, args.model_id, config)
+        train(sharded, dataset, settings, flops, device, resume, write_hf_files)

@@ -38,7 +38,7 @@ from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 from tqdm import tqdm
 
 from longctx.atomic import publish_folder, whole_file, whole_folder
-from longctx.data.rows import Position
+from longctx.data.order import Position
 from longctx.errors import UserError, one_line
 from longctx.runtime.parallel import ParallelModel, load_slice
 

@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
-from longctx.data import rows as data
-from longctx.data.rows import Position
+from longctx.data.order import Position, advance, epoch_order, micro_batches, rows_per_step, step_rows, steps_per_epoch
+from longctx.data.rows import IGNORE_INDEX, load_row
 from longctx.errors import UserError
 from longctx.runtime import checkpoint
 from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
@@ -99,7 +99,7 @@ def train(
         checkpoint.load(resume.path, model, optimizer, resume.state, resume.option)
         position = resume.state.position
     n_rows, world_size = len(dataset), dist.get_world_size()
-    per_step = data.rows_per_step(model.data_parallel_size, settings.grad_accumulation_steps)
+    per_step = rows_per_step(model.data_parallel_size, settings.grad_accumulation_steps)
     total_steps = count_steps(n_rows, position, per_step, settings)
     rank_zero = dist.get_rank() == 0
     if rank_zero and position.step >= total_steps:
@@ -109,11 +109,11 @@ def train(
         while position.step < total_steps:
             started = time.perf_counter()
             epoch = position.epoch
-            order = data.epoch_order(n_rows, settings.seed, epoch)
-            rows = data.step_rows(order, position, per_step)
+            order = epoch_order(n_rows, settings.seed, epoch)
+            rows = step_rows(order, position, per_step)
             lr = learning_rate(position.step, total_steps, settings)
             loss, grad_norm = train_step(model, optimizer, dataset, rows, lr, settings, device, position.step + 1)
-            position = data.advance(position, rows, n_rows)
+            position = advance(position, rows, n_rows)
             if log:
                 seconds = time.perf_counter() - started
                 log.write(
@@ -158,11 +158,11 @@ def train_step(
     model's gradients.
     """
     loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=device)
-    for row in data.micro_batches(rows, model.data_parallel_size, model.data_parallel_rank):
-        tokens, labels = data.load_row(dataset, row, settings.sequence_length, settings.vocab_size)
+    for row in micro_batches(rows, model.data_parallel_size, model.data_parallel_rank):
+        tokens, labels = load_row(dataset, row, settings.sequence_length, settings.vocab_size)
         loss = model.module(tokens.to(device), labels.to(device))
         loss.backward()
-        loss_and_tokens += torch.stack((loss.detach().double(), (labels != data.IGNORE_INDEX).sum().to(device)))
+        loss_and_tokens += torch.stack((loss.detach().double(), (labels != IGNORE_INDEX).sum().to(device)))
     reduce_resident_gradients(model)
     dist.all_reduce(loss_and_tokens, group=model.mesh.get_group("data_parallel"))
     loss_sum, n_tokens = loss_and_tokens.tolist()
@@ -227,10 +227,10 @@ def make_optimizer(model: ParallelModel, settings: TrainSettings, device: torch.
 def count_steps(n_rows: int, position: Position, per_step: int, settings: TrainSettings) -> int:
     """The step training ends at: at the end of the last epoch, or at max_train_steps if that comes first."""
     epochs_left = settings.max_epochs - position.epoch
-    rest_of_epoch = data.steps_per_epoch(n_rows - position.row, per_step)
+    rest_of_epoch = steps_per_epoch(n_rows - position.row, per_step)
     steps = position.step
     if epochs_left > 0:
-        steps += rest_of_epoch + (epochs_left - 1) * data.steps_per_epoch(n_rows, per_step)
+        steps += rest_of_epoch + (epochs_left - 1) * steps_per_epoch(n_rows, per_step)
     return min(steps, settings.max_train_steps) if settings.max_train_steps else steps
 
 

@@ -42,9 +42,13 @@ from torch import nn
 from longctx.atomic import whole_file
 from longctx.compiler import hardware
 from longctx.compiler.annotation import REGISTERED_OPS
+from longctx.data import order, rows
 from longctx.errors import UserError, one_line
-from longctx.huggingface import model
-from longctx.runtime import checkpoint, data
+from longctx.huggingface import build
+from longctx.huggingface.build import DTYPES, build_model, load_config
+from longctx.huggingface.flops import forward_flops
+from longctx.huggingface.weights import check_weights, find_weights, random_weights, save_hf_files
+from longctx.runtime import checkpoint
 from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
 from longctx.runtime.trainer import (
     BETAS,
@@ -84,7 +88,7 @@ def run(args: argparse.Namespace, config, dataset: Any, settings: TrainSettings)
     if resume:
         check_resume(resume, args, parameters, len(dataset))
     announce(args, settings, len(dataset), resume)
-    position = resume.state.position if resume else data.Position()
+    position = resume.state.position if resume else order.Position()
     if position.step >= count_steps(len(dataset), position, rows_per_step(args), settings):
         if os.environ["RANK"] == "0":
             print(complete(position))
@@ -126,7 +130,7 @@ def check_gpu() -> None:
 
 def check_model(args: argparse.Namespace, config) -> Parameters:
     """The model's parameters; the modules that options name are in it, and its weights are there, in their shapes."""
-    wrapped = model.build_model(config, model.DTYPES[args.precision], args.attn_implementation)
+    wrapped = build_model(config, DTYPES[args.precision], args.attn_implementation)
     known = {type(module).__name__ for module in wrapped.modules()}
     for option in ("recompute_modules", "pipeline_pivots"):
         names = getattr(args, option) or ""
@@ -137,7 +141,7 @@ def check_model(args: argparse.Namespace, config) -> Parameters:
             )
     parameters = {name: list(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
     if not args.random_init:
-        model.check_weights(args.model_id, model.find_weights(args.model_id, config), parameters)
+        check_weights(args.model_id, find_weights(args.model_id, config), parameters)
     return parameters
 
 
@@ -217,10 +221,10 @@ def trainer_args(
 
 def fingerprints(args: argparse.Namespace, config) -> dict[str, Any]:
     """Of our code, the versions and the weights, which nnScaler stores when it compiles; the same on every node."""
-    weights = {} if args.random_init else model.find_weights(args.model_id, config)
+    weights = {} if args.random_init else find_weights(args.model_id, config)
     return {
         "versions": [str(package.__version__) for package in (torch, transformers, nnscaler)],
-        "source": hashlib.sha256(Path(model.__file__).read_bytes()).hexdigest(),
+        "source": hashlib.sha256(Path(build.__file__).read_bytes()).hexdigest(),
         "annotations": {
             op.name: str(op.annotation) for op in REGISTERED_OPS.values() if isinstance(op.annotation, str)
         },
@@ -253,9 +257,9 @@ class WrappedModel(nn.Module):
         sequence_length: int,
     ):
         super().__init__()
-        config = model.load_config(model_id)
-        self.loss = model.build_model(config, model.DTYPES[precision], attn_implementation, sequence_length)
-        weights = model.random_weights(config, seed) if random_init else stored_weights(model_id, config)
+        config = load_config(model_id)
+        self.loss = build_model(config, DTYPES[precision], attn_implementation, sequence_length)
+        weights = random_weights(config, seed) if random_init else stored_weights(model_id, config)
         fill(self.loss.model, weights)
 
     def forward(self, sample):
@@ -265,7 +269,7 @@ class WrappedModel(nn.Module):
 
 
 def stored_weights(model_id: str, config) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, stored in model.find_weights(model_id, config).items():
+    for name, stored in find_weights(model_id, config).items():
         with safe_open(stored.file, "pt") as tensors:
             yield name, tensors.get_tensor(stored.name)
 
@@ -297,11 +301,11 @@ class Rows(torch.utils.data.Dataset):
         return len(self.dataset)
 
     def __getitem__(self, row: int | None) -> dict[str, torch.Tensor]:
-        return sample(*data.load_row(self.dataset, row, self.settings.sequence_length, self.settings.vocab_size))
+        return sample(*rows.load_row(self.dataset, row, self.settings.sequence_length, self.settings.vocab_size))
 
 
 def sample(tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
-    return {"tokens": tokens, "labels": labels, "n_tokens": (labels != data.IGNORE_INDEX).sum()}
+    return {"tokens": tokens, "labels": labels, "n_tokens": (labels != rows.IGNORE_INDEX).sum()}
 
 
 def dummy_sample(sequence_length: int) -> dict[str, torch.Tensor]:
@@ -324,13 +328,13 @@ class EpochOrder(torch.utils.data.Sampler):
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int | None]:
-        order = data.epoch_order(self.n_rows, self.settings.seed, self.epoch)
-        per_step = data.rows_per_step(self.data_parallel, self.settings.grad_accumulation_steps)
-        position = data.Position(epoch=self.epoch)
+        shuffled = order.epoch_order(self.n_rows, self.settings.seed, self.epoch)
+        per_step = order.rows_per_step(self.data_parallel, self.settings.grad_accumulation_steps)
+        position = order.Position(epoch=self.epoch)
         while position.epoch == self.epoch:
-            rows = data.step_rows(order, position, per_step)
-            yield from data.micro_batches(rows, self.data_parallel, self.rank)
-            position = data.advance(position, rows, self.n_rows)
+            rows = order.step_rows(shuffled, position, per_step)
+            yield from order.micro_batches(rows, self.data_parallel, self.rank)
+            position = order.advance(position, rows, self.n_rows)
 
     def __len__(self) -> int:
         return -(-self.n_rows // self.data_parallel)
@@ -360,17 +364,17 @@ class Callbacks(TrainHook):
     def on_train_start(self, trainer: Trainer) -> None:
         # Dropout, as in the built-in engine. Of a resumed run nnScaler puts the random state back after this.
         torch.manual_seed(self.settings.seed + trainer.rank // self.args.plan_ngpus)
-        self.position = data.position_after(trainer.train_status.finished_train_steps, self.n_rows, self.per_step)
+        self.position = order.position_after(trainer.train_status.finished_train_steps, self.n_rows, self.per_step)
         n_parameters = sum(torch.Size(shape).numel() for shape in self.parameters.values())
-        forward_flops = model.forward_flops(self.config, n_parameters, self.settings.sequence_length)
-        self.flops = FlopCount(*forward_flops, hardware.peak_rate_here(model.DTYPES[self.args.precision]))
+        flops = forward_flops(self.config, n_parameters, self.settings.sequence_length)
+        self.flops = FlopCount(*flops, hardware.peak_rate_here(DTYPES[self.args.precision]))
         if trainer.rank == 0:
             files = metrics_log(self.settings.log_dir, self.position.step, trainer.max_train_steps)
             self.log = self.open_files.enter_context(files)
 
     def on_step_start(self, trainer: Trainer, epoch: int, idx: int) -> None:
-        order = data.epoch_order(self.n_rows, self.settings.seed, self.position.epoch)
-        self.rows = data.step_rows(order, self.position, self.per_step)
+        shuffled = order.epoch_order(self.n_rows, self.settings.seed, self.position.epoch)
+        self.rows = order.step_rows(shuffled, self.position, self.per_step)
         self.started = time.perf_counter()
 
     def after_aggregate_train_step_outputs(
@@ -388,7 +392,7 @@ class Callbacks(TrainHook):
             group["lr"] = self.lr
 
     def after_optimizer_step(self, trainer: Trainer) -> None:
-        epoch, self.position = self.position.epoch, data.advance(self.position, self.rows, self.n_rows)
+        epoch, self.position = self.position.epoch, order.advance(self.position, self.rows, self.n_rows)
         if trainer.rank == 0:
             self.log.write(
                 step_metrics(
@@ -410,8 +414,8 @@ class Callbacks(TrainHook):
         state = checkpoint.State(self.position, self.settings.seed, self.n_rows, *ranks, self.parameters)
         state_dict[checkpoint.STATE_ENTRY] = json.dumps(state.to_json())
         if trainer.rank == 0:
-            save_hf_files = functools.partial(model.save_hf_files, self.args.model_id, self.config)
-            state_dict[checkpoint.HF_ENTRY] = checkpoint.hf_entry(save_hf_files)
+            write_hf_files = functools.partial(save_hf_files, self.args.model_id, self.config)
+            state_dict[checkpoint.HF_ENTRY] = checkpoint.hf_entry(write_hf_files)
 
     def on_load_checkpoint(self, trainer: Trainer, state_dict: dict[str, Any]) -> None:
         for name, value in trainer.optimizer.param_groups[0].items():  # this run's options, not the checkpoint's
@@ -423,7 +427,7 @@ class Callbacks(TrainHook):
 
 
 def rows_per_step(args: argparse.Namespace) -> int:
-    return data.rows_per_step(args.runtime_ngpus // args.plan_ngpus, args.grad_accumulation_steps)
+    return order.rows_per_step(args.runtime_ngpus // args.plan_ngpus, args.grad_accumulation_steps)
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------------------
@@ -439,7 +443,7 @@ def check_resume(resume: Resume, args: argparse.Namespace, parameters: Parameter
             f"--precision {args.precision}: {option} {path} is of a run in {stored}, whose shards nnscaler can't go on "
             f"from in another; pass --precision {stored}, or merge them with ckpt_merger.py and name the merged file"
         )
-    if state.position != data.position_after(state.position.step, n_rows, rows_per_step(args)):
+    if state.position != order.position_after(state.position.step, n_rows, rows_per_step(args)):
         raise UserError(
             f"--grad_accumulation_steps {args.grad_accumulation_steps}: {option} {path} is of a run that did not "
             f"take {rows_per_step(args)} rows a step, from whose place in the data nnscaler can't go on; take as many, "
@@ -468,8 +472,7 @@ def as_nnscaler(merged: dict[str, Any], names: list[str], precision: str) -> dic
     step = json.loads(merged[checkpoint.STATE_ENTRY])["position"]["step"]
     return {
         "model": {
-            checkpoint.NNSCALER_PREFIX + name: tensor.to(model.DTYPES[precision])
-            for name, tensor in merged["model"].items()
+            checkpoint.NNSCALER_PREFIX + name: tensor.to(DTYPES[precision]) for name, tensor in merged["model"].items()
         },
         "optimizer": {"state": states, "param_groups": [{"params": list(states)}]},
         "train_status": {"finished_train_steps": step},
