@@ -31,6 +31,7 @@ try:
 except ImportError:  # as on every CPU build of PyTorch
     triton = None
 
+CHUNK_SIZE = 1024  # tokens whose logits are held at a time, unless asked otherwise
 # cuBLAS sums products of half precision in float32; since PyTorch 2.8 it can be asked to return the sum as it is.
 _CUBLAS_RETURNS_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
@@ -40,7 +41,7 @@ def chunk_linear_cross_entropy(
     weight: torch.Tensor,
     labels: torch.Tensor,
     padding_idx: int = -100,
-    chunk_size: int = 1024,
+    chunk_size: int = CHUNK_SIZE,
     logit_softcap: float = 0.0,
 ) -> torch.Tensor:
     """Cross entropy of the logits hidden_states @ weight.T, per token.

@@ -19,11 +19,12 @@ import transformers
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.atomic import why_not_replaceable, why_not_writable
 from longctx.compiler import hardware
-from longctx.compiler.annotation import register_op
+from longctx.compiler.ops import register_op
 from longctx.data import rows
 from longctx.engines import builtin
 from longctx.errors import UserError, run_script
 from longctx.huggingface import build
+from longctx.kernels import cross_entropy
 from longctx.runtime.trainer import TrainSettings
 
 NNSCALER_NEWEST_TORCH = (2, 6)
@@ -40,7 +41,13 @@ ENGINE_OPTIONS = {
     "nnscaler": ("pas_policy", "pipeline_pivots", "pipeline_nstages", "trace_strategy"),
 }
 
-register_op("b l d^, n^ d^, b l -> b l")(chunk_linear_cross_entropy)
+
+def register_loss() -> None:
+    """The loss may be partitioned along rows and tokens, never along the hidden size or the vocabulary."""
+    register_op("b l d^, n^ d^, b l -> b l", **cross_entropy.RULES)(chunk_linear_cross_entropy)
+
+
+register_loss()
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

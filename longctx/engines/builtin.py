@@ -15,8 +15,9 @@ import torch.distributed as dist
 import transformers
 
 from longctx.atomic import whole_folder
-from longctx.compiler import codegen, hardware, partition, planner, report
-from longctx.compiler.annotation import REGISTERED_OPS
+from longctx.compiler import codegen, hardware, localize, planner, prediction, report
+from longctx.compiler import plan as plans
+from longctx.compiler.ops import REGISTERED_OPS
 from longctx.compiler.trace import trace
 from longctx.errors import UserError
 from longctx.huggingface.build import DTYPES, build_model
@@ -86,12 +87,12 @@ def write_plan(args: argparse.Namespace, config, sequence_length: int, folder: P
     graph = trace(wrapped, sample)
     traced = time.perf_counter()
     setting = plan_setting(args, graph)
-    fixed = planner.fix(graph, inputs["plan"], f"--plan {args.plan}") if args.plan else None
+    fixed = plans.fix(graph, inputs["plan"]) if args.plan else None
     plan = planner.make_plan(graph, setting, fixed)
-    local = partition.localize(graph, plan.assignment)
+    local = localize.localize(graph, plan.assignment)
     n_parameters = sum(parameter.numel() for parameter in wrapped.parameters())
     flops = forward_flops(config, n_parameters, sequence_length)
-    predicted = report.plan_facts(graph, plan, setting, n_parameters, flops)
+    predicted = prediction.predict(graph, plan, setting, n_parameters, flops)
     facts = {**inputs, **plan_facts(graph, plan, predicted)}
     title = f"{graph.class_name} at {sequence_length:,} tokens on {args.plan_ngpus} rank(s), {args.precision}."
     with whole_folder(folder, COMPILED_FILES) as aside:
@@ -108,7 +109,7 @@ def write_plan(args: argparse.Namespace, config, sequence_length: int, folder: P
         print(f"compile: wrote {folder}/gencode.py, plan.json, report.md", flush=True)
 
 
-def plan_setting(args: argparse.Namespace, graph) -> planner.Setting:
+def plan_setting(args: argparse.Namespace, graph) -> plans.Setting:
     """What the plan is for.
 
     Raises:
@@ -117,16 +118,10 @@ def plan_setting(args: argparse.Namespace, graph) -> planner.Setting:
     modules = None
     if args.recompute_modules is not None:
         modules = tuple(name for name in args.recompute_modules.split(",") if name)
-        known = {kind.class_name.rstrip("0123456789") for kind in graph.kinds}
-        if unknown := set(modules) - known:
-            raise UserError(
-                f"--recompute_modules {args.recompute_modules}: {sorted(unknown)[0]} is no layer of "
-                f"{graph.class_name}; its layers are {', '.join(sorted(known))}"
-            )
     device = hardware.load(args.hardware)
     memory_limit = args.gpu_mem_constraint * 1e9
     ranks = (args.plan_ngpus, args.runtime_ngpus)
-    return planner.Setting(*ranks, device, memory_limit, modules, args.grad_accumulation_steps)
+    return plans.Setting(*ranks, device, memory_limit, modules, args.grad_accumulation_steps)
 
 
 def read_plan(path: str) -> dict:
@@ -162,14 +157,14 @@ def plan_inputs(args: argparse.Namespace, config, sequence_length: int) -> dict:
     }
 
 
-def plan_facts(graph, plan: planner.Plan, predicted: report.Facts) -> dict:
+def plan_facts(graph, plan: plans.Plan, predicted: prediction.Prediction) -> dict:
     """What run needs to know of a plan, and what is predicted of it."""
     return {
         "class_name": graph.class_name,
         "layers_path": graph.layers_path,
-        "recompute": plan.recompute,
-        "resident": graph.named(plan.assignment.resident),
-        "decisions": planner.describe(graph, plan),
+        "recompute": [policy.value for policy in plan.recompute],
+        "resident": graph.named(plan.assignment.plan_sharded),
+        "decisions": plans.describe(graph, plan),
         "parameters": {name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
         "predicted": dataclasses.asdict(predicted),
     }
@@ -183,7 +178,7 @@ def fingerprint_of(folder: Path) -> str | None:
         return None
 
 
-# --- run -----------------------------------------------------------------------------------------------------------
+# --- run -------------------------------------------------------------------------------------------------------------
 
 
 def run(args: argparse.Namespace, config, dataset, settings: TrainSettings) -> None:

@@ -78,7 +78,7 @@ def parameter_shapes(model: ParallelModel) -> dict[str, list[int]]:
     return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
-# --- saving --------------------------------------------------------------------------------------------------------
+# --- saving ----------------------------------------------------------------------------------------------------------
 
 
 def save(
@@ -143,7 +143,7 @@ def _remove_leftovers(checkpoint_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- finding and checking ------------------------------------------------------------------------------------------
+# --- finding and checking --------------------------------------------------------------------------------------------
 
 
 def find(checkpoint_dir: Path, resume_path: str | None, engine: str) -> Path | None:
@@ -377,7 +377,7 @@ def normalized(merged: dict[str, Any]) -> dict[str, Any]:
     return {"model": weights, "optimizer": optimizer, STATE_ENTRY: state, HF_ENTRY: merged[HF_ENTRY][0]}
 
 
-# --- loading -------------------------------------------------------------------------------------------------------
+# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def load(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, state: State, option: str) -> None:
@@ -405,7 +405,7 @@ def _read_shards(path: Path, tensors: dict[str, torch.Tensor], no_dist: bool = F
         dcp.load(tensors, storage_reader=FileSystemReader(path), planner=planner, no_dist=no_dist)
 
 
-# --- merging -------------------------------------------------------------------------------------------------------
+# --- merging ---------------------------------------------------------------------------------------------------------
 
 
 def merge(path: Path, output: Path) -> None:

@@ -41,7 +41,7 @@ from torch import nn
 
 from longctx.atomic import whole_file
 from longctx.compiler import hardware
-from longctx.compiler.annotation import REGISTERED_OPS
+from longctx.compiler.ops import REGISTERED_OPS
 from longctx.data import order, rows
 from longctx.errors import UserError, one_line
 from longctx.huggingface import build
@@ -241,7 +241,7 @@ def hash_ends(file: Path, n_bytes: int = 1 << 24) -> str:
         return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
 
 
-# --- the model -----------------------------------------------------------------------------------------------------
+# --- the model -------------------------------------------------------------------------------------------------------
 
 
 class WrappedModel(nn.Module):
@@ -288,7 +288,7 @@ def fill(module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None
                 setattr(part, attribute, parameter)
 
 
-# --- the data ------------------------------------------------------------------------------------------------------
+# --- the data --------------------------------------------------------------------------------------------------------
 
 
 class Rows(torch.utils.data.Dataset):
@@ -350,7 +350,7 @@ def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> Ag
     )
 
 
-# --- the training loop's callbacks ---------------------------------------------------------------------------------
+# --- the training loop's callbacks -----------------------------------------------------------------------------------
 
 
 class Callbacks(TrainHook):
@@ -430,7 +430,7 @@ def rows_per_step(args: argparse.Namespace) -> int:
     return order.rows_per_step(args.runtime_ngpus // args.plan_ngpus, args.grad_accumulation_steps)
 
 
-# --- checkpoints ---------------------------------------------------------------------------------------------------
+# --- checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def check_resume(resume: Resume, args: argparse.Namespace, parameters: Parameters, n_rows: int) -> None:
