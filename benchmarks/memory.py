@@ -173,7 +173,7 @@ def count(compiled: Path, facts: dict) -> dict[_FSDPRefType, int]:
         tokens, labels = (torch.zeros(1, facts["sequence_length"], dtype=torch.long) for _ in range(2))
         tracker = FSDPMemTracker(module, optimizer)
         tracker.track_inputs((tokens, labels))
-        resident = [module.get_parameter(name) for name in sharded.resident]
+        resident = [module.get_parameter(name) for name in sharded.plan_sharded]
         for parameter in resident:  # the tracker finds FSDP's only
             tracker._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
         with tracker, _KernelWorkspace():
@@ -182,7 +182,7 @@ def count(compiled: Path, facts: dict) -> dict[_FSDPRefType, int]:
                 tracker.reset_mod_stats()
                 for parameter in resident:
                     tracker._update_and_maybe_create_winfos(parameter.grad, _FSDPRefType.SHARDED_GRAD)
-            parallel.reduce_resident_gradients(sharded)
+            parallel.reduce_plan_sharded_gradients(sharded)
         peak = tracker.get_tracker_snapshot("peak")[CPU]
     return {kind: size for kind, size in peak.items() if isinstance(kind, _FSDPRefType)}
 

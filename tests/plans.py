@@ -137,7 +137,7 @@ def run_cases(folder: Path, cases: list[Case]) -> None:
             row = slice(model.data_parallel_rank, model.data_parallel_rank + 1)
             loss = module(tokens[row], labels[row])
             loss.backward()
-            parallel.reduce_resident_gradients(model)
+            parallel.reduce_plan_sharded_gradients(model)
             total = loss.detach().clone()
             dist.all_reduce(total, group=model.mesh.get_group("data_parallel"))
             found = {name: model.globally(name, p.grad).full_tensor() for name, p in module.named_parameters()}

@@ -391,7 +391,7 @@ def load(path: Path, model: ParallelModel, optimizer: torch.optim.Optimizer, sta
         for name, tensor in tensors.items():
             load_slice(tensor, merged[name.split("/")[0]][name.split("/", 1)[1]].__getitem__)
         return
-    same_ranks = (state.world_size, state.plan_ngpus) == (dist.get_world_size(), model.plan_ngpus)
+    same_ranks = (state.world_size, state.plan_ngpus) == (dist.get_world_size(), model.plan_size)
     random = _random_state() if same_ranks else {}
     _read_shards(path, tensors | random)
     for name, value in random.items():

@@ -19,7 +19,7 @@ from longctx.data.rows import IGNORE_INDEX, load_row
 from longctx.errors import UserError
 from longctx.runtime import checkpoint
 from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
-from longctx.runtime.parallel import ParallelModel, reduce_resident_gradients
+from longctx.runtime.parallel import ParallelModel, reduce_plan_sharded_gradients
 
 BETAS = (0.9, 0.95)
 
@@ -132,7 +132,7 @@ def train(
                 )
             if position.step % settings.checkpoint_interval == 0 or position.step == total_steps:
                 shapes = checkpoint.parameter_shapes(model)
-                state = checkpoint.State(position, settings.seed, n_rows, world_size, model.plan_ngpus, shapes)
+                state = checkpoint.State(position, settings.seed, n_rows, world_size, model.plan_size, shapes)
                 path = checkpoint.save(settings.checkpoint_dir, model, optimizer, state, save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
@@ -163,7 +163,7 @@ def train_step(
         loss = model.module(tokens.to(device), labels.to(device))
         loss.backward()
         loss_and_tokens += torch.stack((loss.detach().double(), (labels != IGNORE_INDEX).sum().to(device)))
-    reduce_resident_gradients(model)
+    reduce_plan_sharded_gradients(model)
     dist.all_reduce(loss_and_tokens, group=model.mesh.get_group("data_parallel"))
     loss_sum, n_tokens = loss_and_tokens.tolist()
 
@@ -193,8 +193,8 @@ def check_finite(step: int, rows: list[int], loss: float, grad_norm: float) -> N
 def total_norm(model: ParallelModel) -> float:
     """The 2-norm of all gradients together, over all ranks."""
     named = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
-    own = [gradient for name, gradient in named.items() if name in model.resident]
-    sharded = [gradient for name, gradient in named.items() if name not in model.resident]
+    own = [gradient for name, gradient in named.items() if name in model.plan_sharded]
+    sharded = [gradient for name, gradient in named.items() if name not in model.plan_sharded]
     squares = torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
     if own:
         squares += torch.nn.utils.get_total_norm(own).double() ** 2
@@ -208,8 +208,8 @@ def make_optimizer(model: ParallelModel, settings: TrainSettings, device: torch.
     """AdamW with its state allocated, so that a checkpoint can be read into it in place."""
     fused = device.type == "cuda"
     named = dict(model.module.named_parameters())
-    own = [parameter for name, parameter in named.items() if name in model.resident]
-    sharded = [parameter for name, parameter in named.items() if name not in model.resident]
+    own = [parameter for name, parameter in named.items() if name in model.plan_sharded]
+    sharded = [parameter for name, parameter in named.items() if name not in model.plan_sharded]
     # Groups of their own: one fused update can't take plain tensors and DTensors together.
     groups = [{"params": parameters} for parameters in (sharded, own) if parameters]
     optimizer = torch.optim.AdamW(
