@@ -1,6 +1,7 @@
 """Rows of tokens as bookcorpus.py saves them: opened, checked, and read as tokens and labels."""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -97,3 +98,19 @@ def load_row(dataset: Any, row: int | None, sequence_length: int, vocab_size: in
     labels = torch.full_like(tokens, IGNORE_INDEX)
     labels[:, :-1] = tokens[:, 1:]
     return tokens, labels
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to train on, read as the plan and the model take them. `dataset` is open_dataset's."""
+
+    dataset: Any
+    sequence_length: int
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, row: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row `row` as (tokens, labels), as load_row gives them."""
+        return load_row(self.dataset, row, self.sequence_length, self.vocab_size)
