@@ -195,7 +195,7 @@ def run(args: argparse.Namespace, config, dataset, settings: TrainSettings) -> N
     if resume:
         checkpoint.check_same_model(resume.state, plan["parameters"], resume.option, resume.path)
     elif weights:
-        check_weights(args.model_id, weights, plan["parameters"])
+        check_weights(weights, plan["parameters"])
     dtype = DTYPES[args.precision]
     with parallel.process_group() as device:
         module = parallel.load_generated(folder, plan["class_name"])

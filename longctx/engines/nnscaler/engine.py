@@ -141,7 +141,7 @@ def check_model(args: argparse.Namespace, config) -> Parameters:
             )
     parameters = {name: list(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
     if not args.random_init:
-        check_weights(args.model_id, find_weights(args.model_id, config), parameters)
+        check_weights(find_weights(args.model_id, config), parameters)
     return parameters
 
 
@@ -224,7 +224,9 @@ def fingerprints(args: argparse.Namespace, config) -> dict[str, Any]:
     weights = {} if args.random_init else find_weights(args.model_id, config)
     return {
         "versions": [str(package.__version__) for package in (torch, transformers, nnscaler)],
-        "source": hashlib.sha256(Path(build.__file__).read_bytes()).hexdigest(),
+        "source": hashlib.sha256(
+            b"".join(file.read_bytes() for file in sorted(Path(build.__file__).parent.glob("*.py")))
+        ).hexdigest(),
         "annotations": {
             op.name: str(op.annotation) for op in REGISTERED_OPS.values() if isinstance(op.annotation, str)
         },
