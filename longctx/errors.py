@@ -112,6 +112,14 @@ class EngineError(UserError):
     """An engine can't work here."""
 
 
+class DocumentsError(UserError):
+    """No text can be read where a corpus is said to be."""
+
+
+class ColumnError(DocumentsError):
+    """The column that should hold a corpus's text is missing, or holds something else."""
+
+
 def one_line(error: Exception) -> str:
     """A library's error on one line, cut where it rambles, to quote within a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -121,8 +121,8 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
             plan = load_plan(compiled)
             module = parallel.load_generated(compiled, plan["class_name"])
             sharded = parallel.parallelize(module, plan["layers_path"], device, torch.float32)
-            weights = folder / family / family
-            parallel.load_safetensors(sharded, weights.find_weights(str(weights), small_config(family)))
+            model_id = str(folder / family / family)
+            parallel.load_safetensors(sharded, weights.find_weights(model_id, small_config(family)))
             tokens, labels = random_rows(n_ranks, LENGTH, 256)
             mine = slice(dist.get_rank(), dist.get_rank() + 1)
             loss = module(tokens[mine], labels[mine])
