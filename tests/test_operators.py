@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.node import map_aggregate
 
-import train  # noqa: F401 (registers the loss)
 from longctx.compiler import operators
 from longctx.compiler.annotation import (
     PARTIAL,

@@ -12,7 +12,6 @@ from families import small_config
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import train  # noqa: F401 (registers the loss)
 from longctx.compiler import hardware, planner, report
 from longctx.compiler.annotation import REPLICATED, Partition, Placement, split_along, split_dim
 from longctx.compiler.cost import (
