@@ -1,12 +1,12 @@
-"""Raw text -> rows of exactly sequence_length tokens, saved where `datasets.load_from_disk` opens them.
+"""Turns raw text into rows of exactly sequence_length tokens, in a folder that `datasets.load_from_disk` opens.
 
     python bookcorpus.py --data_path_or_name bookcorpus/bookcorpus \
         --tokenizer_path_or_name meta-llama/Meta-Llama-3-8B-Instruct \
         --save_path ./bookcorpus_llama3_128K --sequence_length 131072
 
 The data is a dataset of the Hugging Face hub, a folder that `save_to_disk` wrote, or a file or folder of .txt and .md
-(a document each), .jsonl and .parquet (a document a row). Documents, in the sorted order of their files, become
-bos + tokens + eos, are concatenated, and are cut into rows: nothing is lost but the tail shorter than a row.
+files (a document each), .jsonl and .parquet files (a document to a row). Files are read in sorted order. Each document
+becomes bos + tokens + eos; all are concatenated and cut into rows, and only the tail that fills no row is left out.
 """
 
 import argparse
@@ -31,26 +31,27 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from longctx.atomic import whole_folder, why_not_writable
 from longctx.data.documents import open_corpus
 from longctx.data.tokens import Tokens, tokenize
-from longctx.errors import UserError, one_line, run_script
+from longctx.errors import ColumnError, DocumentsError, UserError, one_line, run_script
 
-BLOCK = 2**22  # tokens packed and written at a time (16 MiB)
-BLOCKS_PER_SHARD = 32
+BLOCK = 2**22  # tokens that are packed and written at a time (16 MiB)
+BLOCKS_PER_SHARD = 32  # blocks of one .arrow file (512 MiB)
 FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
 def main() -> None:
     args = parse_args()
     check(args)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # processes are the parallelism here; threads don't survive a fork
-    huggingface_hub.logging.set_verbosity_error()  # else a line for each retry when there is no network
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this script has processes, and threads don't survive a fork
+    huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
     tokenizer = load_tokenizer(args.tokenizer_path_or_name)
     began = time.monotonic()
     try:
-        documents, size = open_corpus(args.data_path_or_name, args.text_key)
-        with whole_folder(args.save_path) as folder:
-            counts = write_rows(folder, tokenize(documents, tokenizer, args.num_proc), size, args.sequence_length)
-            corpus = provenance(args, tokenizer) | counts
-            (folder / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n", encoding="utf-8")
+        corpus = write_corpus(args, tokenizer)
+    except ColumnError as error:
+        sentence = f"--data_path_or_name {args.data_path_or_name}: {error}; name a column of text with --text_key"
+        raise UserError(sentence) from error
+    except DocumentsError as error:
+        raise UserError(f"--data_path_or_name {args.data_path_or_name}: {error}") from error
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably for want of memory: give a smaller --num_proc") from error
     seconds = time.monotonic() - began
@@ -75,7 +76,7 @@ def parse_args() -> argparse.Namespace:
 
 
 def check(args: argparse.Namespace) -> None:
-    """Raises UserError for what is known to be wrong before anything is loaded."""
+    """Raises UserError for what can be seen to be wrong before anything is loaded."""
     if args.sequence_length < 2:
         raise UserError(f"--sequence_length {args.sequence_length}: a row needs 2 tokens or more to predict one")
     if args.num_proc < 1:
@@ -93,10 +94,10 @@ def check(args: argparse.Namespace) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
-    """Loads a fast tokenizer with bos and eos from the hub or a local folder; raises UserError if that can't be."""
+    """A fast tokenizer with bos and eos, from the hub or a local folder; raises UserError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
-    except Exception as error:  # each library and each way a file can be broken has its own
+    except Exception as error:  # each library, and each way in which a file can be broken, has its own exceptions
         raise UserError(f"--tokenizer_path_or_name {name}: no tokenizer loads from there: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"--tokenizer_path_or_name {name}: this tokenizer has no fast version (a tokenizer.json)")
@@ -106,7 +107,23 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def write_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """Writes the rows, and corpus.json beside them, to --save_path, whole or not at all; returns corpus.json's facts.
+
+    Raises:
+        DocumentsError: the data can't be read.
+        UserError: its tokens don't fill a row.
+    """
+    documents, size = open_corpus(args.data_path_or_name, args.text_key)
+    with whole_folder(args.save_path) as folder:
+        counts = write_rows(folder, tokenize(documents, tokenizer, args.num_proc), size, args.sequence_length)
+        corpus = provenance(args, tokenizer) | counts
+        (folder / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n", encoding="utf-8")
+    return corpus
+
+
 def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+    """What the rows are made from and with, to be recorded beside them."""
     return {
         "data": args.data_path_or_name,
         "text_key": args.text_key,
@@ -118,9 +135,9 @@ def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> 
 
 
 def write_rows(folder: Path, tokens: Iterable[Tokens], size: int, sequence_length: int) -> dict:
-    """Writes the rows as a dataset of `datasets` into `folder` and returns the counts for corpus.json.
+    """Writes the rows into `folder` as the `datasets` library saves a dataset; returns the counts for corpus.json.
 
-    Raises UserError if the tokens don't fill a row.
+    `size` is that of the corpus, for the progress bar. Raises UserError if the tokens don't fill a row.
     """
     counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "rows": 0}
     shards = []
@@ -140,7 +157,10 @@ def write_rows(folder: Path, tokens: Iterable[Tokens], size: int, sequence_lengt
 
 
 def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[np.ndarray]:
-    """Passes the ids on, adding up `counts` and showing progress; a second's silence keeps short errors alone."""
+    """Yields the token ids of `tokens`, adds them up in `counts`, and shows progress.
+
+    The bar appears after a second, so that an error which ends the script at once stands alone.
+    """
     form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"
     interval = 0.5 if sys.stderr.isatty() else 30
     with tqdm(total=size, bar_format=form, delay=1, mininterval=interval) as bar:
@@ -159,7 +179,7 @@ def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[np.nd
 
 
 def packed(arrays: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
-    """Concatenates int32 arrays and yields them as blocks of whole rows: about BLOCK tokens, or one longer row."""
+    """Concatenates int32 arrays and yields blocks of whole rows, of about BLOCK tokens or, if longer, of one row."""
     held, size = [], 0
     for array in itertools.chain(arrays, [None]):
         if array is not None:
@@ -173,14 +193,14 @@ def packed(arrays: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.nd
 
 
 def write_dataset_files(folder: Path, shards: list[Path]) -> None:
-    """Gives the shards their final names and writes what `load_from_disk` reads beside them."""
+    """Gives the shards their final names, and writes the other files that `load_from_disk` reads."""
     names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
     for shard, name in zip(shards, names, strict=True):
         shard.rename(folder / name)
     datasets.DatasetInfo(features=FEATURES).write_to_directory(str(folder))
     state = {
         "_data_files": [{"filename": name} for name in names],
-        "_fingerprint": secrets.token_hex(8),  # `datasets` keys its caches by it, so no two corpora may share one
+        "_fingerprint": secrets.token_hex(8),  # the key of `datasets`' caches, so it has to differ between corpora
         "_format_columns": None,
         "_format_kwargs": {},
         "_format_type": None,

@@ -33,10 +33,13 @@ from transformers import AutoConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
+from longctx.compiled import PlanFile, read_plan_file
 from longctx.compiler import codegen, memory, planner
 from longctx.compiler.trace import Graph
+from longctx.engines import builtin
 from longctx.huggingface import build
 from longctx.kernels import attention
+from longctx.options import Job, parse_job
 from longctx.runtime import parallel, trainer
 
 CPU = torch.device("cpu")
@@ -99,19 +102,19 @@ def compile_again(compiled: Path, folder: Path) -> Compiled:
     Raises:
         RuntimeError: it gives other code.
     """
-    facts = json.loads((compiled / "plan.json").read_text())
-    AutoConfig.for_model(**facts["config"]).save_pretrained(folder)
-    (folder / "hardware.json").write_text(json.dumps(facts))
+    inputs = read_plan_file(compiled).inputs
+    AutoConfig.for_model(**inputs["config"]).save_pretrained(folder)
+    (folder / "hardware.json").write_text(json.dumps({"hardware": inputs["hardware"]}))
     argv = ["--model_id", str(folder), "--compiled_dir", str(folder), "--hardware", str(folder / "hardware.json")]
     options = ("plan_ngpus", "runtime_ngpus", "precision", "attn_implementation", "gpu_mem_constraint")
     for name in (*options, "grad_accumulation_steps"):
-        argv += [f"--{name}", str(facts[name])]
-    if facts["recompute_modules"] is not None:
-        argv += ["--recompute_modules", facts["recompute_modules"]]
-    if facts["plan"]:
-        (folder / "forced.json").write_text(json.dumps({"decisions": facts["plan"]}))
+        argv += [f"--{name}", str(inputs[name])]
+    if inputs["recompute_modules"] is not None:
+        argv += ["--recompute_modules", ",".join(inputs["recompute_modules"])]
+    if inputs["plan"]:
+        (folder / "forced.json").write_text(json.dumps({"decisions": inputs["plan"]}))
         argv += ["--plan", str(folder / "forced.json")]
-    again = compile_plan(argv, facts["sequence_length"])
+    again = compile_plan(argv, inputs["sequence_length"])
     if (again.folder / "gencode.py").read_text() != (compiled / "gencode.py").read_text():
         raise RuntimeError(f"{compiled}: this compiler makes other code of it; compile it again")
     return again
@@ -120,28 +123,30 @@ def compile_again(compiled: Path, folder: Path) -> Compiled:
 def compile_plan(argv: list[str], sequence_length: int) -> Compiled:
     """What train.py --run_mode compile does with these arguments."""
     argv = ["--run_mode", "compile", "--engine", "torch", "--sequence_length", str(sequence_length), *argv]
-    args = train.parse_args(argv)
-    name = f"{sequence_length}-{args.plan_ngpus}of{args.runtime_ngpus}"
+    train.register_loss()
+    job = parse_job(argv)
+    job = dataclasses.replace(job, name=f"{sequence_length}-{job.plan_ngpus}of{job.runtime_ngpus}")
     with mock.patch.object(codegen, "generate", wraps=codegen.generate) as generate:
-        train.main([*argv, "--name", name])
+        builtin.ensure_compiled(job)
     graph, plan, _ = generate.call_args.args
-    return Compiled(Path(args.compiled_dir) / name, graph, plan)
+    return Compiled(job.compiled_folder, graph, plan)
 
 
-def predict(compiled: Compiled, facts: dict) -> memory.MemoryPrediction:
-    parameters = compiled.graph.all_parameters()
-    resident = {parameters[name] for name in facts["resident"]}
-    return memory.predict(compiled.graph, compiled.plan.recompute, memory.nbytes, facts["runtime_ngpus"], resident)
+def predict(compiled: Compiled, facts: PlanFile) -> memory.MemoryPrediction:
+    parameters, n_ranks = compiled.graph.all_parameters(), facts.inputs["runtime_ngpus"]
+    plan_sharded = {parameters[name] for name in facts.module.plan_sharded}
+    return memory.predict(compiled.graph, compiled.plan.recompute, memory.nbytes, n_ranks, plan_sharded)
 
 
 def compare(folder: Path, compiled: Compiled) -> str:
     """A Markdown table of what is predicted and what is counted for a compiled folder, in GB."""
-    facts = json.loads((folder / "plan.json").read_text())
+    facts = read_plan_file(folder)
+    inputs, recompute = facts.inputs, facts.module.recompute
     predicted, counted = predict(compiled, facts), count(folder, facts)
-    policies = ", ".join(f"{facts['recompute'].count(p)} {p!r}" for p in dict.fromkeys(facts["recompute"]))
+    policies = ", ".join(f"{recompute.count(p)} {p!r}" for p in dict.fromkeys(recompute))
     lines = [
-        f"\n{facts['class_name']}, {facts['sequence_length']:,} tokens, plan_ngpus {facts['plan_ngpus']} of "
-        f"{facts['runtime_ngpus']}, layers recompute: {policies}; peak predicted in the {predicted.moment}.\n",
+        f"\n{facts.module.class_name}, {inputs['sequence_length']:,} tokens, plan_ngpus {inputs['plan_ngpus']} of "
+        f"{inputs['runtime_ngpus']}, layers recompute: {policies}; peak predicted in the {predicted.moment}.\n",
         "| GB | predicted | counted | ratio |\n| --- | --- | --- | --- |",
     ]
     for row, (fields, kinds) in KINDS.items():
@@ -159,21 +164,22 @@ def _row(name: str, predicted: float, counted: float) -> str:
 # --- counting ------------------------------------------------------------------------------------------------------
 
 
-def count(compiled: Path, facts: dict) -> dict[_FSDPRefType, int]:
+def count(compiled: Path, facts: PlanFile) -> dict[_FSDPRefType, int]:
     """Bytes of rank 0 at its peak, by the tracker's kinds."""
     # AdamW's step is left out: on a GPU its fused kernel works in place.
-    with _rank_zero(facts["runtime_ngpus"]), ExitStack() as stack:
-        module = parallel.load_generated(compiled, facts["class_name"])
+    inputs = facts.inputs
+    with _rank_zero(inputs["runtime_ngpus"]), ExitStack() as stack:
+        module = parallel.load_generated(compiled, facts.module.class_name)
         stack.enter_context(_gpu_kernels(module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        dtype = build.DTYPES[facts["precision"]]
-        parts = (facts["layers_path"], CPU, dtype, facts["plan_ngpus"], facts["resident"])
+        dtype = build.DTYPES[inputs["precision"]]
+        parts = (facts.module.layers_path, CPU, dtype, inputs["plan_ngpus"], facts.module.plan_sharded)
         sharded = parallel.parallelize(module, *parts)
-        optimizer = trainer.make_optimizer(sharded, _Rates(), CPU)
-        tokens, labels = (torch.zeros(1, facts["sequence_length"], dtype=torch.long) for _ in range(2))
+        optimizer = trainer.make_optimizer(sharded, Job(model_id=""))  # no size depends on the rates
+        tokens, labels = (torch.zeros(1, inputs["sequence_length"], dtype=torch.long) for _ in range(2))
         tracker = FSDPMemTracker(module, optimizer)
         tracker.track_inputs((tokens, labels))
-        resident = [module.get_parameter(name) for name in sharded.resident]
+        resident = [module.get_parameter(name) for name in sharded.plan_sharded]
         for parameter in resident:  # the tracker finds FSDP's only
             tracker._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
         with tracker, _KernelWorkspace():
@@ -182,17 +188,9 @@ def count(compiled: Path, facts: dict) -> dict[_FSDPRefType, int]:
                 tracker.reset_mod_stats()
                 for parameter in resident:
                     tracker._update_and_maybe_create_winfos(parameter.grad, _FSDPRefType.SHARDED_GRAD)
-            parallel.reduce_resident_gradients(sharded)
+            parallel.reduce_plan_sharded_gradients(sharded)
         peak = tracker.get_tracker_snapshot("peak")[CPU]
     return {kind: size for kind, size in peak.items() if isinstance(kind, _FSDPRefType)}
-
-
-@dataclasses.dataclass(frozen=True)
-class _Rates:
-    """What make_optimizer asks of the settings; no size depends on it."""
-
-    learning_rate: float = 1e-5
-    weight_decay: float = 0.0
 
 
 @contextmanager

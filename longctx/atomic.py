@@ -91,6 +91,11 @@ def why_not_writable(path: str | os.PathLike) -> str | None:
     return None if os.access(nearest, os.W_OK | os.X_OK) else f"the folder {nearest} can't be written to"
 
 
+def why_not_new(path: str | os.PathLike) -> str | None:
+    """What keeps something new from being made at `path`; None if nothing does."""
+    return "it is there already" if os.path.lexists(path) else why_not_writable(path)
+
+
 def why_not_replaceable(path: str | os.PathLike, ours: Sequence[str]) -> str | None:
     """What at `path` this program did not write; None if nothing is there, or a folder of its own.
 

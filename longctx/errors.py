@@ -2,13 +2,15 @@
 
 Code below the scripts raises the errors of the domain: it speaks of models, rows, plans and checkpoints, and never of
 options. A script knows which of its options named the thing at fault, and puts that option before the sentence
-(`longctx/options.py` has the table).
+(`naming_options` of longctx/command_line.py; train.py's table is in longctx/options.py).
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable
+
+from longctx import torchrun
 
 QUOTED = 300  # characters of somebody else's message at most
 OTHER_RANKS_WAIT_S = 10  # for rank 0 to say it first; torchrun then ends them
@@ -66,12 +68,56 @@ class RowsError(UserError):
     """A dataset of rows can't be trained on."""
 
 
+class CompiledError(UserError):
+    """A compiled folder can't be made or used."""
+
+
 class CheckpointError(UserError):
-    """A checkpoint or merged file is missing, damaged, or of another job."""
+    """A checkpoint or merged file is missing, damaged, or of another model."""
+
+
+class CheckpointMismatch(CheckpointError):
+    """A checkpoint is of a run that differs from this one. `field`: in which value of the job."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
+class OtherEngine(CheckpointError):
+    """A checkpoint is of another engine, whose shards this one can't read. `engine`: which."""
+
+    def __init__(self, message: str, engine: str):
+        super().__init__(message)
+        self.engine = engine
+
+
+class CheckpointFolderError(CheckpointError):
+    """Checkpoints can't be written to a folder without harm to what is there."""
+
+
+class LogError(UserError):
+    """A run can't add its metrics to a file that is there."""
+
+
+class NoRoom(UserError):
+    """The disk has no room for what is to be written."""
 
 
 class TrainingError(UserError):
     """Training can't go on."""
+
+
+class EngineError(UserError):
+    """An engine can't work here."""
+
+
+class DocumentsError(UserError):
+    """No text can be read where a corpus is said to be."""
+
+
+class ColumnError(DocumentsError):
+    """The column that should hold a corpus's text is missing, or holds something else."""
 
 
 def one_line(error: Exception) -> str:
@@ -90,7 +136,7 @@ def run_script(main: Callable[[], None]) -> None:
     try:
         main()
     except (UserError, OSError) as error:
-        if int(os.environ.get("RANK", 0)) != 0:
+        if torchrun.rank() != 0:
             time.sleep(OTHER_RANKS_WAIT_S)
         sentence = error if isinstance(error, UserError) else one_line(error)
         print(f"{os.path.basename(sys.argv[0])}: error: {sentence}", file=sys.stderr, flush=True)

@@ -6,7 +6,15 @@ import demo_assets
 import pytest
 import torch
 
+import train
+
 torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
+
+
+@pytest.fixture(scope="session", autouse=True)
+def registered_loss() -> None:
+    """The loss is an operator, as train.py makes it one, whatever a test traces."""
+    train.register_loss()
 
 
 @pytest.fixture(scope="session")

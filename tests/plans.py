@@ -146,7 +146,7 @@ def run_cases(folder: Path, cases: list[Case]) -> None:
             row = slice(model.data_parallel_rank, model.data_parallel_rank + 1)
             loss = module(tokens[row], labels[row])
             loss.backward()
-            parallel.reduce_resident_gradients(model)
+            parallel.reduce_plan_sharded_gradients(model)
             total = loss.detach().clone()
             dist.all_reduce(total, group=model.mesh.get_group("data_parallel"))
             found = {name: model.globally(name, p.grad).full_tensor() for name, p in module.named_parameters()}
@@ -185,6 +185,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=500)
     args = parser.parse_args()
+    train.register_loss()
     worst = defaultdict(lambda: (0, 0.0, 0.0))
     for n_ranks, share in ((1, 0.05), (2, 0.5), (4, 0.45)):
         for case, (loss, gradient, _) in check_cases(draw_cases(round(args.cases * share), n_ranks)).items():

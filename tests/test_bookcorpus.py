@@ -1,4 +1,4 @@
-"""bookcorpus.py: no token lost, none repeated, one sentence for what is wrong, nothing half written."""
+"""bookcorpus.py loses and repeats no token, says in one sentence what is wrong, and leaves nothing half-written."""
 
 import itertools
 import json
@@ -104,7 +104,7 @@ def in_pieces_of(monkeypatch, piece, overlap):
     block=st.integers(1, 100),
     blocks_per_shard=st.integers(1, 3),
 )
-def test_rows_are_the_documents_tokens_one_after_another_but_for_the_tail(
+def test_rows_are_the_tokens_of_all_documents_one_after_another_but_for_the_tail(
     tmp_path_factory, tokenizer, texts, sequence_length, num_proc, piece, block, blocks_per_shard
 ):
     expected = one_at_a_time(tokenizer, texts)
@@ -148,7 +148,9 @@ def test_rows_are_the_same_for_any_number_of_processes(run, tmp_path, tokenizer,
 
 @examples(60)
 @given(kind=st.sampled_from(["llama3", "prefix space", "unigram"]), data=st.data())
-def test_a_long_document_has_the_tokens_it_has_when_tokenized_whole(tokenizers_by_kind, plays_path, kind, data):
+def test_a_document_read_in_pieces_has_the_tokens_of_the_document_tokenized_whole(
+    tokenizers_by_kind, plays_path, kind, data
+):
     tokenizer = tokenizers_by_kind[kind]
     play = (plays_path / "tragedies" / "hamlet.md").read_text("utf-8")
     start, length = st.integers(0, 150_000), st.integers(300, 3000)
@@ -180,7 +182,7 @@ def test_a_long_text_file_is_read_in_pieces_and_tokenized_on_all_processes(
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_documents_are_read_no_further_ahead_than_memory_allows(monkeypatch, tokenizer, num_proc):
+def test_documents_are_read_only_a_few_batches_ahead_of_the_tokens(monkeypatch, tokenizer, num_proc):
     in_pieces_of(monkeypatch, 100, 10)
     read = itertools.count()
     documents = ((f"document {next(read)} " + "of fifty characters" * 2, 1) for _ in range(400))
@@ -193,7 +195,7 @@ def test_documents_are_read_no_further_ahead_than_memory_allows(monkeypatch, tok
     tokens.close()
 
 
-def test_a_length_to_cut_at_in_the_tokenizer_file_cuts_nothing(tokenizer, llama3_tokenizer_path):
+def test_truncation_and_padding_set_in_the_tokenizer_file_are_ignored(tokenizer, llama3_tokenizer_path):
     cutting = AutoTokenizer.from_pretrained(llama3_tokenizer_path)
     cutting.backend_tokenizer.enable_truncation(4)
     cutting.backend_tokenizer.enable_padding(length=64)
@@ -216,7 +218,7 @@ def expect(folder, tokenizer, texts):
     assert json.loads((folder / "corpus.json").read_text())["documents"] == sum(map(bool, texts))
 
 
-def test_a_folder_of_all_kinds_is_read_recursively_in_sorted_order(run, tmp_path, tokenizer):
+def test_a_folder_of_all_kinds_of_files_is_read_recursively_in_sorted_order(run, tmp_path, tokenizer):
     data = tmp_path / "data"
     (data / "b").mkdir(parents=True)
     (data / "a.txt").write_bytes(b"\xef\xbb\xbf" + FIVE[0].encode())  # the byte order mark is no text
@@ -228,7 +230,7 @@ def test_a_folder_of_all_kinds_is_read_recursively_in_sorted_order(run, tmp_path
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved dataset", "saved splits"])
-def test_a_column_of_any_name_is_read_from(run, tmp_path, tokenizer, kind):
+def test_text_is_read_from_the_column_that_text_key_names(run, tmp_path, tokenizer, kind):
     data = tmp_path / ("data.jsonl" if kind == "jsonl" else "data.parquet" if kind == "parquet" else "data")
     table = {"id": list(range(5)), "body": FIVE}
     if kind == "jsonl":
@@ -256,7 +258,7 @@ def test_a_hub_dataset_that_is_a_script_is_read_from_its_conversion_to_parquet(r
     assert asked == [("someone/some-script", "train", None), ("someone/some-script", "train", "refs/convert/parquet")]
 
 
-def test_what_made_the_rows_is_recorded_beside_them_and_printed(run, tmp_path, tokenizer, capsys):
+def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printed(run, tmp_path, tokenizer, capsys):
     write_jsonl(tmp_path / "data.jsonl", FIVE)
     tokens = len(one_at_a_time(tokenizer, FIVE))
     record = json.loads((run(tmp_path / "data.jsonl") / "corpus.json").read_text())
@@ -293,7 +295,7 @@ def refused(run, *args, **options) -> str:
     return sentence
 
 
-def test_options_that_cannot_be_are_refused_before_any_work(run, tmp_path, monkeypatch):
+def test_options_out_of_range_are_refused_before_any_work(run, tmp_path, monkeypatch):
     monkeypatch.setattr(bookcorpus, "open_corpus", None)
     (tmp_path / "there").mkdir()
     assert "--sequence_length 1" in refused(run, tmp_path, sequence_length=1)
@@ -303,35 +305,45 @@ def test_options_that_cannot_be_are_refused_before_any_work(run, tmp_path, monke
     assert "a/b/c: there is no such file or folder" in refused(run, tmp_path, tokenizer_path_or_name="a/b/c")
 
 
+ADVICE = "name a column of text with --text_key"
+
+
 def broken_inputs():
     """File name, its content, and what the sentence must say."""
     yield "short.txt", b"To be", "the corpus has 4 tokens, too few for a row of 8"
     yield "text.pdf", b"To be", "no text there, that is, no file of .txt, .md, .jsonl, .parquet"
     yield "latin1.txt", b"caf\xe9 " * 20, "latin1.txt: not UTF-8"
-    yield "latin1.jsonl", b'{"text": "caf\xe9"}', "latin1.jsonl, line 1: 'utf-8' codec can't decode"
-    yield "a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "a.jsonl, line 3: not JSON: "
-    yield "list.jsonl", b'["a"]', "list.jsonl, line 1: not a JSON object"
-    yield "key.jsonl", b'{"title": "a", "body": "b"}', "key.jsonl, line 1: no --text_key text, only title, body"
-    yield "number.jsonl", b'{"text": 3}', "number.jsonl, line 1: text holds 3, not text"
-    yield "half.jsonl", rb'{"text": "\ud800"}', "half.jsonl, line 1: 'utf-8' codec can't encode character"
+    yield "latin1.jsonl", b'{"text": "caf\xe9"}', "latin1.jsonl: line 1: 'utf-8' codec can't decode"
+    yield "a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "a.jsonl: line 3: not JSON: "
+    yield "list.jsonl", b'["a"]', "list.jsonl: line 1: not a JSON object"
+    yield "key.jsonl", b'{"title": "a", "body": "b"}', f"key.jsonl: line 1: no column text, only title, body; {ADVICE}"
+    yield "number.jsonl", b'{"text": 3}', f"number.jsonl: line 1: text holds 3, not text; {ADVICE}"
+    yield "half.jsonl", rb'{"text": "\ud800"}', "half.jsonl: line 1: 'utf-8' codec can't encode character"
     yield "not.parquet", b"PAR", "not.parquet: no Parquet that can be read"
 
 
 @pytest.mark.parametrize(("name", "content", "sentence"), list(broken_inputs()), ids=lambda value: value[:12])
 def test_a_file_that_cannot_be_used_is_named_with_the_reason(run, tmp_path, name, content, sentence):
-    (tmp_path / name).write_bytes(content)
-    assert sentence in refused(run, tmp_path / name)
+    (tmp_path / "data" / "inner").mkdir(parents=True)
+    file = tmp_path / "data" / "inner" / name
+    file.write_bytes(content)
+    said = refused(run, file)
+    assert sentence in said
+    assert said.startswith((f"--data_path_or_name {file}: ", "the corpus has"))
+    if file.suffix != ".pdf" and said.startswith("--"):  # in a folder, it is named by its place there
+        assert f"--data_path_or_name {tmp_path / 'data'}: inner/{sentence}" in refused(run, tmp_path / "data")
     assert not (tmp_path / "rows").exists()
 
 
-def test_columns_without_text_are_named(run, tmp_path):
+def test_a_dataset_without_the_column_or_split_or_text_is_refused_with_what_it_has(run, tmp_path):
     pq.write_table(pa.table({"title": ["a"], "body": [1]}), tmp_path / "a.parquet")
     datasets.Dataset.from_dict({"title": ["a"], "body": [1]}).save_to_disk(tmp_path / "saved")
     datasets.DatasetDict(test=datasets.Dataset.from_dict({"text": ["a"]})).save_to_disk(tmp_path / "splits")
     (tmp_path / "empty").mkdir()
     for data in ("a.parquet", "saved"):
-        assert f"{data}: no --text_key text, only title, body" in refused(run, tmp_path / data)
-        assert f"{data}: body holds int64, not text" in refused(run, tmp_path / data, text_key="body")
+        said = refused(run, tmp_path / data)
+        assert said == f"--data_path_or_name {tmp_path / data}: no column text, only title, body; {ADVICE}"
+        assert f"{data}: body holds int64, not text; {ADVICE}" in refused(run, tmp_path / data, text_key="body")
     assert "no split named train, only test" in refused(run, tmp_path / "splits")
     assert "empty: no text there" in refused(run, tmp_path / "empty")
 
@@ -348,7 +360,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(run, tmp_path, tokenizers_by
     assert "whole: no tokenizer loads from there" in refused(run, tmp_path, tokenizer_path_or_name=tmp_path / "whole")
 
 
-def test_a_hub_that_cannot_be_reached_is_said_so(run, monkeypatch, tmp_path):
+def test_a_hub_that_cannot_be_reached_is_refused_with_the_reason(run, monkeypatch, tmp_path):
     def load(*args, **options):
         raise ConnectionError("Couldn't reach 'someone/some'\non the Hub")
 
@@ -360,7 +372,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so(run, monkeypatch, tmp_path):
     assert "no such file or folder, and no dataset of the hub: Couldn't reach" in refused(run, "someone/some")
 
 
-def test_a_place_that_cannot_be_written_to_is_said_so_before_any_work(run, tmp_path, monkeypatch):
+def test_a_save_path_that_cannot_be_written_to_is_refused_before_any_work(run, tmp_path, monkeypatch):
     write_jsonl(tmp_path / "data.jsonl", FIVE)
     monkeypatch.setattr(bookcorpus, "open_corpus", None)
     sentence = refused(run, tmp_path / "data.jsonl", save_path=tmp_path / "data.jsonl" / "rows")
@@ -393,7 +405,7 @@ def test_a_corpus_too_short_ends_with_status_2_and_one_line(tmp_path, llama3_tok
     assert [path.name for path in tmp_path.iterdir()] == ["short.md"]
 
 
-def test_a_run_cut_short_leaves_no_rows_and_no_process(tmp_path, llama3_tokenizer_path, plays_path):
+def test_a_run_that_is_killed_leaves_no_rows_and_no_process(tmp_path, llama3_tokenizer_path, plays_path):
     text = "".join(play.read_text("utf-8") for play in sorted(plays_path.rglob("*.md"))[:12])
     (tmp_path / "long.txt").write_text(text * 20, encoding="utf-8")
     killed_by = {"rows9": signal.SIGKILL, "rows2": signal.SIGINT}

@@ -1,4 +1,4 @@
-"""Each move of the algebra, forward and backward, equals what one process computes from all ranks' tensors."""
+"""Each reshard, forward and backward, equals what one process computes from all ranks' tensors."""
 
 import random
 from collections.abc import Callable
@@ -17,16 +17,16 @@ from torch.utils.checkpoint import checkpoint
 
 from longctx.runtime import collectives, parallel
 
-CASES = 12  # drawn for each move on each number of ranks, half in bfloat16
+CASES = 12  # drawn for each reshard and plan_size, half of them in bfloat16
 Tensors = list[torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a move means: `outputs` gives every rank's output from every rank's input, with plain torch ops.
+    """What a reshard means: `outputs` computes every rank's output from every rank's input, with plain torch ops.
 
-    `same_input`: the input is R, one tensor. `same_gradient`: so is the gradient that arrives, and the consumer, which
-    every rank computes whole, counts once in the loss.
+    `same_input`: the input is Replicate, that is, all ranks have the same. `same_gradient`: so is the gradient that
+    arrives; then every rank computes the op that follows whole, and its part of the loss counts once.
     """
 
     outputs: Callable[..., Tensors]
@@ -66,62 +66,62 @@ def draw_tensor(shape: list[int], draw: random.Random, dtype: torch.dtype) -> to
     return laid_out.permute([order.index(dim) for dim in range(len(shape))])
 
 
-def check_move(name: str, n_ranks: int, rank: int, draw: random.Random, dtype: torch.dtype) -> None:
-    reference, move = REFERENCES[name], getattr(collectives, name)
-    shape = [n_ranks * draw.randint(1, 3) for _ in range(draw.randint(2, 4))]
+def check_reshard(name: str, plan_size: int, rank: int, draw: random.Random, dtype: torch.dtype) -> None:
+    reference, reshard = REFERENCES[name], getattr(collectives, name)
+    shape = [plan_size * draw.randint(1, 3) for _ in range(draw.randint(2, 4))]
     n_dims = {"all_to_all": 2, "replicate": 0, "all_reduce": 0, "all_reduce_both": 0}.get(name, 1)
     dims = [dim - draw.choice([0, len(shape)]) for dim in draw.sample(range(len(shape)), n_dims)]
 
-    inputs = [draw_tensor(shape, draw, dtype).requires_grad_() for _ in range(n_ranks)]
-    inputs = inputs[:1] * n_ranks if reference.same_input else inputs
+    inputs = [draw_tensor(shape, draw, dtype).requires_grad_() for _ in range(plan_size)]
+    inputs = inputs[:1] * plan_size if reference.same_input else inputs
     expected = reference.outputs(inputs, *dims)
     gradients = [draw_tensor(list(output.shape), draw, dtype) for output in expected]
-    gradients = gradients[:1] * n_ranks if reference.same_gradient else gradients
-    counted = 1 if reference.same_gradient else n_ranks
+    gradients = gradients[:1] * plan_size if reference.same_gradient else gradients
+    counted = 1 if reference.same_gradient else plan_size
     loss = sum((g * y).sum(dtype=torch.float64) for g, y in zip(gradients[:counted], expected[:counted], strict=True))
     expected_gradient = torch.autograd.grad(loss, inputs[rank])[0]
 
     before = inputs[rank].detach().clone()
-    output = move(inputs[rank], *dims)
+    output = reshard(inputs[rank], *dims)
     (gradient,) = torch.autograd.grad(output, inputs[rank], gradients[rank])
-    case = (name, dims, shape, dtype, n_ranks)
+    case = (name, dims, shape, dtype, plan_size)
     assert output.dtype == gradient.dtype == dtype, case
     assert torch.equal(output, expected[rank]) and torch.equal(gradient, expected_gradient), case
     assert torch.equal(inputs[rank], before), case
 
 
-def check_own_slice_and_scale_gradient(n_ranks: int, rank: int) -> None:
-    weight = torch.arange(16.0 * n_ranks).view(4, 4 * n_ranks).t().requires_grad_()
+def check_own_slice_and_scale_gradient(plan_size: int, rank: int) -> None:
+    weight = torch.arange(16.0 * plan_size).view(4, 4 * plan_size).t().requires_grad_()
     piece = collectives.own_slice(weight, -2)
-    assert torch.equal(piece, weight.chunk(n_ranks)[rank])
+    assert torch.equal(piece, weight.chunk(plan_size)[rank])
     assert piece.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr()
     (gradient,) = torch.autograd.grad(piece, weight, torch.ones_like(piece))
-    assert gradient.sum() == piece.numel() and torch.equal(gradient.chunk(n_ranks)[rank], torch.ones_like(piece))
+    assert gradient.sum() == piece.numel() and torch.equal(gradient.chunk(plan_size)[rank], torch.ones_like(piece))
 
     scaled = collectives.scale_gradient(weight, 0.25)
     (gradient,) = torch.autograd.grad(scaled, weight, torch.full_like(weight, 8.0))
     assert torch.equal(scaled, weight) and torch.equal(gradient, torch.full_like(weight, 2.0))
 
 
-def check_without_gradient(n_ranks: int, rank: int) -> None:
-    tokens = torch.arange(3 * n_ranks)
+def check_without_gradient(plan_size: int, rank: int) -> None:
+    tokens = torch.arange(3 * plan_size)
     part = collectives.take_slice(tokens, 0)
-    assert part.tolist() == tokens.chunk(n_ranks)[rank].tolist() and not part.requires_grad
+    assert part.tolist() == tokens.chunk(plan_size)[rank].tolist() and not part.requires_grad
     assert torch.equal(collectives.all_gather(part, 0), tokens)
-    if n_ranks > 1:
+    if plan_size > 1:
         with pytest.raises(ValueError, match=r"dimension 1 of shape \[2, 7\] can't be split evenly over [24] ranks"):
             collectives.reduce_scatter(torch.ones(2, 7), 1)
 
 
 class ColumnAndRow(nn.Module):
-    """Two layers, the hidden dimension split over ranks: x is R, the output is P until it is reduced."""
+    """Two layers, the hidden dimension split over ranks: x is Replicate, the output is Partial until it is reduced."""
 
     def __init__(self, width: int, hidden: int):
         super().__init__()
         self.up = nn.Parameter(torch.empty(hidden, width))
         self.down = nn.Parameter(torch.empty(width, hidden))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [b, l, width] on every rank -> [b, l/P, width]
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # [b, l, width] on every rank -> [b, l/plan_size, width]
         h = F.gelu(F.linear(collectives.replicate(x), collectives.own_slice(self.up, 0)))
         return collectives.reduce_scatter(F.linear(h, collectives.own_slice(self.down, 1)), 1)
 
@@ -144,13 +144,13 @@ class ColumnAndRowReduced(ColumnAndRow):
         return collectives.take_slice(collectives.all_reduce(F.linear(h, collectives.own_slice(self.down, 1))), 1)
 
 
-def check_mlp(kind: type[ColumnAndRow], n_ranks: int, rank: int) -> None:
+def check_mlp(kind: type[ColumnAndRow], plan_size: int, rank: int) -> None:
     """Loss, and the gradients of the weights and of x, recomputed in the backward pass, under FSDP2 over all ranks.
 
     Each plan group has an x of its own: with fewer ranks in it than there are, FSDP sums over data-parallel copies.
     """
     torch.manual_seed(0)
-    width, hidden, length, n_copies = 4 * n_ranks, 8 * n_ranks, 2 * n_ranks, dist.get_world_size() // n_ranks
+    width, hidden, length, n_copies = 4 * plan_size, 8 * plan_size, 2 * plan_size, dist.get_world_size() // plan_size
     up, down = torch.randn(hidden, width) / width**0.5, torch.randn(width, hidden) / hidden**0.5
     x, target = torch.randn(2, n_copies, 3, length, width).unbind()
     leaves = [leaf.clone().requires_grad_() for leaf in (up, down, x)]
@@ -164,9 +164,9 @@ def check_mlp(kind: type[ColumnAndRow], n_ranks: int, rank: int) -> None:
     mlp.set_force_sum_reduction_for_comms(True)
     mlp.to_empty(device="cpu")
     parallel.load_tensors(mlp, [("up", up), ("down", down)])
-    copy = dist.get_rank() // n_ranks
+    copy = dist.get_rank() // plan_size
     mine = x[copy].clone().requires_grad_()
-    loss = (checkpoint(mlp, mine, use_reentrant=False) - target[copy].chunk(n_ranks, 1)[rank]).square().sum()
+    loss = (checkpoint(mlp, mine, use_reentrant=False) - target[copy].chunk(plan_size, 1)[rank]).square().sum()
     loss.backward()
     loss = loss.detach()
     dist.all_reduce(loss)
@@ -179,37 +179,37 @@ def check_mlp(kind: type[ColumnAndRow], n_ranks: int, rank: int) -> None:
 
 
 def check_everything() -> None:
-    """Four ranks as plan groups of 1, 2 and 4: one spawn, and groups that data parallelism makes part of the world."""
+    """Four ranks as plans of 1, 2 and 4 ranks, one after the other, to start the processes only once."""
     dist.init_process_group("gloo")
-    for n_ranks in (1, 2, 4):
-        collectives.set_plan_group(dist.new_subgroups(n_ranks)[0])
-        assert collectives.plan_size() == n_ranks
+    for plan_size in (1, 2, 4):
+        collectives.set_plan_group(dist.new_subgroups(plan_size)[0])
+        assert collectives.plan_size() == plan_size
         rank = collectives.plan_rank()
-        draw = random.Random(n_ranks)  # every rank draws the same
+        draw = random.Random(plan_size)  # every rank draws the same
         for name in REFERENCES:
             for case in range(CASES):
-                check_move(name, n_ranks, rank, draw, (torch.float32, torch.bfloat16)[case % 2])
-        check_own_slice_and_scale_gradient(n_ranks, rank)
-        check_without_gradient(n_ranks, rank)
+                check_reshard(name, plan_size, rank, draw, (torch.float32, torch.bfloat16)[case % 2])
+        check_own_slice_and_scale_gradient(plan_size, rank)
+        check_without_gradient(plan_size, rank)
         for kind in (ColumnAndRow, SplitSequence, ColumnAndRowReduced):
-            check_mlp(kind, n_ranks, rank)
+            check_mlp(kind, plan_size, rank)
     dist.destroy_process_group()
 
 
-def test_every_move_equals_its_one_process_reference():
+def test_every_reshard_and_its_gradient_equal_their_one_process_reference():
     run_ranks(4, check_everything)
 
 
 @pytest.fixture
 def rank_0_of_8(monkeypatch):
-    """One process that is rank 0 of 8, whose collectives move nothing."""
+    """Makes this process rank 0 of 8 that are not there: collectives return at once, with undefined contents."""
     dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
     monkeypatch.setattr(collectives, "_plan_group", dist.group.WORLD)
     yield
     dist.destroy_process_group()
 
 
-def test_moves_have_their_shapes_when_nothing_is_computed(rank_0_of_8):
+def test_reshards_of_fake_tensors_have_the_shapes_of_real_ones(rank_0_of_8):
     """What the memory benchmark relies on: a generated program runs on fake tensors, backward pass included."""
     dims = {"all_to_all": (1, 2), "replicate": (), "all_reduce": (), "all_reduce_both": ()}
     shapes = {"all_to_all": [2, 8, 512], "all_gather": [2, 512, 64], "all_gather_reduce": [2, 512, 64]}
@@ -223,12 +223,12 @@ def test_moves_have_their_shapes_when_nothing_is_computed(rank_0_of_8):
             assert x.grad.shape == x.shape, name
 
 
-def test_a_part_keeps_no_whole_alive(rank_0_of_8):
+def test_a_slice_keeps_none_of_the_memory_of_the_tensor_it_is_taken_from(rank_0_of_8):
     whole = torch.randn(8, 16)
     assert collectives.take_slice(whole, 0).untyped_storage().nbytes() == whole.nbytes // 8
 
 
-def test_moves_before_the_group_is_set_say_so(monkeypatch):
+def test_a_reshard_before_set_plan_group_raises_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(collectives, "_plan_group", None)
     with pytest.raises(RuntimeError, match="set_plan_group"):
         collectives.all_reduce(torch.ones(2))

@@ -1,6 +1,5 @@
 """The generated code computes what the Hugging Face model computes."""
 
-import json
 import os
 from pathlib import Path
 
@@ -18,15 +17,17 @@ from families import (
     small_config,
     worst_gradient_error,
 )
+from longctx.compiler.partition import legal_partitions, localize
 from ranks import run_ranks
 
 import train
+from longctx.compiled import read_plan_file
 from longctx.compiler import annotation, codegen, hardware, memory, planner
-from longctx.compiler.partition import legal_partitions, localize
 from longctx.compiler.trace import trace
-from longctx.engines import builtin
+from longctx.engines.builtin import cache
 from longctx.errors import UserError
 from longctx.huggingface import build
+from longctx.huggingface.weights import find_weights
 from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime import parallel
 
@@ -47,13 +48,9 @@ def compile_folder(model_id: Path, compiled_dir: Path, *more: str) -> Path:
     return compiled_dir / model_id.name
 
 
-def load_plan(compiled: Path) -> dict:
-    return json.loads((compiled / "plan.json").read_text())
-
-
 def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
     """The generated module has the reference's loss and gradients on one row."""
-    module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])
+    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
     module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
     tokens, labels = random_rows(1, length, 256)
 
@@ -118,11 +115,11 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
         n_ranks = dist.get_world_size()
         for family in families:
             (compiled,) = (folder / family / "compiled").iterdir()
-            plan = load_plan(compiled)
-            module = parallel.load_generated(compiled, plan["class_name"])
-            sharded = parallel.parallelize(module, plan["layers_path"], device, torch.float32)
-            weights = folder / family / family
-            parallel.load_safetensors(sharded, weights.find_weights(str(weights), small_config(family)))
+            plan = read_plan_file(compiled).module
+            module = parallel.load_generated(compiled, plan.class_name)
+            sharded = parallel.parallelize(module, plan.layers_path, device, torch.float32)
+            model_id = str(folder / family / family)
+            parallel.load_safetensors(sharded, find_weights(model_id, small_config(family)))
             tokens, labels = random_rows(n_ranks, LENGTH, 256)
             mine = slice(dist.get_rank(), dist.get_rank() + 1)
             loss = module(tokens[mine], labels[mine])
@@ -165,7 +162,7 @@ def test_layers_that_alternate_have_a_class_each(tmp_path):
 
 def gradients_after(compiled: Path, reference, seed: int) -> dict[str, torch.Tensor]:
     """Every gradient of the generated module on one row, whatever it draws at random drawn from `seed`."""
-    module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])
+    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
     module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
     torch.manual_seed(seed)
     module(*random_rows(1, LENGTH, 256)).backward()
@@ -214,7 +211,7 @@ def test_a_moves_bytes_are_told_in_a_unit_that_shows_them():
 
 def test_parameters_keep_their_hugging_face_names(tmp_path):
     compiled, reference = compile_small(tmp_path, "qwen3")
-    module = parallel.load_generated(compiled, load_plan(compiled)["class_name"])
+    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
     expected = {name: p.shape for name, p in reference.named_parameters()}
     assert {name: p.shape for name, p in module.named_parameters()} == expected
 
@@ -247,7 +244,7 @@ def _compile_on_ranks(folder: Path, options: list[list[str]]) -> None:
     except UserError as error:
         said = f"error: {error}"
     (folder / str(rank)).write_text(said)
-    store = builtin.rendezvous_store()
+    store = cache.rendezvous_store()
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(len(options))])  # rank 0 holds the store of all
 

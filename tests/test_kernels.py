@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.errors import UserError
-from longctx.huggingface.build import _register_attention
+from longctx.errors import KernelError
+from longctx.huggingface.attention import register_attention
 from longctx.kernels import attention as attention_module
 from longctx.kernels.attention import attention
 from longctx.kernels.rms_norm import rms_norm
@@ -63,5 +63,5 @@ def test_rms_norm_is_its_formula(leading, d, offset):
 
 
 def test_forcing_flash_attention_says_what_is_missing():
-    with pytest.raises(UserError, match="--attn_implementation flash_attention_2: the package flash-attn is not"):
-        _register_attention("flash_attention_2")
+    with pytest.raises(KernelError, match="the package flash-attn is not installed; install it .* or choose sdpa"):
+        register_attention("flash_attention_2")

@@ -1,7 +1,6 @@
 """What a rank is predicted to hold against what a tracker counts, what an operator is said to keep against autograd."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import pytest
@@ -10,8 +9,8 @@ from families import FAMILIES, small_config
 from torch.distributed._tools.mem_tracker import MemTracker
 
 import chunk_linear_cross_entropy as loss
-import train  # noqa: F401 (registers the loss)
 from benchmarks import memory as benchmark
+from longctx.compiled import read_plan_file, write_plan_file
 from longctx.compiler import codegen, memory, planner
 from longctx.compiler.trace import Op, Tensor, map_tensors, trace
 from longctx.huggingface import build
@@ -36,14 +35,14 @@ def recomputing(compiled: benchmark.Compiled, *policies: str) -> benchmark.Compi
     plan = dataclasses.replace(compiled.plan, recompute=policies)
     folder = compiled.folder.with_name("-".join(policies))
     folder.mkdir()
-    facts = json.loads((compiled.folder / "plan.json").read_text())
-    (folder / "plan.json").write_text(json.dumps(facts | {"recompute": policies}))
+    facts = read_plan_file(compiled.folder)
+    write_plan_file(folder, dataclasses.replace(facts, module=dataclasses.replace(facts.module, recompute=policies)))
     (folder / "gencode.py").write_text(codegen.generate(compiled.graph, plan, "Recomputing otherwise."))
     return benchmark.Compiled(folder, compiled.graph, plan)
 
 
 def predicted_to_counted(compiled: benchmark.Compiled) -> float:
-    facts = json.loads((compiled.folder / "plan.json").read_text())
+    facts = read_plan_file(compiled.folder)
     counted = sum(benchmark.count(compiled.folder, facts).values())
     return benchmark.predict(compiled, facts).peak / counted
 

@@ -525,7 +525,7 @@ def test_the_report_says_which_attention_kernel_is_priced():
     graph, setting = attention_graph(512, 8, 64, 8192), Setting(2, 2, H100, 1e12)
     plan = make_plan(graph, setting)
     facts = predict(graph, plan, setting, 1, (1.0, 1.0))
-    assert "which FlashAttention-3 reaches on an H100" in report.report(graph, plan, setting, facts, 512)
+    assert "which FlashAttention-3 reaches on an H100" in report.report(graph, plan, setting, facts)
 
 
 def test_what_a_plan_is_bound_by_counts_all_communication_together():
@@ -569,7 +569,7 @@ def test_a_solver_that_runs_out_of_time_with_a_plan_says_how_much_faster_another
     assert make_plan(graph, setting).gap == 0
     solver_out_of_time(monkeypatch, mip_gap=0.05)
     plan = make_plan(graph, setting)
-    lines = report.summary(graph, plan, setting, predict(graph, plan, setting, 1, (1.0, 1.0)), 512)
+    lines = report.summary(graph, plan, setting, predict(graph, plan, setting, 1, (1.0, 1.0)))
     assert "the solver ran out of time: another plan may be faster, by 5.0% at most" in lines
 
 

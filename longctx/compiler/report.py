@@ -19,11 +19,12 @@ from longctx.errors import UserError
 # --- report.md -------------------------------------------------------------------------------------------------------
 
 
-def report(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction, sequence_length: int) -> str:
+def report(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) -> str:
     """The text of report.md."""
+    sequence_length = graph.inputs[0].shape[-1]
     sections = [
         f"# {graph.class_name} at {sequence_length:,} tokens on {setting.world_size} x {setting.hardware.name}",
-        "\n".join(f"- {line}" for line in summary(graph, plan, setting, prediction, sequence_length)),
+        "\n".join(f"- {line}" for line in summary(graph, plan, setting, prediction)),
         "All times and bytes are predictions, of one micro-batch (one row) on one rank." + _say_efficiencies(graph),
         _time_section(prediction.time),
         _memory_section(prediction.memory, setting),
@@ -34,13 +35,15 @@ def report(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction, s
     return "\n\n".join(sections) + "\n"
 
 
-def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction, sequence_length: int) -> list[str]:
+def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) -> list[str]:
     """The plan in a few lines, as compile prints it."""
+    sequence_length = graph.inputs[0].shape[-1]
     plan_size, world_size, time = setting.plan_size, setting.world_size, prediction.time
     why = unsplittable_attention(graph, plan_size)
     return [
-        f"{prediction.n_parameters:,} parameters, {len(graph.layer_calls)} layers; plan_ngpus {plan_size}, "
-        f"runtime_ngpus {world_size}: {world_size // plan_size} row(s) at a time",
+        f"{graph.class_name} at {sequence_length:,} tokens on {setting.world_size} x {setting.hardware.name}: "
+        f"{prediction.n_parameters:,} parameters, {len(graph.layer_calls)} layers",
+        f"plan_ngpus {plan_size}, runtime_ngpus {world_size}: {world_size // plan_size} row(s) at a time",
         f"{time.total:.3g} s a row: {sequence_length / time.total / plan_size:,.0f} tokens/s/GPU, "
         f"{_say_mfu(graph, prediction, setting)}",
         f"{prediction.memory.peak / GB:.1f} GB a GPU at its peak, of {setting.memory_limit / GB:g}: "

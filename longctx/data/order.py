@@ -1,4 +1,8 @@
-"""The order in which training takes the rows: it depends on the seed alone, whatever the number of ranks."""
+"""The order in which training takes the rows. It depends on the seed alone, not on the number of ranks.
+
+Every rank computes the same order and picks its own rows from it, so nothing has to be sent; a checkpoint needs only
+the Position to go on, on as many ranks as there are then.
+"""
 
 import zlib
 from dataclasses import dataclass
@@ -9,36 +13,41 @@ import torch
 
 @dataclass(frozen=True)
 class Position:
-    """How far training has come: `row` rows of epoch `epoch`'s order are done, after `step` optimizer steps."""
+    """How far training has come.
+
+    `step` optimizer steps are done in all; of the current epoch, number `epoch` from 0, the first `row` rows are done.
+    """
 
     step: int = 0
     epoch: int = 0
     row: int = 0
 
 
-def rows_per_step(data_parallel: int, accumulation: int) -> int:
-    return data_parallel * accumulation
+def rows_per_step(data_parallel_size: int, accumulation_steps: int) -> int:
+    """Rows of one optimizer step, over all ranks."""
+    return data_parallel_size * accumulation_steps
 
 
 def steps_per_epoch(n_rows: int, per_step: int) -> int:
-    """The last step of an epoch takes the rows that are left."""
+    """Optimizer steps of one epoch, the last of which takes the rows that are left."""
     return -(-n_rows // per_step)
 
 
 @lru_cache(maxsize=1)
 def epoch_order(n_rows: int, seed: int, epoch: int) -> torch.Tensor:
-    """The order in which an epoch sees the rows: a shuffle of its own, each row once."""
-    shuffle = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))  # seed + epoch would repeat orders
-    return torch.randperm(n_rows, generator=shuffle)
+    """The order of an epoch's rows, int64 [n_rows]: each row once, shuffled differently in every epoch."""
+    # A hash of both: with seed + epoch, epoch 1 of seed 0 would have the order of epoch 0 of seed 1.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {epoch}".encode()))
+    return torch.randperm(n_rows, generator=generator)
 
 
 def step_rows(order: torch.Tensor, position: Position, per_step: int) -> list[int]:
-    """The rows of the next step, over all ranks and micro-batches; fewer at the end of an epoch."""
+    """The rows of the next step, over all ranks and micro-batches; fewer than per_step at the end of an epoch."""
     return order[position.row : position.row + per_step].tolist()
 
 
 def advance(position: Position, rows: list[int], n_rows: int) -> Position:
-    """Where training stands once the step over `rows` is done."""
+    """The position after the step that starts at `position` and takes `rows`."""
     row = position.row + len(rows)
     if row == n_rows:
         return Position(position.step + 1, position.epoch + 1, 0)
@@ -46,16 +55,17 @@ def advance(position: Position, rows: list[int], n_rows: int) -> Position:
 
 
 def position_after(step: int, n_rows: int, per_step: int) -> Position:
-    """Where training stands after so many steps that all took `per_step` rows, but the last of each epoch."""
+    """The position after `step` steps of `per_step` rows each (the last of an epoch takes what is left)."""
     epoch, steps = divmod(step, steps_per_epoch(n_rows, per_step))
     return Position(step, epoch, steps * per_step)
 
 
-def micro_batches(rows: list[int], data_parallel: int, rank: int) -> list[int | None]:
-    """The rows that data-parallel rank `rank` computes, one a micro-batch; None where the others have one and it not.
+def micro_batches(rows: list[int], data_parallel_size: int, data_parallel_rank: int) -> list[int | None]:
+    """The rows of a step that one data-parallel rank computes, one row to a micro-batch.
 
-    Every rank has as many micro-batches as the others, since each is a round of collectives for all.
+    All ranks get the same number of micro-batches, since each takes part in the collectives of all; a rank that has no
+    row for its last one gets None there.
     """
-    n_micro_batches = -(-len(rows) // data_parallel)
-    mine = rows[rank::data_parallel]
-    return [*mine, *[None] * (n_micro_batches - len(mine))]
+    n_micro_batches = -(-len(rows) // data_parallel_size)
+    own = rows[data_parallel_rank::data_parallel_size]
+    return [*own, *[None] * (n_micro_batches - len(own))]

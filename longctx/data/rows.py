@@ -1,88 +1,89 @@
-"""Rows of tokens as bookcorpus.py saves them: opened, checked, and read as tokens and labels."""
+"""Rows of tokens as bookcorpus.py saves them: opened, checked, and read as tokens and labels.
+
+The label of a token is the id of the token after it, or IGNORE_INDEX where the loss should count none.
+"""
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from longctx.errors import UserError, one_line
+from longctx.errors import RowsError, one_line
 
-IGNORE_INDEX = -100  # a label that does not count
+IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch's default
 
 
 def open_dataset(path: str) -> Any:
-    """The rows that bookcorpus.py wrote (or any saved dataset with rows of `input_ids`).
+    """The rows that bookcorpus.py wrote, or any other saved dataset with a column `input_ids` of token ids.
 
     Raises:
-        UserError: there is none, it holds something else, or its rows are not all of one length.
+        RowsError: there is no such dataset, it holds something else, or its rows are not all of one length.
     """
-    from datasets import Dataset, load_from_disk
+    from datasets import Dataset, load_from_disk  # slow to import, and IGNORE_INDEX and load_row need none of it
 
     if not Path(path).is_dir():
-        raise UserError(f"--dataset_path {path}: no such folder; make it with bookcorpus.py")
+        raise RowsError("no such folder; make it with bookcorpus.py")
     try:
         dataset = load_from_disk(path)
     except Exception as error:  # whatever a damaged or foreign folder makes datasets raise
-        reason = one_line(error)
-        raise UserError(f"--dataset_path {path}: it is no dataset that bookcorpus.py wrote ({reason})") from error
+        raise RowsError(f"it is no dataset that bookcorpus.py wrote ({one_line(error)})") from error
     if not isinstance(dataset, Dataset) or "input_ids" not in dataset.column_names:
-        raise UserError(f"--dataset_path {path}: it has no rows of 'input_ids'; make it with bookcorpus.py")
+        raise RowsError("it has no rows of 'input_ids'; make it with bookcorpus.py")
     if len(dataset) == 0:
-        raise UserError(f"--dataset_path {path}: it has no rows; make it again with a shorter --sequence_length")
-    check_rows(dataset, path)
+        raise RowsError("it has no rows; make it again with shorter rows")
+    check_rows(dataset)
     return dataset.select_columns("input_ids").with_format("torch")
 
 
-def check_rows(dataset: Any, path: str) -> None:
-    """Raises a UserError unless all rows have as many token ids, 2 or more; reads Arrow's offsets, and no token."""
+def check_rows(dataset: Any) -> None:
+    """Raises RowsError unless all rows have the same number of token ids, 2 or more.
+
+    It reads where each row begins, from Arrow's offsets, and none of the tokens.
+    """
     import pyarrow.compute as pc
     from pyarrow import types
 
     column = dataset.data.column("input_ids")
     lists = types.is_list(column.type) or types.is_large_list(column.type) or types.is_fixed_size_list(column.type)
     if not lists or not types.is_integer(column.type.value_type):
-        raise UserError(
-            f"--dataset_path {path}: its 'input_ids' are of type {column.type}, not lists of token ids; make it with "
-            "bookcorpus.py"
+        raise RowsError(
+            f"its 'input_ids' are of type {column.type}, not lists of token ids; make it with bookcorpus.py"
         )
     lengths = pc.fill_null(pc.list_value_length(column), 0)
     first = lengths[0].as_py()
     row = pc.index(pc.not_equal(lengths, first), True).as_py()
     if row >= 0:
-        raise UserError(
-            f"--dataset_path {path}: row {row} has {lengths[row]} tokens and row 0 has {first}, and the plan is "
-            "compiled for one length; make it again with bookcorpus.py"
+        raise RowsError(
+            f"row {row} has {lengths[row]} tokens and row 0 has {first}, and the plan is compiled for one length; "
+            "make it again with bookcorpus.py"
         )
     if first < 2:
-        raise UserError(
-            f"--dataset_path {path}: its rows have {first} tokens, and it takes 2 to predict one; make it again with a "
-            "longer --sequence_length"
-        )
+        raise RowsError(f"its rows have {first} tokens, and it takes 2 to predict one; make it again with longer rows")
 
 
 def corpus_facts(path: str) -> dict[str, Any]:
-    """What bookcorpus.py recorded beside the rows; empty for a dataset that it did not make.
+    """What bookcorpus.py recorded of the rows it made in corpus.json; empty for a dataset without that file.
 
     Raises:
-        UserError: the file is damaged.
+        RowsError: the file is damaged.
     """
     file = Path(path) / "corpus.json"
     try:
         return dict(json.loads(file.read_text())) if file.is_file() else {}
     except (ValueError, TypeError) as error:
-        raise UserError(
-            f"--dataset_path {path}: its corpus.json is damaged ({one_line(error)}); make it again with bookcorpus.py"
-        ) from error
+        raise RowsError(f"its corpus.json is damaged ({one_line(error)}); make it again with bookcorpus.py") from error
 
 
 def load_row(dataset: Any, row: int | None, sequence_length: int, vocab_size: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row `row` as (tokens, labels), [1, l] int64 each; labels are shifted left by one, the last is ignored.
+    """Row `row` as (tokens, labels), [1, l] int64 each.
 
-    Row None is a row with no label that counts: it takes part in the collectives and adds nothing.
+    The labels are the tokens shifted left by one, and the last is IGNORE_INDEX. For `row` None all of them are: a rank
+    that has no row left computes this one, to take part in the others' collectives and add nothing to the loss.
 
     Raises:
-        UserError: the row has a token that the model does not know.
+        RowsError: the row has a token that is not in the model's vocabulary.
     """
     if row is None:
         tokens = torch.zeros(1, sequence_length, dtype=torch.long)
@@ -90,10 +91,26 @@ def load_row(dataset: Any, row: int | None, sequence_length: int, vocab_size: in
     tokens = dataset[row]["input_ids"].long().unsqueeze(0)
     low, high = tokens.aminmax()
     if low < 0 or high >= vocab_size:
-        raise UserError(
-            f"--dataset_path: row {row} has token {int(high if high >= vocab_size else low)}, and the model's "
+        raise RowsError(
+            f"row {row} has token {int(high if high >= vocab_size else low)}, and the model's "
             f"vocabulary has {vocab_size}; make the dataset with the model's own tokenizer"
         )
     labels = torch.full_like(tokens, IGNORE_INDEX)
     labels[:, :-1] = tokens[:, 1:]
     return tokens, labels
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows to train on, read as the plan and the model take them. `dataset` is open_dataset's."""
+
+    dataset: Any
+    sequence_length: int
+    vocab_size: int
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, row: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Row `row` as (tokens, labels), as load_row gives them."""
+        return load_row(self.dataset, row, self.sequence_length, self.vocab_size)

@@ -1,4 +1,4 @@
-"""Text -> tokens, on several processes, in the order of the documents."""
+"""Turns documents into tokens on several processes, and yields them in the order of the documents."""
 
 import itertools
 import os
@@ -17,12 +17,15 @@ from transformers import PreTrainedTokenizerBase
 
 from longctx.data.documents import OVERLAP, PIECE, Documents, Piece
 
-DIFFERENT_TOKENS = 16  # at least, where two pieces are joined
+DIFFERENT_TOKENS = 16  # that two neighbouring pieces must at least agree on to be joined
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one process tokenizes at a time: whole documents, or one piece of a long one."""
+    """What a process tokenizes at a time: whole documents (`texts`), or one `piece` of a long document.
+
+    `share` is the batch's share of the corpus's size.
+    """
 
     texts: list[str]
     piece: Piece | None
@@ -31,7 +34,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Tokens:
-    """The corpus's next tokens, bos and eos included, int32 [n], and how many documents end among them."""
+    """The next tokens of the corpus, bos and eos included, int32 [n], and how many documents end among them.
+
+    `share` is the share of the corpus's size that has been read for them.
+    """
 
     ids: np.ndarray
     documents: int = 0
@@ -40,12 +46,12 @@ class Tokens:
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> Iterator[Tokens]:
-    """Yields the tokens of all documents in order, the same for any `num_proc`.
+    """Yields the tokens of all documents in order, which are the same for any `num_proc`.
 
-    Empty documents are left out, and counted: bos + eos alone would teach a model to end a text before it begins.
+    Empty documents are counted and left out: bos + eos alone would teach a model to end a text before it begins.
     """
     backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # some tokenizer.json have a length to cut at
+    backend.no_truncation()  # some tokenizer.json files set a length beyond which text is cut off
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
     initargs = (backend, tokenizer.bos_token_id, tokenizer.eos_token_id)
@@ -60,7 +66,7 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, num_proc:
 
 
 def batches(documents: Documents) -> Iterator[Batch]:
-    """Groups short documents by PIECE characters, so that every batch takes about as long as a piece."""
+    """Groups short documents into batches of about PIECE characters, so that all batches take about as long."""
     texts, characters, shares = [], 0, 0
     for document, share in documents:
         is_piece = isinstance(document, Piece)
@@ -77,11 +83,11 @@ def batches(documents: Documents) -> Iterator[Batch]:
 
 
 def encode_in_order(batches: Iterator[Batch], num_proc: int, initargs: tuple) -> Iterator[tuple]:
-    """Yields (batch, *encode(batch)) in order; no more than 2 * num_proc batches are under way, to bound memory."""
+    """Yields (batch, *encode(batch)) in order. At most 2 * num_proc batches are under way, which bounds the memory."""
     if num_proc == 1:
         yield from ((batch, *encode(batch)) for batch in batches)
         return
-    context = get_context("fork" if sys.platform == "linux" else "spawn")  # a fork has the tokenizer at once
+    context = get_context("fork" if sys.platform == "linux" else "spawn")  # a forked process has the tokenizer already
     with ProcessPoolExecutor(num_proc, context, start_worker, initargs) as pool:
         under_way = deque()
         for batch in batches:
@@ -95,23 +101,23 @@ def encode_in_order(batches: Iterator[Batch], num_proc: int, initargs: tuple) ->
 
 def start_worker(backend: Tokenizer, bos: int, eos: int) -> None:
     use_tokenizer(backend, bos, eos)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes, and is the parent's to handle
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it for them
     threading.Thread(target=end_with_parent, daemon=True).start()
 
 
 def end_with_parent() -> None:
-    """Ends this process when its parent was killed: nobody else would tell it."""
+    """Waits for the parent process to end, and then ends this one, which would otherwise outlive a killed parent."""
     connection.wait([parent_process().sentinel])
     os._exit(1)
 
 
 def use_tokenizer(*tokenizer_bos_eos: Tokenizer | int) -> None:
-    global tokenizer_in_use  # of this process: sending a tokenizer with every batch would cost more than the batch
+    global tokenizer_in_use  # one for the process: to send it with each batch would cost more than the batch itself
     tokenizer_in_use = tokenizer_bos_eos
 
 
 def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tokenizes a batch: whole documents with bos and eos and no starts, or a piece as encode_piece does."""
+    """Tokenizes a batch: whole documents, with bos and eos, to (tokens, None), or a piece as encode_piece does."""
     if batch.piece:
         return encode_piece(batch.piece.text)
     backend, bos, eos = tokenizer_in_use
@@ -121,19 +127,22 @@ def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
 
 
 def encode_piece(text: str) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the tokens of `text`, int32 [n], and the character at which each starts, int64 [n], ascending."""
+    """The tokens of `text`, int32 [n], and the index of the character at which each starts, int64 [n], ascending."""
     encoding = tokenizer_in_use[0].encode(text, add_special_tokens=False)
     starts = np.fromiter((start for start, _ in encoding.offsets), np.int64)
     return np.fromiter(encoding.ids, np.int32), np.maximum.accumulate(starts)
 
 
 def join_pieces(batch: Batch, ids: np.ndarray, starts: np.ndarray, following: Iterator[tuple]) -> Iterator[Tokens]:
-    """Yields the tokens of one long document as if it had been tokenized whole, from its first piece and those next.
+    """Yields the tokens of one long document as if it had been tokenized whole.
 
-    What a tokenizer does at one place depends on few characters around it, so pieces go wrong only near their ends.
-    Where neighbours agree on every token of the middle half of their overlap, the document is cut at that half's
-    start. Where they don't, or where so few different tokens prove nothing (a run of one character may be cut at one
-    phase or another), they are tokenized again as one; its length doubles, so that the time stays near linear.
+    `batch`, `ids` and `starts` are those of its first piece, and `following` yields those of the next ones.
+
+    What a tokenizer does at one place depends on few characters around it, so the tokens of a piece are wrong only near
+    its ends. Where two neighbours agree on every token in the middle half of their overlap, the document's tokens are
+    taken from one piece up to the start of that half, and from the other after it. Agreement on few different tokens
+    proves nothing, since a run of one character may be divided in several ways. Without agreement, the pieces are
+    joined and tokenized again as one; the text doubles each time, so that the time stays nearly linear in its length.
     """
     text, begin, low, high = batch.piece.text, 0, OVERLAP // 4, OVERLAP * 3 // 4
     yield Tokens(np.array([tokenizer_in_use[1]], np.int32), share=batch.share)

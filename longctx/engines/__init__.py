@@ -1,0 +1,1 @@
+"""What does a job: builtin/, on stock PyTorch, and nnscaler/, on upstream nnScaler. table.py has both by name."""

@@ -1,0 +1,13 @@
+"""What this program needs of Hugging Face: models built to be traced, their weights, and the FLOPs they take.
+
+build.py        load_config, and build_model: a causal language model as it is trained, wrapped to return its loss
+attention.py    what build_model puts in place of the model's attention
+norms.py        ... of its RMSNorms
+rotary.py       ... of rotary tables that depend on the sequence length
+head.py         what the model's head does to its logits, so that the chunked loss does the same
+weights.py      weights found, checked, or drawn at random
+flops.py        the FLOPs that MFU counts
+
+Hugging Face's model stays the source of truth: what is put in place of a part of it is known to compute the same, and
+where that can't be known the model is refused with a ModelError.
+"""

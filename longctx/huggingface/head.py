@@ -1,12 +1,20 @@
-"""What a model's own head does to its logits, read from its operators, so that the chunked loss does the same."""
+"""What a model's own head does to its logits, read from its operators, so that the chunked loss does the same.
+
+Configurations name it differently in every family (final_logit_softcapping, logits_scaling, logit_scale), and a name
+that is not known would silently be ignored. So the head is run once, on meta tensors, and its operators are recorded.
+"""
 
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longctx.errors import UserError
+from longctx.errors import ModelError
+
+# Operators that move, rename or convert numbers and compute none.
+LAYOUT_OPS = {"t", "view", "_unsafe_view", "slice", "alias", "_to_copy", "detach", "expand", "reshape", "unsqueeze"}
 
 
 @dataclass(frozen=True)
@@ -17,72 +25,74 @@ class Head:
     logit_softcap: float = 0.0
 
 
+@dataclass(frozen=True)
+class HeadOp:
+    """An operator of the head by its name, and the first number among its arguments, if it has one."""
+
+    name: str
+    number: float | None = None
+
+
 def read_head(model: nn.Module) -> Head:
-    """Reads from the model's own operators what its forward does between the decoder and the logits.
+    """Reads what a model on meta does between its decoder and its logits.
 
     Raises:
-        UserError: it does something else than scale and soft-cap them.
+        ModelError: that is something else than a linear layer, a scale and a soft-cap.
     """
-    ops = _head_operators(model)
-    names = [name for name, _ in ops]
+    ops = _head_ops(model)
+    names = [op.name for op in ops]
     if names.count("linear") != 1 or names[0] != "linear":
         raise _head_error(model, names)
     scale, at = 1.0, 1
-    while at < len(ops) and names[at : at + 2] != ["div", "tanh"] and names[at] in ("mul", "div") and ops[at][1]:
-        scale = scale * ops[at][1] if names[at] == "mul" else scale / ops[at][1]
+    while at < len(ops) and names[at : at + 2] != ["div", "tanh"] and names[at] in ("mul", "div") and ops[at].number:
+        scale = scale * ops[at].number if names[at] == "mul" else scale / ops[at].number
         at += 1
     if at == len(ops):
         return Head(scale)
-    if names[at:] == ["div", "tanh", "mul"] and ops[at][1] and ops[at][1] == ops[at + 2][1]:
-        return Head(scale, logit_softcap=ops[at][1])
+    if names[at:] == ["div", "tanh", "mul"] and ops[at].number and ops[at].number == ops[at + 2].number:
+        return Head(scale, logit_softcap=ops[at].number)
     raise _head_error(model, names)
 
 
-def _head_error(model: nn.Module, names: list[str]) -> UserError:
-    return UserError(
-        f"--model_id: the head of {type(model).__name__} computes {' -> '.join(names)}, and the chunked loss knows "
-        "only a linear layer, then a scale, then a soft-cap; train a model with such a head"
+def _head_error(model: nn.Module, names: list[str]) -> ModelError:
+    return ModelError(
+        f"the head of {type(model).__name__} computes {' -> '.join(names)}, and this program's loss can only do a "
+        "linear layer, then a scale, then a soft-cap; choose a model with such a head"
     )
 
 
-def _head_operators(model: nn.Module) -> list[tuple[str, float | None]]:
-    """The operators of the model's forward outside its decoder, in order, with the number each has as an argument."""
-    from transformers.modeling_outputs import BaseModelOutputWithPast
-
+def _head_ops(model: nn.Module) -> list[HeadOp]:
+    """The operators of the model's forward outside its decoder, in order."""
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
     if lm_head is None or decoder is model:
-        raise UserError(f"--model_id: {type(model).__name__} has no separate decoder and output embeddings")
+        raise ModelError(
+            f"this program needs a model whose decoder and output embeddings are modules of their own, and those of "
+            f"{type(model).__name__} are not; choose another model"
+        )
     hidden_states = torch.empty(1, 2, lm_head.weight.shape[1], device="meta", dtype=lm_head.weight.dtype)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
     output = BaseModelOutputWithPast(last_hidden_state=hidden_states)
-    ops: list[tuple[str, float | None]] = []
-    layout_only = {
-        "t",
-        "view",
-        "_unsafe_view",
-        "slice",
-        "alias",
-        "_to_copy",
-        "detach",
-        "expand",
-        "reshape",
-        "unsqueeze",
-    }
-
-    class Record(TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            name = func.overloadpacket.__name__
-            if name in ("mm", "addmm", "linear"):
-                ops.append(("linear", None))
-            elif name not in layout_only:
-                ops.append((name, next((float(a) for a in args if isinstance(a, (int, float))), None)))
-            return func(*args, **(kwargs or {}))
-
-    # The decoder's place is taken by one that returns ready-made hidden states, so that only the head is left to run.
+    # The decoder is made to return these hidden states at once, so that only the head's operators are recorded.
     decoder.forward = lambda *args, **kwargs: output
     try:
-        with torch.no_grad(), Record():
+        with torch.no_grad(), _RecordedOps() as recorded:
             model(input_ids=tokens, use_cache=False)
     finally:
         del decoder.forward
-    return ops
+    return recorded.ops
+
+
+class _RecordedOps(TorchDispatchMode):
+    """Records in `ops` every operator that runs inside, but for those that only change the layout."""
+
+    def __init__(self):
+        super().__init__()
+        self.ops: list[HeadOp] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        if name in ("mm", "addmm", "linear"):
+            self.ops.append(HeadOp("linear"))
+        elif name not in LAYOUT_OPS:
+            self.ops.append(HeadOp(name, next((float(a) for a in args if isinstance(a, (int, float))), None)))
+        return func(*args, **(kwargs or {}))

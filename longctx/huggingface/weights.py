@@ -1,45 +1,46 @@
-"""A model's weights: found as transformers finds them, checked before training, read by slices, or drawn at random."""
+"""A model's weights: found where transformers finds them and checked before training starts, or drawn at random."""
 
+import json
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
 from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
-from longctx.errors import UserError, one_line
+from longctx.errors import ModelError, NoWeights, one_line
 from longctx.huggingface.build import parameters_on_meta
 
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Where a parameter lies: a safetensors file, and its name there."""
+    """Where a parameter is stored: a safetensors file, and the tensor's name in it."""
 
     file: Path
     name: str
 
 
-def find_weights(model_id: str, config) -> dict[str, StoredTensor]:
-    """Where each tensor of a model lies, by the name of its parameter. Downloads a hub model's weights.
+def find_weights(model_id: str, config: PreTrainedConfig) -> dict[str, StoredTensor]:
+    """Where each parameter of a model is stored, by its name. Downloads the weights of a hub model.
 
     Raises:
-        UserError: it has no safetensors weights, or they can't be read.
+        NoWeights: the model has no weights.
+        ModelError: they are no safetensors files, or can't be downloaded or read.
     """
-    import json
-
-    from safetensors import safe_open
-
     folder = Path(model_id)
     if not folder.is_dir():
         folder = _download(model_id)
     index = folder / "model.safetensors.index.json"
     file = folder / "model.safetensors"
     if not index.is_file() and not file.is_file():
-        hint = (
-            "; save it as safetensors first" if any(folder.glob("*.bin")) else "; pass --random_init to start without"
-        )
-        raise UserError(f"--model_id {model_id}: it has no model.safetensors{hint}")
+        if any(folder.glob("*.bin")):
+            raise ModelError("it has no model.safetensors; save it as safetensors first")
+        raise NoWeights("it has no model.safetensors")
     try:
         if index.is_file():
             file = index
@@ -47,16 +48,13 @@ def find_weights(model_id: str, config) -> dict[str, StoredTensor]:
         else:
             with safe_open(file, "pt") as tensors:
                 files = dict.fromkeys(tensors.keys(), file)
-    except Exception as error:  # cut short, or something else by that name
-        raise _unreadable(model_id, file, error) from error
+    except Exception as error:  # cut short, or another kind of file under that name
+        raise _unreadable(file, error) from error
     return {_parameter_name(name, config): StoredTensor(file, name) for name, file in files.items()}
 
 
-def _parameter_name(stored: str, config) -> str:
-    """What transformers calls a tensor that files have by an older name: GPT-NeoX's embed_out is its lm_head."""
-    from transformers import AutoModelForCausalLM
-    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
-
+def _parameter_name(stored: str, config: PreTrainedConfig) -> str:
+    """The parameter's name in transformers; files may have an older one, as GPT-NeoX's have embed_out for lm_head."""
     for key in (AutoModelForCausalLM._model_mapping[type(config)].__name__, config.model_type):
         for transform in get_checkpoint_conversion_mapping(key) or ():
             if type(transform).__name__ == "WeightRenaming":
@@ -64,65 +62,56 @@ def _parameter_name(stored: str, config) -> str:
     return stored
 
 
-def _unreadable(model_id: str, file: Path, error: Exception) -> UserError:
-    return UserError(
-        f"--model_id {model_id}: {file.name} can't be read ({one_line(error)}); save or download the model again"
-    )
+def _unreadable(file: Path, error: Exception) -> ModelError:
+    return ModelError(f"{file.name} can't be read ({one_line(error)}); save or download the model again")
 
 
 def _download(model_id: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:  # every rank of a node asks; the hub's client lets one download while the others wait
+    try:  # every rank of a node calls this; the hub's client lets one of them download while the others wait
         return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json"]))
     except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, no space
-        raise UserError(f"--model_id {model_id}: its weights can't be downloaded: {one_line(error)}") from error
+        raise ModelError(f"its weights can't be downloaded: {one_line(error)}") from error
 
 
-def check_weights(model_id: str, weights: dict[str, StoredTensor], parameters: dict[str, list[int]]) -> None:
-    """Raises a UserError unless the files have every parameter, in its shape."""
-    from safetensors import safe_open
-
+def check_weights(weights: dict[str, StoredTensor], parameters: dict[str, list[int]]) -> None:
+    """Raises ModelError unless every parameter is stored in its shape. `parameters`: the shapes, by name."""
     if missing := [name for name in parameters if name not in weights]:
-        raise UserError(
-            f"--model_id {model_id}: its weights have no tensor {missing[0]!r} ({len(missing)} are missing of "
-            f"{len(parameters)}); save the model again with transformers' save_pretrained"
+        raise ModelError(
+            f"its weights have no tensor {missing[0]!r} ({len(missing)} are missing of {len(parameters)}); save the "
+            "model again with transformers' save_pretrained"
         )
     for file in sorted({stored.file for stored in weights.values()}):
-        here = {name: weights[name].name for name in parameters if weights[name].file == file}
+        stored_names = {name: weights[name].name for name in parameters if weights[name].file == file}
         try:
             with safe_open(file, "pt") as tensors:
-                shapes = {name: tensors.get_slice(stored).get_shape() for name, stored in here.items()}
-        except Exception as error:  # missing, cut short, or no safetensors at all
-            raise _unreadable(model_id, file, error) from error
+                shapes = {name: tensors.get_slice(stored).get_shape() for name, stored in stored_names.items()}
+        except Exception as error:  # missing, cut short, or no safetensors file
+            raise _unreadable(file, error) from error
         for name, shape in shapes.items():
             if shape != parameters[name]:
-                raise UserError(
-                    f"--model_id {model_id}: {name!r} has shape {shape} in {file.name}, and {parameters[name]} by "
-                    "config.json; the two are not of one model"
+                raise ModelError(
+                    f"{name!r} has shape {shape} in {file.name}, and {parameters[name]} by config.json; the two are "
+                    "not of one model"
                 )
 
 
-def save_hf_files(model_id: str, config, folder: Path) -> None:
-    """Writes what from_pretrained needs beside the weights: configuration and, if the model has one, tokenizer."""
-    from transformers import AutoTokenizer, GenerationConfig
-
+def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None:
+    """Writes what from_pretrained reads beside the weights: the configuration and, where the model has them, its
+    tokenizer and generation configuration."""
     config.save_pretrained(folder)
     for kind in (AutoTokenizer, GenerationConfig):
         try:
             kind.from_pretrained(model_id).save_pretrained(folder)
-        except Exception:  # the model has none; it trains all the same
+        except Exception:  # the model has none, and can be trained without
             continue
 
 
-def random_weights(config, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
-    """Every parameter as transformers would initialize it, float32, on the CPU, one module at a time.
+def random_weights(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter as transformers initializes it, float32, on the CPU; one module's are in memory at a time.
 
-    Each module has a seed of its own, made of `seed` and its name, so the weights don't depend on what is built first
-    or on how many ranks there are.
+    Each module's seed is made of `seed` and the module's name, so that the weights depend on neither the order in which
+    modules are initialized nor the number of ranks.
     """
-    from transformers import AutoModelForCausalLM
-
     with parameters_on_meta():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     yielded = set()

@@ -1,15 +1,19 @@
-"""The differentiable moves of the partition algebra over a plan's ranks, which generated code calls; NCCL or gloo.
+"""The reshards between placements that generated code calls, each with the reshard of its gradient; NCCL or gloo.
 
-A tensor is R (the same on every rank), S(i) (split along dimension i into P equal parts, rank r holding part r) or
-P (partial sums: the true value is the sum over ranks). Each function moves one state to another, and its gradient
-back; whether a consumer is partitioned decides the state of the gradient that arrives, so it decides the function.
+The ranks are those of one copy of the plan, plan_size of them. Over these a tensor has one of three placements, named
+as PyTorch's DTensor names them: Replicate (every rank holds the whole tensor), Shard(i) (dimension i is split into
+plan_size equal parts, and rank r holds part r) and Partial (every rank holds a tensor of the whole shape, and the true
+value is the sum of them). Each function takes a tensor from one placement to another in the forward pass, and its
+gradient back in the backward pass. Some pairs of functions share their forward pass and differ in the gradient that
+they expect: if the op that takes the result is partitioned, each rank's gradient covers only that rank's share of the
+work and is Partial; if every rank computes the op whole, the gradient is Replicate.
 
-Sums are made in the tensor's own dtype: partial results in bfloat16 are added in bfloat16, float32 ones in float32.
-In the docstrings P is also the number of ranks, and bytes are those that each rank sends, which are as many as it
-receives; N is the bytes of the whole tensor, N/P those of one part. All-gather, reduce-scatter and all-reduce are
-counted as bandwidth-optimal algorithms make them (Patarasuk and Yuan, doi:10.1016/j.jpdc.2008.09.002).
+Sums are made in the tensor's own dtype: bfloat16 partial results are added in bfloat16, float32 ones in float32. The
+byte counts in the docstrings are what each rank sends, which equals what it receives: N is the size of the whole tensor
+in bytes, and n the length of the dimension that is split. All-gather, reduce-scatter and all-reduce are counted as
+bandwidth-optimal algorithms do them (Patarasuk and Yuan, doi:10.1016/j.jpdc.2008.09.002).
 
-Inputs may have any strides. A split that does not come out even raises ValueError.
+Inputs may have any strides. Every function that splits a dimension raises ValueError if plan_size doesn't divide it.
 """
 
 from collections.abc import Callable
@@ -19,127 +23,136 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
-TensorMove = Callable[[torch.Tensor], torch.Tensor]
+TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
-# Generated modules are plain code with no group to pass around, and a process takes part in one plan only.
+# PyTorch 2.13 has these two under new names and warns about the old ones; 2.11 has only the old ones.
+_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+# A module variable, since generated code has no group to pass around and a process takes part in one plan only.
 _plan_group: dist.ProcessGroup | None = None
 
 
 def set_plan_group(group: dist.ProcessGroup) -> None:
-    """Names the ranks that the moves are over: the P ranks of one copy of the plan, this one among them."""
+    """Sets the process group that every reshard is over: the ranks of this rank's copy of the plan."""
     global _plan_group
     _plan_group = group
 
 
 def plan_rank() -> int:
-    """This rank's number in the plan group, 0 to P - 1: the part of a split tensor that it holds."""
+    """This rank's number within its copy of the plan, from 0: which part of a sharded tensor it holds."""
     return dist.get_rank(_group())
 
 
 def plan_size() -> int:
-    """P, the number of ranks in the plan group."""
+    """The number of ranks of one copy of the plan."""
     return dist.get_world_size(_group())
 
 
 def all_to_all(x: torch.Tensor, split: int, gather: int) -> torch.Tensor:
-    """S(gather) -> S(split): [.. s .. g/P ..] -> [.. s/P .. g ..].
+    """Shard(gather) -> Shard(split): [.., s, .., g/plan_size, ..] -> [.., s/plan_size, .., g, ..].
 
-    Backward is the inverse, S(split) -> S(gather). Each sends (P-1)/P of a part: N/P * (P-1)/P bytes.
+    Backward is the inverse, Shard(split) -> Shard(gather). Each sends N/plan_size * (plan_size-1)/plan_size bytes.
     """
-    return _move(x, partial(_exchanged, split=split, gather=gather), partial(_exchanged, split=gather, gather=split))
+    return _reshard(x, partial(_exchanged, split=split, gather=gather), partial(_exchanged, split=gather, gather=split))
 
 
 def all_gather(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """S(dim) -> R, for a consumer that every rank computes whole: [.. n/P ..] -> [.. n ..].
+    """Shard(dim) -> Replicate, for an op that every rank computes whole: [.., n/plan_size, ..] -> [.., n, ..].
 
-    Forward sends N * (P-1)/P bytes. The gradient is R, and backward takes this rank's slice of it: nothing is sent.
+    Forward sends N * (plan_size-1)/plan_size bytes. The gradient is Replicate, and backward takes this rank's slice of
+    it, which sends nothing.
     """
-    return _move(x, partial(_gathered, dim=dim), partial(_sliced, dim=dim))
+    return _reshard(x, partial(_gathered, dim=dim), partial(_sliced, dim=dim))
 
 
 def all_gather_reduce(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """S(dim) -> R, for a partitioned consumer: [.. n/P ..] -> [.. n ..].
+    """Shard(dim) -> Replicate, for a partitioned op: [.., n/plan_size, ..] -> [.., n, ..].
 
-    The gradient is P, and backward reduce-scatters it. Each sends N * (P-1)/P bytes.
+    The gradient is Partial, and backward reduce-scatters it. Each sends N * (plan_size-1)/plan_size bytes.
     """
-    return _move(x, partial(_gathered, dim=dim), partial(_reduce_scattered, dim=dim))
+    return _reshard(x, partial(_gathered, dim=dim), partial(_reduce_scattered, dim=dim))
 
 
 def take_slice(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """R -> S(dim): [.. n ..] -> [.. n/P ..], a copy of this rank's slice, so that the whole can be freed.
+    """Replicate -> Shard(dim): [.., n, ..] -> [.., n/plan_size, ..], copied so that the whole tensor can be freed.
 
-    Forward sends nothing; backward all-gathers the gradient, N * (P-1)/P bytes. Integers have no gradient to gather.
+    Forward sends nothing. Backward all-gathers the gradient, which sends N * (plan_size-1)/plan_size bytes; integers
+    have no gradient.
     """
-    return _move(x, partial(_sliced, dim=dim), partial(_gathered, dim=dim))
+    return _reshard(x, partial(_sliced, dim=dim), partial(_gathered, dim=dim))
 
 
 def replicate(x: torch.Tensor) -> torch.Tensor:
-    """R -> R, for a partitioned consumer: the same tensor, any shape.
+    """Replicate -> Replicate, for a partitioned op: the same tensor, of any shape.
 
-    Forward sends nothing. The gradient is P, and backward all-reduces it: 2N * (P-1)/P bytes.
+    Forward sends nothing. The gradient is Partial, and backward all-reduces it, which sends
+    2N * (plan_size-1)/plan_size bytes.
     """
-    return _move(x, _same, _all_reduced)
+    return _reshard(x, _same, _all_reduced)
 
 
 def all_reduce(x: torch.Tensor) -> torch.Tensor:
-    """P -> R, for a consumer that every rank computes whole: any shape, summed over ranks.
+    """Partial -> Replicate, for an op that every rank computes whole: the sum over ranks, of any shape.
 
-    Forward sends 2N * (P-1)/P bytes. The gradient is R, which is each partial sum's gradient: nothing is sent.
+    Forward sends 2N * (plan_size-1)/plan_size bytes. The gradient is Replicate and is every summand's gradient as it
+    stands: backward sends nothing.
     """
-    return _move(x, _all_reduced, _same)
+    return _reshard(x, _all_reduced, _same)
 
 
 def all_reduce_both(x: torch.Tensor) -> torch.Tensor:
-    """P -> R, for a partitioned consumer: any shape, summed over ranks.
+    """Partial -> Replicate, for a partitioned op: the sum over ranks, of any shape.
 
-    The gradient is P, and backward all-reduces it too. Each sends 2N * (P-1)/P bytes.
+    The gradient is Partial, and backward all-reduces it too. Each sends 2N * (plan_size-1)/plan_size bytes.
     """
-    return _move(x, _all_reduced, _all_reduced)
+    return _reshard(x, _all_reduced, _all_reduced)
 
 
 def reduce_scatter(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """P -> S(dim): [.. n ..] -> [.. n/P ..], this rank's slice of the sum over ranks.
+    """Partial -> Shard(dim): [.., n, ..] -> [.., n/plan_size, ..], this rank's slice of the sum over ranks.
 
-    Backward all-gathers the gradient. Each sends N * (P-1)/P bytes.
+    Backward all-gathers the gradient. Each sends N * (plan_size-1)/plan_size bytes.
     """
-    return _move(x, partial(_reduce_scattered, dim=dim), partial(_gathered, dim=dim))
+    return _reshard(x, partial(_reduce_scattered, dim=dim), partial(_gathered, dim=dim))
 
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
-    """The same tensor, any shape, its gradient multiplied by `factor`; nothing is sent.
+    """The same tensor, of any shape, whose gradient is multiplied by `factor`. Nothing is sent.
 
-    For a weight under FSDP whose op every rank computes whole: FSDP's sum over ranks counts its gradient P times, and
-    a factor of 1/P makes that once. Done before the sum, in the gradient's dtype: exact where P is a power of two.
+    For an FSDP-sharded weight of an op that every rank computes whole: FSDP sums the gradients of all ranks, which
+    counts this one plan_size times, and a factor of 1/plan_size corrects that. The factor is applied before the sum, in
+    the gradient's dtype, which is exact where plan_size is a power of two.
     """
-    return _Move.apply(x, _same, partial(torch.mul, other=factor))
+    return _Reshard.apply(x, _same, partial(torch.mul, other=factor))
 
 
 def own_slice(weight: torch.Tensor, dim: int) -> torch.Tensor:
-    """This rank's slice of a weight that FSDP has gathered: [.. n ..] -> [.. n/P ..]; nothing is sent.
+    """This rank's slice of a weight that FSDP has gathered: [.., n, ..] -> [.., n/plan_size, ..]. Nothing is sent.
 
-    A view, unlike take_slice's copy: FSDP frees and refills the memory that it looks into. Its gradient is padded with
-    zeros, a partial sum, which FSDP's own sum over ranks makes whole.
+    Unlike take_slice's copy, this is a view: FSDP frees the gathered weight's memory and fills it again, and a view
+    follows that. Outside the slice the gradient is zero, so it is Partial, and FSDP's own sum over ranks completes it.
     """
     start, length = _own_range(weight, dim)
     return weight.narrow(dim, start, length)
 
 
-class _Move(torch.autograd.Function):
-    """A move forward and the move of its gradient, each a function of one tensor."""
+class _Reshard(torch.autograd.Function):
+    """Applies one function of a tensor in the forward pass, and another one to its gradient in the backward pass."""
 
     @staticmethod
-    def forward(ctx, x, move, move_gradient):
-        ctx.move_gradient = move_gradient
-        return move(x)
+    def forward(ctx, x, reshard, reshard_gradient):
+        ctx.reshard_gradient = reshard_gradient
+        return reshard(x)
 
     @staticmethod
-    @once_differentiable  # a gradient of the gradient would miss what the other ranks sent
+    @once_differentiable  # the gradient of this gradient would miss what other ranks contribute to it
     def backward(ctx, gradient):
-        return ctx.move_gradient(gradient), None, None
+        return ctx.reshard_gradient(gradient), None, None
 
 
-def _move(x: torch.Tensor, move: TensorMove, move_gradient: TensorMove) -> torch.Tensor:
-    return x if plan_size() == 1 else _Move.apply(x, move, move_gradient)
+def _reshard(x: torch.Tensor, reshard: TensorFunction, reshard_gradient: TensorFunction) -> torch.Tensor:
+    return x if plan_size() == 1 else _Reshard.apply(x, reshard, reshard_gradient)
 
 
 def _group() -> dist.ProcessGroup:
@@ -148,8 +161,8 @@ def _group() -> dist.ProcessGroup:
     return _plan_group
 
 
-def _part(x: torch.Tensor, dim: int) -> int:
-    """Length of one rank's part of dimension `dim`."""
+def _part_length(x: torch.Tensor, dim: int) -> int:
+    """The length of one rank's part of dimension `dim`; raises ValueError if the parts would not be equal."""
     length, size = x.shape[dim], plan_size()
     if length % size:
         raise ValueError(f"dimension {dim} of shape {list(x.shape)} can't be split evenly over {size} ranks")
@@ -158,18 +171,21 @@ def _part(x: torch.Tensor, dim: int) -> int:
 
 def _own_range(x: torch.Tensor, dim: int) -> tuple[int, int]:
     """Start and length of this rank's part of dimension `dim`."""
-    part = _part(x, dim)
-    return plan_rank() * part, part
+    length = _part_length(x, dim)
+    return plan_rank() * length, length
 
 
 def _parts_first(x: torch.Tensor, dim: int) -> torch.Tensor:
-    """[.. n ..] -> [P, .. n/P ..] contiguous, as the collectives take their input: part r for rank r."""
+    """[.., n, ..] -> [plan_size, .., n/plan_size, ..], contiguous: a collective's input, part r being rank r's."""
     dim %= x.dim()
-    return x.unflatten(dim, (plan_size(), _part(x, dim))).movedim(dim, 0).contiguous()
+    return x.unflatten(dim, (plan_size(), _part_length(x, dim))).movedim(dim, 0).contiguous()
 
 
 def _joined(parts: torch.Tensor, dim: int) -> torch.Tensor:
-    """[P, .. n/P ..] -> [.. n ..]: what _parts_first took apart; a view where all dimensions before `dim` are 1."""
+    """[plan_size, .., n/plan_size, ..] -> [.., n, ..], the inverse of _parts_first.
+
+    It is a view where every dimension before `dim` has length 1, and a copy elsewhere.
+    """
     dim %= parts.dim() - 1
     return parts.movedim(0, dim).flatten(dim, dim + 1)
 
@@ -184,19 +200,20 @@ def _sliced(x: torch.Tensor, dim: int) -> torch.Tensor:
 
 def _gathered(x: torch.Tensor, dim: int) -> torch.Tensor:
     parts = x.new_empty(plan_size(), *x.shape)
-    dist.all_gather_single(parts.view(-1), x.reshape(-1), group=_group())  # gloo takes a concatenation, not a stack
+    # Both are flat, since gloo takes the output as a concatenation of the inputs and not as a stack of them.
+    _all_gather_single(parts.view(-1), x.reshape(-1), group=_group())
     return _joined(parts, dim)
 
 
 def _reduce_scattered(x: torch.Tensor, dim: int) -> torch.Tensor:
     parts = _parts_first(x, dim)
-    mine = torch.empty_like(parts[0])
-    dist.reduce_scatter_single(mine.view(-1), parts.view(-1), group=_group())
-    return mine
+    own = torch.empty_like(parts[0])
+    _reduce_scatter_single(own.view(-1), parts.view(-1), group=_group())
+    return own
 
 
 def _all_reduced(x: torch.Tensor) -> torch.Tensor:
-    total = x.clone(memory_format=torch.contiguous_format)  # the collective works in place, and x is others' too
+    total = x.clone(memory_format=torch.contiguous_format)  # all_reduce works in place, and x may be in use elsewhere
     dist.all_reduce(total, group=_group())
     return total
 

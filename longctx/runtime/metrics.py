@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import resource
 import sys
 from collections.abc import Iterator
@@ -14,6 +13,7 @@ import torch
 from tqdm import tqdm
 
 from longctx.atomic import whole_file
+from longctx.errors import LogError
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,26 @@ class MetricsLog:
         self.bar.update()
 
 
+METRICS = "metrics.jsonl"
+
+
+def check_log(folder: Path, resuming: bool) -> None:
+    """Raises a LogError if a run that is resumed could not go on with the metrics that are there without losing any.
+
+    Only the end of the last line, which a kill may have cut short, is dropped; a line that no run wrote is somebody's.
+    """
+    file = folder / METRICS
+    if file.exists() and not file.is_file():
+        raise LogError(f"{file} is no file")
+    if not (resuming and file.is_file()):
+        return  # a run that starts anew renames the file
+    for number, line in enumerate(_whole_lines(file), start=1):
+        if _step_of(line) is None:
+            raise LogError(
+                f"line {number} of {file} is none that a run wrote, and resuming would lose it; move the file"
+            )
+
+
 @contextmanager
 def metrics_log(folder: Path, first_step: int, total_steps: int) -> Iterator[MetricsLog]:
     """Opens the bar, TensorBoard events and metrics.jsonl in `folder`.
@@ -119,17 +139,14 @@ def metrics_log(folder: Path, first_step: int, total_steps: int) -> Iterator[Met
     from torch.utils.tensorboard import SummaryWriter
 
     folder.mkdir(parents=True, exist_ok=True)
-    file = folder / "metrics.jsonl"
+    file = folder / METRICS
     if file.is_file() and first_step == 0:
         numbered = (folder / f"metrics.{number}.jsonl" for number in itertools.count(1))
         kept_as = next(name for name in numbered if not name.exists())
         file.rename(kept_as)
         print(f"run: the metrics of the run before are in {kept_as}", flush=True)
     elif file.is_file():
-        lines = file.read_text(errors="replace").splitlines()
-        kept = [line for line in lines if _step_of(line) <= first_step]
-        with whole_file(file) as aside:
-            aside.write_text("".join(f"{line}\n" for line in kept))
+        drop_steps_after(first_step, file)
     bar = tqdm(initial=first_step, total=total_steps, unit="step", desc="training", dynamic_ncols=True)
     board = SummaryWriter(str(folder), purge_step=first_step + 1)
     with bar, file.open("a") as lines:
@@ -139,9 +156,22 @@ def metrics_log(folder: Path, first_step: int, total_steps: int) -> Iterator[Met
             board.close()
 
 
-def _step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinite for one that a kill cut short."""
+def drop_steps_after(last_step: int, file: Path) -> None:
+    """Rewrites a metrics.jsonl without its later steps, and without a last line that a kill cut short."""
+    kept = [line for line in _whole_lines(file) if (step := _step_of(line)) is None or step <= last_step]
+    with whole_file(file) as aside:
+        aside.write_text("".join(f"{line}\n" for line in kept))
+
+
+def _whole_lines(file: Path) -> list[str]:
+    """The lines of a file that end in a newline."""
+    return file.read_text(errors="replace").split("\n")[:-1]
+
+
+def _step_of(line: str) -> int | None:
+    """The step of a line of metrics.jsonl; None of a line of something else."""
     try:
-        return json.loads(line)["step"]
+        step = json.loads(line)["step"]
     except (ValueError, KeyError, TypeError):
-        return math.inf
+        return None
+    return step if isinstance(step, int) else None

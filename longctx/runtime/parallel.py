@@ -1,4 +1,11 @@
-"""Ranks, their mesh, FSDP2 over the generated module, and weights loaded by slices."""
+"""How the ranks share a generated module: process group, device mesh, FSDP2, and weights read shard by shard.
+
+Of `world_size` ranks, each `plan_size` neighbours run one copy of the plan, that is, compute one row of tokens
+together; `data_parallel_size` = world_size / plan_size copies take rows of their own. A weight is sharded in one of two
+ways. Most are FSDP-sharded: their shards lie on all ranks, and a layer's are gathered while it runs. The others are
+plan-sharded: the plan partitions their op so that each rank of a copy needs only its own part, which stays there and
+is never gathered.
+"""
 
 import importlib.util
 import os
@@ -20,12 +27,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from longctx.runtime import collectives
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # a checkpoint of 8B parameters on a slow disk is within it
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than a slow disk takes to write a checkpoint of 8B parameters
 
 
 @contextmanager
 def process_group() -> Iterator[torch.device]:
-    """Joins the ranks that torchrun started (or stands alone); yields this rank's device."""
+    """Joins the ranks that torchrun started, or makes a group of one without torchrun; yields this rank's device."""
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
         device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
@@ -55,17 +62,16 @@ def load_generated(folder: Path, class_name: str) -> nn.Module:
 class ParallelModel:
     """The generated module on this rank, and the ranks it shares its work with.
 
-    `mesh` is [data_parallel, plan]: a row of it computes one row of tokens together, and rows differ in their data.
-    `resident` names the weights that each rank of a plan keeps its own part of, and the dimension they are split along;
-    all others are FSDP's.
+    `mesh` is [data_parallel_size, plan_size]: the ranks of one row of it run one copy of the plan. `plan_sharded` has
+    the name of every plan-sharded weight, and the dimension along which it is split over those ranks.
     """
 
     module: nn.Module
     mesh: DeviceMesh
-    resident: dict[str, int]
+    plan_sharded: dict[str, int]
 
     @property
-    def plan_ngpus(self) -> int:
+    def plan_size(self) -> int:
         return self.mesh.size(1)
 
     @property
@@ -77,14 +83,14 @@ class ParallelModel:
         return self.mesh.get_local_rank(0)
 
     def globally(self, name: str, tensor: torch.Tensor) -> torch.Tensor:
-        """A parameter, or a tensor of its shape, as the part of the whole that it is; it shares its memory."""
-        if name not in self.resident or tensor.dim() == 0:
-            return tensor
-        placements = (Replicate(), Shard(self.resident[name]))
+        """Parameter `name`, or a tensor of its shape, as a DTensor of the whole parameter; it shares the memory."""
+        if name not in self.plan_sharded or tensor.dim() == 0:
+            return tensor  # FSDP's tensors are DTensors already; one of no dimensions, AdamW's step, is on every rank
+        placements = (Replicate(), Shard(self.plan_sharded[name]))
         return DTensor.from_local(tensor.detach(), self.mesh, placements, run_check=False)
 
     def named_parameters(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter by name, as the part of the whole that this rank has."""
+        """Every parameter by name, as a DTensor of the whole parameter."""
         for name, parameter in self.module.named_parameters():
             yield name, self.globally(name, parameter)
 
@@ -94,49 +100,67 @@ def parallelize(
     layers_path: str,
     device: torch.device,
     compute_dtype: torch.dtype,
-    plan_ngpus: int = 1,
-    resident: dict[str, int] | None = None,
+    plan_size: int = 1,
+    plan_sharded: dict[str, int] | None = None,
 ) -> ParallelModel:
-    """Joins the ranks of each plan, wraps each layer, then the root, in FSDP2 over all ranks (ZeRO-3,
-    arXiv:1910.02054), and gives the weights memory.
+    """Applies to a generated module, whose parameters are on meta, every technique that shares its work and memory.
 
-    Layers come before the root: it then holds what is left, the embedding and the head, and a layer's weights are
-    gathered only while it runs. Gradients are summed in float32: the loss is a sum over tokens, so no rank count
-    divides it.
+    Args:
+        layers_path: path of the module's list of layers; "" if it has none.
+        plan_sharded: plan-sharded weights by name, with the dimension that each is split along.
     """
-    world_size = dist.get_world_size()
-    ranks = init_device_mesh(device.type, (world_size,), mesh_dim_names=("ranks",))
-    shape = (world_size // plan_ngpus, plan_ngpus)
-    mesh = init_device_mesh(device.type, shape, mesh_dim_names=("data_parallel", "plan"))
+    plan_sharded = plan_sharded or {}
+    mesh = make_mesh(device, plan_size)
+    # 1. The plan: the generated code has its own collectives, and needs only to know which ranks they are over.
     collectives.set_plan_group(mesh.get_group("plan"))
+    # 2. FSDP2 (ZeRO-3, arXiv:1910.02054) over all ranks: what the plan doesn't shard, it does.
+    shard_with_fsdp(module, layers_path, compute_dtype, device, plan_sharded)
+    # 3. Memory, only now: each rank allocates only its shards, and no rank ever holds the whole model.
+    module.to_empty(device=device)
+    return ParallelModel(module, mesh, plan_sharded)
 
-    resident = resident or {}
-    kept = {module.get_parameter(name) for name in resident}
+
+def make_mesh(device: torch.device, plan_size: int) -> DeviceMesh:
+    """All ranks as [data_parallel_size, plan_size]: neighbours, which share a node's fast links, share a plan."""
+    shape = (dist.get_world_size() // plan_size, plan_size)
+    return init_device_mesh(device.type, shape, mesh_dim_names=("data_parallel", "plan"))
+
+
+def shard_with_fsdp(
+    module: nn.Module, layers_path: str, compute_dtype: torch.dtype, device: torch.device, plan_sharded: Iterable[str]
+) -> None:
+    """Shards each layer over all ranks, then the root, except for the plan-sharded weights.
+
+    Layers come before the root, which then holds only what they leave, the embedding and the head: a layer's weights
+    are gathered only while it runs.
+    """
+    ranks = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
+    ignored = {module.get_parameter(name) for name in plan_sharded}
     # Inputs are not cast: the generated code has the model's own casts, and cos and sin may be float32 by design.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = module.get_submodule(layers_path) if layers_path else []
     for part in (*layers, module):
-        fully_shard(part, mesh=ranks, mp_policy=policy, ignored_params=kept)
+        fully_shard(part, mesh=ranks, mp_policy=policy, ignored_params=ignored)
+        # The loss is a sum over tokens, so gradients are summed; the trainer divides by the number of tokens.
         part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no other
-    module.to_empty(device=device)
-    return ParallelModel(module, mesh, resident)
+        part.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
-def reduce_resident_gradients(model: ParallelModel) -> None:
-    """Sums the gradients of resident weights over the plans; FSDP has summed the others."""
+def reduce_plan_sharded_gradients(model: ParallelModel) -> None:
+    """Sums the gradients of plan-sharded weights over the copies of the plan; FSDP has summed all others."""
     if model.data_parallel_size > 1:
-        for name in model.resident:
+        for name in model.plan_sharded:
             dist.all_reduce(model.module.get_parameter(name).grad, group=model.mesh.get_group("data_parallel"))
 
 
-Reader = Callable[[tuple[slice, ...]], torch.Tensor]  # gives the part of a stored tensor at these slices
+Reader = Callable[[tuple[slice, ...]], torch.Tensor]  # returns the part of a stored tensor that the slices select
 
 
 def load_safetensors(model: ParallelModel, weights: dict[str, Any]) -> None:
-    """Fills every parameter from the tensor stored for it; each rank reads its part only.
+    """Fills every parameter from the tensor stored for it; each rank reads only its own shard.
 
-    `weights`: parameter -> its `file` and its `name` there, known to be complete (model.find_weights, check_weights).
+    `weights` has for every parameter its `file` and its `name` in that file, as huggingface.weights.find_weights finds
+    and check_weights has checked them.
     """
     with ExitStack() as stack:
         opened = {f: stack.enter_context(safe_open(f, "pt")) for f in {stored.file for stored in weights.values()}}
@@ -146,7 +170,7 @@ def load_safetensors(model: ParallelModel, weights: dict[str, Any]) -> None:
 
 
 def load_tensors(model: ParallelModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
-    """Fills every parameter from whole tensors, which come one at a time."""
+    """Fills every parameter from (name, whole tensor), of which only one is in memory at a time."""
     parameters = dict(model.named_parameters())
     for name, tensor in tensors:
         load_slice(parameters.pop(name), tensor.__getitem__)
@@ -155,7 +179,7 @@ def load_tensors(model: ParallelModel, tensors: Iterable[tuple[str, torch.Tensor
 
 @torch.no_grad()
 def load_slice(tensor: torch.Tensor, read: Reader) -> None:
-    """Fills a tensor, or this rank's shard of a DTensor, from its place in the whole."""
+    """Fills a tensor, or this rank's shard of a DTensor, with what `read` returns for its place in the whole."""
     if isinstance(tensor, DTensor):
         sizes, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
         local = tensor.to_local()

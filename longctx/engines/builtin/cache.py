@@ -1,0 +1,107 @@
+"""Compiling once: a compiled folder is reused as long as nothing that it depends on has changed.
+
+Under torchrun the first rank of each node compiles and the others wait for it; nodes need not share a disk.
+"""
+
+import dataclasses
+import functools
+import json
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import transformers
+
+from longctx import compiled, sources, torchrun
+from longctx.compiler import hardware
+from longctx.engines.builtin import compile as pipeline
+from longctx.errors import CompiledError
+from longctx.huggingface.build import load_config
+from longctx.options import Job
+
+COMPILE_TIMEOUT = timedelta(hours=1)  # far beyond what any model takes
+
+
+def ensure_compiled(job: Job) -> Path:
+    """The job's compiled folder, compiled now unless an equal one is there.
+
+    Raises:
+        UserError: the plan can't be made as asked, or this rank would make another one than its node's first.
+    """
+    inputs = plan_inputs(job)
+    if torchrun.world_size() == 1:
+        compile_unless_up_to_date(job, inputs)
+        return job.compiled_folder
+    store = rendezvous_store()
+    key = f"{job.compiled_folder.resolve()} of node {torchrun.node()}"
+    if torchrun.local_rank() == 0:
+        try:
+            compile_unless_up_to_date(job, inputs)
+        except BaseException:
+            store.set(key, "")
+            raise
+        store.set(key, compiled.fingerprint(inputs))
+    else:
+        store.wait([key], COMPILE_TIMEOUT)
+        check_first_rank(job, store.get(key).decode(), compiled.fingerprint(inputs))
+    return job.compiled_folder
+
+
+def compile_unless_up_to_date(job: Job, inputs: dict[str, Any]) -> None:
+    if compiled.read_fingerprint(job.compiled_folder) != compiled.fingerprint(inputs):
+        pipeline.compile_plan(job, inputs)
+    elif torchrun.rank() == 0:
+        print(f"compile: {job.compiled_folder} is up to date, reusing it", flush=True)
+
+
+def check_first_rank(job: Job, theirs: str, ours: str) -> None:
+    """Raises a CompiledError unless the node's first rank has compiled what this rank would have.
+
+    Args:
+        theirs: the fingerprint of what it has compiled; "" if that failed.
+        ours: the fingerprint of what this rank would have compiled.
+    """
+    if not theirs:
+        raise CompiledError(f"compiling {job.compiled_folder} failed on this node's first rank")
+    if theirs != ours:
+        raise CompiledError(
+            f"this node's first rank compiled {job.compiled_folder} from other options, code or devices than this "
+            "rank has; start all ranks alike"
+        )
+
+
+@functools.cache  # where it is rank 0's own, it ends with the object
+def rendezvous_store() -> dist.Store:
+    """What the ranks tell each other before there is a process group: torchrun's key-value store, or rank 0's."""
+    return next(dist.rendezvous("env://"))[0]
+
+
+# --- what a compiled folder depends on -------------------------------------------------------------------------------
+
+
+def plan_inputs(job: Job) -> dict[str, Any]:
+    """All that the plan and the code depend on: compiled folders of equal inputs are the same."""
+    return {
+        "config": json.loads(load_config(job.model_id).to_json_string()),
+        "sequence_length": job.sequence_length,
+        "plan_ngpus": job.plan_ngpus,
+        "runtime_ngpus": job.runtime_ngpus,
+        "precision": job.precision,
+        "attn_implementation": job.attn_implementation,
+        "hardware": dataclasses.asdict(hardware.load(job.hardware)),
+        "gpu_mem_constraint": job.gpu_mem_constraint,
+        "grad_accumulation_steps": job.grad_accumulation_steps,
+        "recompute_modules": job.recompute_modules,
+        "plan": compiled.read_decisions(job.plan) if job.plan else None,
+        "ops": sources.hash_registered_ops(),
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "sources": sources.hash_files(compiler_sources()),
+    }
+
+
+def compiler_sources() -> list[Path]:
+    """Every file of ours whose change may change the plan or the code, or what the code's calls do by default."""
+    rooms = sources.files_in("compiler", "kernels", "huggingface")
+    return [*rooms, sources.PACKAGE / "runtime" / "collectives.py", Path(pipeline.__file__)]

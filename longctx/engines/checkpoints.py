@@ -1,0 +1,16 @@
+"""Every engine's way of storing checkpoints, by the engine's name: each engine tells its own from the others'."""
+
+from longctx.engines.nnscaler import checkpoints as nnscaler
+from longctx.runtime import checkpoint, merge
+
+FORMATS: checkpoint.Formats = {
+    "torch": checkpoint.CheckpointFormat(
+        mark=checkpoint.STATE,
+        read_state=checkpoint.read_state,
+        check_folder=checkpoint.check_checkpoint_dir,
+        merge=merge.merge,
+        as_builtin=lambda merged: merged,
+        exports_shards=True,
+    ),
+    "nnscaler": nnscaler.FORMAT,
+}

@@ -1,0 +1,108 @@
+"""What the built-in engine does around a step, done within nnScaler's training loop, which calls back."""
+
+import functools
+import json
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from nnscaler.cli.train_hook import TrainHook
+from nnscaler.cli.trainer import Trainer
+from nnscaler.cli.trainer_args import AggregatedOutputs
+
+from longctx.compiler import hardware
+from longctx.data import order
+from longctx.engines.nnscaler.checkpoints import Parameters
+from longctx.huggingface.build import DTYPES, load_config
+from longctx.huggingface.flops import forward_flops
+from longctx.huggingface.weights import save_hf_files
+from longctx.options import Job
+from longctx.runtime import checkpoint, merge
+from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
+from longctx.runtime.trainer import check_finite, learning_rate
+
+
+def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> AggregatedOutputs:
+    """Sums losses and tokens that count over micro-batches and data-parallel ranks."""
+    sums = sum(torch.stack((loss.double(), n_tokens.double())) for _, loss, n_tokens in outputs)
+    dist.all_reduce(sums, group=sync_group)
+    loss_sum, n_tokens = sums.tolist()
+    return AggregatedOutputs(
+        loss_sum, num_batches=len(outputs) * dist.get_world_size(sync_group), num_tokens=int(n_tokens)
+    )
+
+
+class StepHook(TrainHook):
+    """Our learning rate, check of the loss, log, and what our checkpoints hold, at the points where nnScaler asks."""
+
+    def __init__(self, job: Job, parameters: Parameters, n_rows: int):
+        self.job, self.parameters, self.n_rows = job, parameters, n_rows
+        self.config = load_config(job.model_id)
+        self.open_files = ExitStack()
+
+    def on_train_start(self, trainer: Trainer) -> None:
+        # Dropout, as in the built-in engine. Of a resumed run nnScaler puts the random state back after this.
+        torch.manual_seed(self.job.seed + trainer.rank // self.job.plan_ngpus)
+        steps = trainer.train_status.finished_train_steps
+        self.position = order.position_after(steps, self.n_rows, self.job.rows_per_step)
+        n_parameters = sum(torch.Size(shape).numel() for shape in self.parameters.values())
+        flops = forward_flops(self.config, n_parameters, self.job.sequence_length)
+        self.flops = FlopCount(*flops, hardware.peak_rate_here(DTYPES[self.job.precision]))
+        if trainer.rank == 0:
+            files = metrics_log(self.job.log_folder, self.position.step, trainer.max_train_steps)
+            self.log = self.open_files.enter_context(files)
+
+    def on_step_start(self, trainer: Trainer, epoch: int, idx: int) -> None:
+        shuffled = order.epoch_order(self.n_rows, self.job.seed, self.position.epoch)
+        self.rows = order.step_rows(shuffled, self.position, self.job.rows_per_step)
+        self.started = time.perf_counter()
+
+    def after_aggregate_train_step_outputs(
+        self, trainer: Trainer, aggregated_outputs: AggregatedOutputs, train_loss: float
+    ) -> None:
+        self.loss = train_loss
+
+    def after_gnorm_clip(self, trainer: Trainer, gnorm: torch.Tensor) -> None:
+        self.grad_norm = float(gnorm)
+        check_finite(self.position.step + 1, self.rows, self.loss, self.grad_norm)
+
+    def before_optimizer_step(self, trainer: Trainer) -> None:
+        self.lr = learning_rate(self.position.step, trainer.max_train_steps, self.job)
+        for group in trainer.optimizer.param_groups:
+            group["lr"] = self.lr
+
+    def after_optimizer_step(self, trainer: Trainer) -> None:
+        epoch, self.position = self.position.epoch, order.advance(self.position, self.rows, self.n_rows)
+        if trainer.rank == 0:
+            self.log.write(
+                step_metrics(
+                    step=self.position.step,
+                    epoch=epoch,
+                    loss=self.loss,
+                    grad_norm=self.grad_norm,
+                    learning_rate=self.lr,
+                    rows=len(self.rows),
+                    sequence_length=self.job.sequence_length,
+                    seconds=time.perf_counter() - self.started,
+                    world_size=trainer.world_size,
+                    flops=self.flops,
+                )
+            )
+
+    def on_save_checkpoint(self, trainer: Trainer, state_dict: dict[str, Any]) -> None:
+        ranks = trainer.world_size, self.job.plan_ngpus
+        state = checkpoint.State(self.position, self.job.seed, self.n_rows, *ranks, self.parameters)
+        state_dict[checkpoint.STATE_ENTRY] = json.dumps(state.to_json())
+        if trainer.rank == 0:
+            write_hf_files = functools.partial(save_hf_files, self.job.model_id, self.config)
+            state_dict[checkpoint.HF_ENTRY] = merge.hf_entry(write_hf_files)
+
+    def on_load_checkpoint(self, trainer: Trainer, state_dict: dict[str, Any]) -> None:
+        for name, value in trainer.optimizer.param_groups[0].items():  # this run's options, not the checkpoint's
+            if name != "params":
+                state_dict["optimizer"]["param_groups"][0][name] = value
+
+    def on_finalize(self, trainer: Trainer) -> None:
+        self.open_files.close()

@@ -1,0 +1,54 @@
+"""The model as nnScaler's Trainer builds and calls it."""
+
+from collections.abc import Iterable, Iterator
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from longctx.huggingface.build import DTYPES, build_model, load_config
+from longctx.huggingface.weights import find_weights, random_weights
+
+
+class WrappedModel(nn.Module):
+    """The causal language model with its weights, on one sample."""
+
+    def __init__(
+        self,
+        model_id: str,
+        precision: str,
+        attn_implementation: str,
+        random_init: bool,
+        seed: int,
+        sequence_length: int,
+    ):
+        super().__init__()
+        config = load_config(model_id)
+        self.loss = build_model(config, DTYPES[precision], attn_implementation, sequence_length)
+        weights = random_weights(config, seed) if random_init else stored_weights(model_id, config)
+        fill(self.loss.model, weights)
+
+    def forward(self, sample):
+        """{'tokens': [1, l], 'labels': [1, l], 'n_tokens': []} -> summed loss, the same to be logged, n_tokens."""
+        loss = self.loss(sample["tokens"], sample["labels"])
+        return loss, loss.data, sample["n_tokens"]
+
+
+def stored_weights(model_id: str, config) -> Iterator[tuple[str, torch.Tensor]]:
+    for name, stored in find_weights(model_id, config).items():
+        with safe_open(stored.file, "pt") as tensors:
+            yield name, tensors.get_tensor(stored.name)
+
+
+def fill(module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Puts weights in the place of parameters on meta, in their dtype; tied ones stay tied."""
+    named = dict(module.named_parameters())
+    places: dict[nn.Parameter, list[tuple[nn.Module, str]]] = {}
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            places.setdefault(parameter, []).append((part, name))
+    for name, tensor in weights:
+        if name in named:
+            parameter = nn.Parameter(tensor.to(named[name].dtype))
+            for part, attribute in places[named[name]]:
+                setattr(part, attribute, parameter)

@@ -1,0 +1,180 @@
+"""nnScaler's Trainer with our model, data and hook. This is the one module that the engine imports nnScaler through."""
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import nnscaler
+import torch
+import transformers
+from nnscaler.cli.train_hook import TrainHook
+from nnscaler.cli.trainer import Trainer
+from nnscaler.cli.trainer_args import (
+    CheckpointConfig,
+    DataloaderConfig,
+    DatasetConfig,
+    DatasetSamplerConfig,
+    HookConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ResumeOptions,
+    TrainerArgs,
+)
+from nnscaler.parallel import ComputeConfig
+from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
+
+from longctx import sources
+from longctx.compiler.ops import REGISTERED_OPS
+from longctx.data.rows import Rows
+from longctx.engines.nnscaler.checkpoints import Parameters, as_builtin, as_nnscaler
+from longctx.engines.nnscaler.data import EpochOrder, Samples, dummy_sample, only_sample
+from longctx.engines.nnscaler.hook import StepHook, aggregate_outputs
+from longctx.engines.nnscaler.model import WrappedModel
+from longctx.engines.nnscaler.options import GENERATED_FOLDER
+from longctx.errors import UserError
+from longctx.huggingface.build import load_config
+from longctx.huggingface.weights import find_weights
+from longctx.options import Job
+from longctx.runtime.checkpoint import Checkpoint
+from longctx.runtime.trainer import BETAS
+
+
+def compile_plan(job: Job) -> Path:
+    """Traces, partitions and writes the code, unless equal code is there. Returns its folder."""
+    register_ops()
+    run_trainer(trainer_args(job))
+    model = WrappedModel
+    return Path(job.compiled_dir, GENERATED_FOLDER, *model.__module__.split("."), model.__name__, instance_name(job))
+
+
+def train(job: Job, rows: Rows, parameters: Parameters, resume: Checkpoint | None) -> None:
+    hook = StepHook(job, parameters, len(rows))
+    register_ops()
+    run_trainer(trainer_args(job, Samples(rows, job), hook, resume_options(resume, parameters, job.precision)))
+
+
+def run_trainer(train_args: TrainerArgs) -> None:
+    """nnScaler's compilation or training; a UserError of ours, which it wraps in errors of its own, comes out."""
+    try:
+        Trainer(train_args=train_args).run()
+    except Exception as error:
+        cause = error
+        while cause is not None:
+            if isinstance(cause, UserError):
+                raise cause from None
+            cause = cause.__cause__ or cause.__context__
+        raise
+
+
+def instance_name(job: Job) -> str:
+    """The job's name as nnScaler takes it: a part of a module's name, where a dot would begin another."""
+    return job.name.replace(".", "_")
+
+
+def register_ops() -> None:
+    """Hands over our ops with their annotations, which are in nnScaler's notation."""
+    for op in REGISTERED_OPS.values():
+        nnscaler.register_op(op.annotation)(op.fn)
+
+
+def trainer_args(
+    job: Job, samples: Samples | None = None, hook: StepHook | None = None, resume: ResumeOptions | None = None
+) -> TrainerArgs:
+    """nnScaler's form of the job. What ranks differ in has no place in it: their checkpoints compare it."""
+    model = {name: getattr(job, name) for name in ("model_id", "precision", "attn_implementation", "random_init")}
+    seed = job.seed if job.random_init else 0
+    return TrainerArgs(
+        instance_name=instance_name(job),
+        run_mode=job.run_mode,
+        compute_config=compute_config(job),
+        pas_policy=job.nnscaler.pas_policy or "autodist",
+        gen_savedir=str(job.compiled_dir),
+        gen_reuse="moo",
+        broadcast_strategy="all" if job.run_mode == "run" else "none",
+        dummy_sample_gen_fn=lambda _: dummy_sample(job.sequence_length),
+        model=ModelConfig(type=WrappedModel, args={**model, "seed": seed, "sequence_length": job.sequence_length}),
+        optimizer=optimizer_config(job),
+        dataset=DatasetConfig(type=lambda: samples),
+        dataloader=DataloaderConfig(train_args={"collate_fn": only_sample, "drop_last": True}),
+        dataset_sampler=DatasetSamplerConfig(type=EpochOrder),
+        checkpoint=CheckpointConfig(
+            save_dir=str(job.checkpoint_dir),
+            save_type="deduped",
+            every_n_train_steps=job.checkpoint_interval,
+            resume_from=resume,
+        ),
+        hook=HookConfig(type=lambda _: hook or TrainHook()),
+        # Buffers stay float32: RoPE's frequencies in bfloat16 would blur positions thousands of tokens apart.
+        precision={"param": job.precision, "buffer": "none", "input": "none"},
+        max_epochs=job.max_epochs,
+        max_train_steps=job.max_train_steps,
+        grad_accumulation_steps=job.grad_accumulation_steps,
+        enable_progress_bar=False,
+        log_progress_every_n_train_steps=None,
+        seed=job.seed,
+    )
+
+
+def compute_config(job: Job) -> ComputeConfig:
+    n_stages = job.nnscaler.pipeline_nstages or "auto"  # without pivots that is 1 to autodist
+    policy = {
+        "mem_constraint": job.gpu_mem_constraint * 1e9 / 2**30,
+        "recompute_modules": ",".join(job.recompute_modules or ()),
+        "pipeline_pivots": ",".join(job.nnscaler.pipeline_pivots or ()),
+        "pipeline_nmicros": job.grad_accumulation_steps,  # of hybrid
+        "pipeline_nstages": n_stages if n_stages == "auto" else int(n_stages),
+    }
+    config = load_config(job.model_id)
+    return ComputeConfig(
+        plan_ngpus=job.plan_ngpus,
+        runtime_ngpus=job.runtime_ngpus,
+        constant_folding=True,
+        use_zero=True,
+        use_end2end=True,
+        trace_strategy=job.nnscaler.trace_strategy or "reuse_cache",
+        pas_config=policy,
+        # What is generated is reused where all of this is as it was.
+        user_config={"config": config.to_json_string(), **fingerprints(job, config)},
+    )
+
+
+def optimizer_config(job: Job) -> OptimizerConfig:
+    adamw = {"lr": job.learning_rate, "betas": BETAS, "weight_decay": job.weight_decay}
+    return OptimizerConfig(
+        type=MixedPrecisionAdamW if job.precision == "bf16" else torch.optim.AdamW,
+        args={**adamw, "fused": torch.cuda.is_available()},
+        clip_gnorm=job.max_grad_norm,
+        loss_reduction="per-token-mean",
+        grad_reduction="per-token-mean",
+        aggregate_outputs_fn=aggregate_outputs,
+    )
+
+
+def fingerprints(job: Job, config) -> dict[str, Any]:
+    """Of our code, the versions and the weights, which nnScaler stores when it compiles; the same on every node."""
+    weights = {} if job.random_init else find_weights(job.model_id, config)
+    return {
+        "versions": [str(package.__version__) for package in (torch, transformers, nnscaler)],
+        "sources": sources.hash_files(sources.files_in("kernels", "huggingface")),
+        "ops": sources.hash_registered_ops(),
+        "weights": [hash_ends(file) for file in sorted({stored.file for stored in weights.values()})],
+    }
+
+
+def hash_ends(file: Path, n_bytes: int = 1 << 24) -> str:
+    """A hash of a file's size, its first and its last bytes: to read all of a large model's would take minutes."""
+    size = file.stat().st_size
+    with file.open("rb") as content:
+        first = content.read(n_bytes)
+        content.seek(max(0, size - n_bytes))
+        return hashlib.sha256(str(size).encode() + first + content.read()).hexdigest()
+
+
+def resume_options(resume: Checkpoint | None, parameters: Parameters, precision: str) -> ResumeOptions | None:
+    if resume is None:
+        return None
+
+    def convert(merged: dict[str, Any]) -> dict[str, Any]:
+        return as_nnscaler(as_builtin(merged), list(parameters), precision, nnscaler.__version__)
+
+    return ResumeOptions(checkpoint=str(resume.path), convert_fn=convert)

@@ -1,0 +1,26 @@
+"""What torchrun tells each process that it starts: a process is one rank. Started alone, it is rank 0 of 1."""
+
+import os
+
+
+def started_this() -> bool:
+    """Whether torchrun started this process."""
+    return "RANK" in os.environ
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", 0))
+
+
+def local_rank() -> int:
+    """The rank's number among those of its node."""
+    return int(os.environ.get("LOCAL_RANK", 0))
+
+
+def node() -> int:
+    return int(os.environ.get("GROUP_RANK", 0))
+
+
+def world_size() -> int:
+    """How many ranks there are, on all nodes together."""
+    return int(os.environ.get("WORLD_SIZE", 1))
