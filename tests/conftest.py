@@ -6,12 +6,12 @@ import demo_assets
 import pytest
 import torch
 
-torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
+torch.set_num_threads(1)  # the tests' tensors are so small that a second thread only waits for the first
 
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer_path(tmp_path_factory) -> Path:
-    """Folder of the real Llama-3 tokenizer, 128,256 entries, converted once a session."""
+    """Folder of the real Llama-3 tokenizer (128,256 entries), converted once a session."""
     folder = tmp_path_factory.mktemp("tokenizer") / "llama3"
     demo_assets.llama3_tokenizer(folder)
     return folder

@@ -27,6 +27,7 @@ from longctx.compiler.trace import trace
 from longctx.engines import builtin
 from longctx.errors import UserError
 from longctx.huggingface import build
+from longctx.huggingface.weights import find_weights
 from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime import parallel
 
@@ -122,7 +123,7 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
             module = parallel.load_generated(compiled, plan["class_name"])
             sharded = parallel.parallelize(module, plan["layers_path"], device, torch.float32)
             model_id = str(folder / family / family)
-            parallel.load_safetensors(sharded, weights.find_weights(model_id, small_config(family)))
+            parallel.load_safetensors(sharded, find_weights(model_id, small_config(family)))
             tokens, labels = random_rows(n_ranks, LENGTH, 256)
             mine = slice(dist.get_rank(), dist.get_rank() + 1)
             loss = module(tokens[mine], labels[mine])
