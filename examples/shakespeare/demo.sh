@@ -82,7 +82,7 @@ say "Where everything is"
 cat <<END
   $DEMO/compiled/llama3_demo/           gencode.py (what the two processes ran), plan.json, report.md
   $DEMO/compiled/llama3_8b_128k-131072-8of8/
-                                        the same for Llama-3-8B at 131,072 tokens on 8 GPUs
+                                       the same for Llama-3-8B at 131,072 tokens on 8 GPUs
   $DEMO/runs/llama3_demo/               metrics.jsonl, TensorBoard events (tensorboard --logdir $DEMO/runs)
   $DEMO/checkpoints/                    sharded checkpoints; last -> $(readlink $DEMO/checkpoints/last)
   $DEMO/merged.ckpt                     one file: weights and optimizer (train.py --resume_path)
