@@ -18,7 +18,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.node import map_aggregate
 
-import train
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.compiler.ir import DEVICE, Device, Graph, Op, Tensor, map_tensors
 from longctx.compiler.localize import Assignment, localize
@@ -29,7 +28,6 @@ from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement,
 from longctx.kernels.attention import attention
 from longctx.kernels.rms_norm import rms_norm
 
-train.register_loss()
 ATTENTION, RMS_NORM, LOSS = map(target_of, (attention, rms_norm, chunk_linear_cross_entropy))
 FLOAT, INT, BOOL, CONTIGUOUS = torch.float64, torch.int64, torch.bool, torch.contiguous_format
 

@@ -12,7 +12,6 @@ from families import small_config
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-import train
 from chunk_linear_cross_entropy import CHUNK_SIZE, chunk_linear_cross_entropy
 from longctx.compiler import hardware, linear_program, report
 from longctx.compiler.cost import (
@@ -38,7 +37,6 @@ from longctx.huggingface.build import build_model, load_config
 from longctx.kernels.attention import attention
 from longctx.kernels.rms_norm import rms_norm
 
-train.register_loss()
 ATTENTION, RMS_NORM, LOSS = map(target_of, (attention, rms_norm, chunk_linear_cross_entropy))
 H100 = hardware.load("h100")
 
