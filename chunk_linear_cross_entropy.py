@@ -1,27 +1,27 @@
-"""Cross entropy of a linear layer's logits, holding the logits of one chunk of tokens at a time.
+"""Cross entropy of a linear layer's logits, which are held for one chunk of tokens at a time.
 
-The logits x = h W^T of t tokens over n words are the largest tensor of a language model's training step. Here the
-logits of a chunk of tokens are overwritten, in one buffer, by their gradient dx, and each chunk takes three products:
+The logits x = h W^T of t tokens over n words are the largest tensor of a language model's training step. Here one
+buffer takes the logits of a chunk of tokens, then, written over them, their gradient dx. A chunk takes three products:
 
     x  = h W^T
     dx = softmax(x) - onehot(label)
     dh = dx W,  dW += dx^T h
 
-The usual way to hold one chunk at a time, checkpointing each, makes the logits again in the backward pass: a fourth
-product. Here the forward pass makes the gradients, as if every loss had the incoming gradient one, and the backward
-pass scales them: dh by each token's incoming gradient, dW by the one that all tokens share, as they do after a sum or a
-mean. Only where tokens differ in theirs is dW made again, by two products.
+The usual way, to checkpoint each chunk, makes the logits again in the backward pass: a fourth product. Here the forward
+pass makes the gradients, as if every loss had an incoming gradient of one, and the backward pass scales them: dh by the
+incoming gradient of each token, dW by the one that all tokens share, as they do after a sum or a mean. Only where they
+differ is dW made again, by two products.
 
-The softmax leaves the label out: with m = log(sum of exp(x_j) over the words j other than the label) - x_label,
+The softmax leaves the label out. With m, the logarithm of the odds against the label,
 
-    loss = log(1 + exp(m)),  dx = sigmoid(m) * (softmax over the other words - onehot(label))
+    m = log(sum of exp(x_j) over all words j but the label) - x_label
+    loss = log(1 + exp(m)),  dx = sigmoid(m) * (softmax over all words but the label - onehot(label))
 
-keep all their digits where the model is nearly certain of the label; 1 - softmax(x)[label] would lose them.
+Where the model is nearly certain of the label, these keep all their digits, and 1 - softmax(x)[label] loses them.
 
-Needs PyTorch 2.6 or newer. On a GPU with Triton, one kernel turns a chunk's logits into losses and dx, and half
-precision is multiplied as it is, with float32 sums. Elsewhere PyTorch's operators do this, and operands of half
-precision are converted to float32: of a product of half precision, PyTorch rounds the sums on a CPU, and only some CPUs
-are faster at it, while others take many times as long.
+Needs PyTorch 2.6 or newer. On a GPU with Triton, one kernel turns logits into losses and dx, and half precision is
+multiplied as it is, with float32 sums. Elsewhere PyTorch's operators do it, and half precision is converted to float32
+first: on a CPU, PyTorch rounds the sums of half-precision products, and many CPUs take longer for those products.
 """
 
 import torch
@@ -35,10 +35,10 @@ try:
 except ImportError:  # PyTorch for CPUs comes without it.
     triton = None
 
-CHUNK_SIZE = 1024  # the tokens whose logits are held at a time, unless a caller asks for another number
-_STRIP_NUMEL = 1 << 20  # so many logits stay in a CPU's cache
+CHUNK_SIZE = 1024  # At most this many tokens' logits are held at a time, unless the caller gives another number.
+_STRIP_NUMEL = 1 << 20  # This many logits stay in a CPU's cache while several operators pass over them.
 
-# cuBLAS sums products of half precision in float32; since PyTorch 2.8 it can be asked to return the sum as it is.
+# cuBLAS sums products of half precision in float32. Since PyTorch 2.8 it can be asked to return the sums unrounded.
 _CUBLAS_RETURNS_FLOAT32 = "dtype_out" in torch.ops.aten.addmm.overloads()
 
 
@@ -58,7 +58,8 @@ def chunk_linear_cross_entropy(
         labels: [b, l], integers in [0, n), or padding_idx where a token doesn't count.
         padding_idx: a token with this label has loss and gradient 0, and costs no matrix product.
         chunk_size: at most this many tokens' logits are held at a time, in chunk_size * n * 4 bytes. Every chunk reads
-            and writes the whole gradient of the weight, so a smaller chunk takes less memory and more time.
+            and writes the whole gradient of the weight, so smaller chunks take less memory and more time. On a CPU, a
+            float32 copy of a half-precision weight is held besides.
         logit_softcap: c > 0 caps the logits first, to c * tanh(logits / c), as Gemma 2 does.
 
     Returns:
@@ -138,8 +139,10 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
     """_losses, and the gradients made along with them."""
 
     @staticmethod
-    def forward(ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, *options) -> Tensor:
-        """The losses [b, l]. The options are chunk_size and logit_softcap."""
+    def forward(
+        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, *options: float
+    ) -> Tensor:
+        """The losses [b, l], as by _losses. The options are chunk_size and logit_softcap."""
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         # float16 could not hold a gradient before it is scaled.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
@@ -156,7 +159,7 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of hidden and weight for those of the losses [b, l]."""
-        if torch.is_grad_enabled():  # as it is under create_graph=True
+        if torch.is_grad_enabled():  # That is so under create_graph=True.
             raise RuntimeError("chunk_linear_cross_entropy has no second derivative: create_graph must be False.")
         hidden, weight, labels, rows, grad_hidden, grad_weight = ctx.saved_tensors
         row_grads = grad_losses.reshape(-1)[rows]
@@ -165,7 +168,7 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
             scales = row_grads.new_zeros(len(grad_hidden)).index_copy_(0, rows, row_grads)
             grad_hidden = _scaled(grad_hidden, scales, ctx.dtype)
         if grad_weight is not None and _is_uniform(grad_losses, row_grads):
-            scale = row_grads[:1].sum()  # 0 if no token counts
+            scale = row_grads[:1].sum()  # This is 0 if no token counts.
             grad_weight = _scaled(grad_weight, scale.expand(len(grad_weight)), ctx.dtype)
         elif grad_weight is not None:
             matter = row_grads != 0
@@ -191,7 +194,7 @@ def _saved_tensors_are_spent() -> bool:
 
 
 def _scaled(grads: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    """grads [r, d] times scales [r], in dtype, and in the memory of grads if that is possible."""
+    """grads [r, d] times scales [r], in dtype, and in the memory of grads if that can be overwritten."""
     out = grads if grads.dtype == dtype and _saved_tensors_are_spent() else torch.empty_like(grads, dtype=dtype)
     return torch.mul(grads, scales[:, None], out=out)
 
@@ -219,7 +222,6 @@ def _losses(
             grad_weight.zero_()
         return losses
     operands = weight.dtype if takes_triton else sums
-    softmax_pass = _triton_softmax_pass if takes_triton else _softmax_pass
     hidden, weight = hidden.detach(), weight.detach().to(operands)
     row_grads = torch.ones_like(rows, dtype=sums) if row_grads is None else row_grads
     # float16 holds nothing below 6e-8, where most of a softmax over a large vocabulary lies.
@@ -228,17 +230,17 @@ def _losses(
     # Chunks are of one size, so that the last is no sliver. The kernel's rows begin at multiples of 64 bytes.
     chunks = -(-len(rows) // chunk_size)
     buffer = hidden.new_empty(-(-len(rows) // chunks), -(-n // 16) * 16 if takes_triton else n, dtype=sums)
+    softmax_pass = _triton_softmax_pass if takes_triton else _softmax_pass
+    wants_gradient = grad_hidden is not None or grad_weight is not None
     flat_labels, flat_losses = labels.reshape(-1), losses.view(-1)
     parts = zip(rows.tensor_split(chunks), (row_grads * gain).tensor_split(chunks), strict=True)
     for chunk, (index, grads) in enumerate(parts):
         h, memory = hidden[index].to(operands), buffer[: len(index)]
         x = _multiply(h, weight.t(), out=memory[:, :n])
-        dx = None if grad_hidden is grad_weight is None else memory.view(operands)[:, :n]
+        dx = memory.view(operands)[:, :n] if wants_gradient else None
         flat_losses[index] = softmax_pass(x, dx, flat_labels[index], grads, logit_softcap)
         if grad_hidden is not None:
-            dh = _multiply(dx, weight, out=torch.empty_like(h, dtype=sums))
-            grad_hidden[index] = dh.to(grad_hidden.dtype)
-            del dh
+            grad_hidden[index] = _multiply(dx, weight, out=torch.empty_like(h, dtype=sums)).to(grad_hidden.dtype)
         if grad_weight is not None:
             _multiply(dx.t(), h, out=grad_weight, add=chunk > 0)
     for gradient in (grad_hidden, grad_weight):
@@ -258,29 +260,30 @@ def _multiply(a: Tensor, b: Tensor, out: Tensor, add: bool = False) -> Tensor:
 
 
 def _softmax_pass(x: Tensor, dx: Tensor | None, labels: Tensor, row_grads: Tensor, logit_softcap: float) -> Tensor:
-    """The losses [c] of logits x [c, n]. Leaves row_grads [c] times their gradient in x, which dx is unless it is None.
+    """The losses [c] of logits x [c, n], in whose place it leaves row_grads [c] times their gradient.
 
-    A strip of rows at a time takes all the steps, while it is in a CPU's cache.
+    dx is where the gradient goes, so it must be x, or None where none is wanted; x is overwritten in either case. Each
+    strip of rows goes through all steps before the next strip does, so that it stays in a CPU's cache.
     """
-    margins = torch.empty_like(row_grads)  # m of the module's docstring
+    log_odds = torch.empty_like(row_grads)
     rows = max(1, _STRIP_NUMEL // x.shape[1])
-    columns = (tensor[:, None].split(rows) for tensor in (labels, row_grads, margins))
-    for strip, label, row_grad, margin in zip(x.split(rows), *columns, strict=True):
-        slope = 1
+    columns = (tensor[:, None].split(rows) for tensor in (labels, row_grads, log_odds))
+    for strip, label, row_grad, m in zip(x.split(rows), *columns, strict=True):
         if logit_softcap:
-            strip.div_(logit_softcap).tanh_()
-            slope = 1 - strip.square()
+            slope = 1 - strip.div_(logit_softcap).tanh_().square()
             strip.mul_(logit_softcap)
         at_label = strip.gather(1, label)
-        # In the label's place, the least number has probability 0. A row of nothing but -inf would give NaN.
+        # This leaves the label out. In a row where all else is -inf, another -inf would make NaN.
         strip.scatter_(1, label, torch.finfo(x.dtype).min)
         top = strip.amax(1, keepdim=True)
-        total = strip.sub_(top).exp_().sum(1, keepdim=True)
-        margin.copy_(top - at_label + total.log())
+        others = strip.sub_(top).exp_().sum(1, keepdim=True)
+        m.copy_(top - at_label + others.log())
         if dx is not None:
-            share = margin.sigmoid() * row_grad
-            strip.mul_(share / total).scatter_(1, label, -share).mul_(slope)
-    return F.softplus(margins, threshold=40)
+            scale = m.sigmoid() * row_grad
+            strip.mul_(scale / others).scatter_(1, label, -scale)
+            if logit_softcap:
+                strip.mul_(slope)
+    return F.softplus(log_odds, threshold=40)  # Above 40, log(1 + exp(m)) is m to the last digit.
 
 
 def _sum_dtype(tensor: Tensor) -> torch.dtype:
@@ -298,72 +301,59 @@ def _takes_triton(weight: Tensor) -> bool:
 def _triton_softmax_pass(
     x: Tensor, dx: Tensor | None, labels: Tensor, row_grads: Tensor, logit_softcap: float
 ) -> Tensor:
-    """The losses [c] of float32 logits x [c, n], in one kernel, a program a row.
+    """What _softmax_pass does, for float32 logits, in one kernel that runs a program for each row.
 
-    Leaves row_grads [c] times the logits' gradient in dx, which lies in x's memory, unless it is None; x is lost.
+    dx may be of half precision. It begins where x does, and its rows begin where those of x do.
     """
-    c, n = x.shape
-    log_ratios = torch.empty_like(row_grads)
+    log_odds = torch.empty_like(row_grads)
     out = x if dx is None else dx
-    strides = x.stride(0), out.stride(0)
-    flags = {"CAPPED": logit_softcap > 0, "WITH_GRADIENT": dx is not None}
+    tensors, strides = (x, out, labels, row_grads, log_odds), (x.stride(0), out.stride(0))
     with torch.cuda.device_of(x):
-        _softmax_kernel[(c,)](
-            x, out, labels, row_grads, log_ratios, *strides, n, float(logit_softcap), **flags, BLOCK=4096, num_warps=8
-        )
-    return F.softplus(log_ratios, threshold=40)
+        _softmax_kernel[(len(x),)](*tensors, *strides, x.shape[1], float(logit_softcap), dx is not None, num_warps=8)
+    return F.softplus(log_odds, threshold=40)
 
 
 if triton is not None:
+    _BLOCK = tl.constexpr(4096)
 
     @triton.jit
     def _softmax_kernel(
-        x,
-        dx,
-        labels,
-        row_grads,
-        log_ratios,
-        x_stride,
-        dx_stride,
-        n,
-        softcap,
-        CAPPED: tl.constexpr,
-        WITH_GRADIENT: tl.constexpr,
-        BLOCK: tl.constexpr,
+        x, dx, labels, row_grads, log_odds, x_stride, dx_stride, n, SOFTCAP: tl.constexpr, WITH_GRADIENT: tl.constexpr
     ):
+        """One row of what _softmax_pass does. The log_odds [c] are the m of this file's docstring."""
         row = tl.program_id(0).to(tl.int64)
         x += row * x_stride
         label = tl.load(labels + row)
-        at_label = _capped(tl.load(x + label), softcap, CAPPED)
+        at_label = _capped(tl.load(x + label), SOFTCAP)
 
         # others = sum over j != label of exp(x_j - top), where top is the largest logit met so far.
         top, others = at_label, 0.0
-        for start in range(0, n, BLOCK):
-            words = start + tl.arange(0, BLOCK)
-            z = _capped(tl.load(x + words, mask=words < n, other=0.0), softcap, CAPPED)
+        for start in range(0, n, _BLOCK):
+            words = start + tl.arange(0, _BLOCK)
+            z = _capped(tl.load(x + words, mask=words < n, other=0.0), SOFTCAP)
             z = tl.where((words < n) & (words != label), z, float("-inf"))
             new_top = tl.maximum(top, tl.max(z, 0))
             others = others * tl.exp(top - new_top) + tl.sum(tl.exp(z - new_top), 0)
             top = new_top
-        tl.store(log_ratios + row, tl.log(others) + top - at_label)
+        tl.store(log_odds + row, tl.log(others) + top - at_label)
 
         if WITH_GRADIENT:
             dx += row * dx_stride
             row_grad, total = tl.load(row_grads + row), others + tl.exp(at_label - top)
             scale, label_gradient = row_grad / total, -(others / total) * row_grad
-            for start in range(0, n, BLOCK):
-                words = start + tl.arange(0, BLOCK)
-                z = _capped(tl.load(x + words, mask=words < n, other=0.0), softcap, CAPPED)
+            for start in range(0, n, _BLOCK):
+                words = start + tl.arange(0, _BLOCK)
+                z = _capped(tl.load(x + words, mask=words < n, other=0.0), SOFTCAP)
                 gradient = tl.where(words == label, label_gradient, tl.exp(z - top) * scale)
-                if CAPPED:
-                    gradient *= 1 - (z / softcap) * (z / softcap)
-                # A half-precision block k is stored over float32 words of blocks up to k: all threads must have read.
+                if SOFTCAP > 0:
+                    gradient *= 1 - (z / SOFTCAP) * (z / SOFTCAP)
+                # In half precision, block k lies over float32 blocks up to k, which all threads must have read.
                 tl.debug_barrier()
                 tl.store(dx + words, gradient.to(dx.dtype.element_ty), mask=words < n)
 
     @triton.jit
-    def _capped(z, softcap, CAPPED: tl.constexpr):
-        """softcap * tanh(z / softcap) if CAPPED."""
-        if CAPPED:
-            z = softcap * (2 * tl.sigmoid(2 * z / softcap) - 1)
+    def _capped(z, SOFTCAP: tl.constexpr):
+        """SOFTCAP * tanh(z / SOFTCAP), or z if SOFTCAP is 0."""
+        if SOFTCAP > 0:
+            z = SOFTCAP * (2 * tl.sigmoid(2 * z / SOFTCAP) - 1)
         return z
