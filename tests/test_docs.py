@@ -3,6 +3,7 @@
 A line with the mark TODO(lead) speaks of what is still to come and is left out.
 """
 
+import ast
 import re
 import shlex
 import subprocess
@@ -20,6 +21,7 @@ PAGES = sorted(
 FOLDERS = ("longctx", "docs", "examples", "benchmarks", "tests")
 SCRIPTS = ("train.py", "ckpt_merger.py", "create_mini_model.py", "bookcorpus.py")
 HARDWARE = "longctx.compiler.hardware"
+QUOTED = 12  # characters that a piece of a message has at least, to be looked for
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
@@ -119,3 +121,25 @@ def test_every_option_that_a_page_names_by_itself_is_in_the_help_of_a_script(pag
     for span in code_spans(page):
         for option in options_in(span.split()[:1]):
             assert any(has_option(program, option.rstrip(":")) for program in (*SCRIPTS, HARDWARE)), span
+
+
+@cache
+def strings_of_the_program() -> list[str]:
+    """Every string in the sources, with a 0 byte for each value that an f-string puts in."""
+    strings = []
+    for file in (*ROOT.glob("*.py"), *ROOT.glob("longctx/**/*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                strings.append("".join(v.value if isinstance(v, ast.Constant) else "\0" for v in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                strings.append(node.value)
+    return strings
+
+
+def test_every_message_that_the_troubleshooting_page_quotes_is_one_of_the_programs():
+    spans = code_spans(ROOT / "docs" / "troubleshooting.md")
+    for span in (span for span in spans if "…" in span or (span.count(" ") >= 3 and "--" not in span)):
+        message = re.sub(r"^--\w+ \S+: ", "", span)  # the script puts the option there
+        for piece in message.split("…"):
+            found = len(piece) < QUOTED or any(piece.strip(" ;") in string for string in strings_of_the_program())
+            assert found, f"{piece!r} of {span!r}"
