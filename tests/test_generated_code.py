@@ -199,7 +199,7 @@ def test_values_are_called_as_the_source_calls_them_or_by_the_module_that_made_t
     setting = Setting(2, 2, hardware.load("h100"), 64e9)
 
     # v_proj's result is resharded between its view and its transpose, within a statement of the source: along
-  .
+    # dimension 1 of the view.
     wanted = {
         of["linear"][2]: Shard(1),
         of["view"][2]: Shard(1),
