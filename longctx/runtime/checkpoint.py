@@ -375,7 +375,7 @@ def check_same_order(checkpoint: Checkpoint, seed: int, n_rows: int) -> None:
         raise CheckpointMismatch(
             "seed",
             f"{path} is of a run with seed {state.seed}, and another would shuffle its rows anew in the middle of an "
-            f"epoch; pass {state.seed}",
+            f"epoch; take seed {state.seed}",
         )
     if state.n_rows != n_rows:
         raise CheckpointMismatch(
