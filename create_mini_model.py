@@ -1,9 +1,9 @@
-"""A small model of the same architecture, with seeded random weights: to debug with, on any machine.
+"""Makes a small model of another one's architecture, with seeded random weights, to debug with on any machine.
 
     python create_mini_model.py --model_id meta-llama/Meta-Llama-3-8B-Instruct --output_id ./llama3_mini
 
-The source is a model of the Hugging Face hub or a local folder; of it, config.json is needed, and the tokenizer and
-generation_config.json are copied if they are there. Its weights are never read.
+The source is a model of the Hugging Face hub or a local folder. It must have a config.json; its tokenizer and
+generation_config.json are copied if it has them, and its weights are never read.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from longctx.atomic import whole_folder, why_not_writable
 from longctx.errors import UserError, one_line, run_script
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
-# Not every architecture calls the width of its MLP intermediate_size, and transformers doesn't map these.
+# What the width of the MLP may be called: transformers' attribute_map knows the other names of every size but this.
 MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -38,37 +38,28 @@ TOKENIZER_FILES = (
 def main() -> None:
     args = parse_args()
     sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"--{name} {size}: it must be 1 or more")
-    output = Path(args.output_id)
-    if output.exists():
-        raise UserError(f"--output_id {output} exists already: remove it or name another folder")
-    if problem := why_not_writable(output):
-        raise UserError(f"--output_id {output}: {problem}; name another folder")
-    huggingface_hub.logging.set_verbosity_error()  # else a line for each retry when there is no network
+    check(args, sizes)
+    huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
     source = source_folder(args.model_id)
     full_config = causal_lm_config(source, args.model_id)
     config = mini_config(full_config, sizes)
-    with whole_folder(output) as folder:
+    with whole_folder(args.output_id) as folder:
         model = random_model(config, args.seed, getattr(torch, args.dtype))
         model.save_pretrained(folder, max_shard_size="5GB")
-        copied = copy_files(source, folder)
+        has_tokenizer = copy_files(source, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stored = sum(file.stat().st_size for file in output.iterdir() if file.suffix == ".safetensors")
+    stored = sum(file.stat().st_size for file in args.output_id.iterdir() if file.suffix == ".safetensors")
     shape = ", ".join(f"{name} {getattr(config, name)}" for name in SIZES if hasattr(config, name))
     print(f"{type(model).__name__} with {parameters:,} random parameters: {shape}")
-    print(f"{stored:,} bytes of {args.dtype} {'with' if copied else 'without'} a tokenizer in {output}")
-    types, kept = (getattr(of, "layer_types", None) or [] for of in (full_config, config))
-    if lost := sorted(set(types) - set(kept)):
-        first = max(types.index(kind) for kind in lost) + 1
-        print(f"the source has {' and '.join(lost)} layers too: to have them, ask for {first} layers or more")
+    print(f"{stored:,} bytes of {args.dtype} {'with' if has_tokenizer else 'without'} a tokenizer in {args.output_id}")
+    if hint := lost_layer_types(full_config, config):
+        print(hint)
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make a small model of the same architecture with random weights.")
     parser.add_argument("--model_id", required=True, help="model of the hub, or local folder with a config.json")
-    parser.add_argument("--output_id", required=True, help="folder to write, which must not exist")
+    parser.add_argument("--output_id", type=Path, required=True, help="folder to write, which must not exist")
     parser.add_argument("--num_hidden_layers", type=int, default=4, help="decoder layers (default: 4)")
     for name in SIZES[1:]:
         parser.add_argument(f"--{name}", type=int, help="default: the source's")
@@ -77,18 +68,29 @@ def parse_args() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def check(args: argparse.Namespace, sizes: dict[str, int]) -> None:
+    """Raises UserError for what can be seen to be wrong before anything is loaded."""
+    for name, size in sizes.items():
+        if size < 1:
+            raise UserError(f"--{name} {size}: it must be 1 or more")
+    if args.output_id.exists():
+        raise UserError(f"--output_id {args.output_id} exists already: remove it or name another folder")
+    if problem := why_not_writable(args.output_id):
+        raise UserError(f"--output_id {args.output_id}: {problem}; name another folder")
+
+
 # The source
 
 
 def source_folder(model_id: str) -> Path:
-    """The folder that holds the source's config.json: `model_id` itself, or the hub's files without the weights."""
+    """The folder with the source's config.json: `model_id` itself, or the hub's files, downloaded without weights."""
     folder = Path(model_id)
     if not folder.exists():
         try:
             folder = Path(huggingface_hub.snapshot_download(model_id, allow_patterns=["*.json", *TOKENIZER_FILES]))
         except huggingface_hub.errors.HFValidationError as error:
             raise UserError(f"--model_id {model_id}: there is no such folder") from error
-        except Exception as error:  # of the network, the hub, or the disk: each has its own
+        except Exception as error:  # the network, the hub and the disk each have their own
             raise UserError(
                 f"--model_id {model_id}: no such folder, and no model from the hub: {one_line(error)}"
             ) from error
@@ -98,7 +100,7 @@ def source_folder(model_id: str) -> Path:
 
 
 def causal_lm_config(source: Path, model_id: str) -> PreTrainedConfig:
-    """The source's configuration, or that of its text part; raises UserError if it isn't a causal language model."""
+    """The source's configuration, or of its text part; raises UserError if it is of no causal language model."""
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # not JSON, no model type, values of wrong types, code of its own
@@ -113,7 +115,7 @@ def causal_lm_config(source: Path, model_id: str) -> PreTrainedConfig:
 
 
 def copy_files(source: Path, folder: Path) -> bool:
-    """Copies the tokenizer and the generation configuration as they are; returns whether there is a tokenizer."""
+    """Copies tokenizer and generation configuration unchanged, if there are any; returns whether a tokenizer is."""
     if (source / "generation_config.json").is_file():
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
@@ -128,11 +130,12 @@ def copy_files(source: Path, folder: Path) -> bool:
 def mini_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedConfig:
     """Returns `config` with other `sizes` (keys of SIZES); raises UserError where no model can have them.
 
-    What depends on the sizes follows them: lists of one entry a layer are cut to their first layers, heads keep the
-    number of queries to a key unless num_key_value_heads is given, and head_dim stays hidden_size / heads where it is.
+    What depends on the sizes follows them: lists with an entry for each layer are cut to the first layers, the number
+    of heads to a key-value head stays unless num_key_value_heads is given, and a head_dim that was hidden_size / heads
+    is so again.
     """
     values = config.to_dict()
-    for name in ("quantization_config", "auto_map"):  # random weights aren't quantized, and no code is copied
+    for name in ("quantization_config", "auto_map"):  # random weights aren't quantized, and code is not copied
         values.pop(name, None)
     for name, size in sizes.items():
         values[own_name(config, name)] = size
@@ -141,14 +144,14 @@ def mini_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedCo
     try:
         mini = type(config).from_dict(values)
         mini.validate()
-    except Exception as error:  # each architecture checks its own values, by exceptions of several kinds
+    except Exception as error:  # each architecture checks its values itself, and raises exceptions of several kinds
         raise UserError(f"{config.model_type} can't have these sizes: {one_line(error)}") from error
     check_heads(mini)
     return mini
 
 
 def own_name(config: PreTrainedConfig, name: str) -> str:
-    """What this architecture calls one of SIZES, n_layer for num_hidden_layers, say."""
+    """What this architecture calls one of SIZES: n_layer for num_hidden_layers, for example."""
     for candidate in MLP_WIDTHS if name == "intermediate_size" else (name,):
         if hasattr(config, candidate):
             return config.attribute_map.get(candidate, candidate)
@@ -156,7 +159,7 @@ def own_name(config: PreTrainedConfig, name: str) -> str:
 
 
 def cut_layer_lists(values: dict, layers: int, kept: int) -> None:
-    """Cuts lists of one entry a layer, such as layer_types, to the layers that are kept."""
+    """Cuts the lists that have an entry for each layer, such as layer_types, to the layers that are kept."""
     for key, value in values.items():
         if isinstance(value, list) and len(value) == layers and ("layer" in key or "block" in key):
             if kept > layers:
@@ -165,7 +168,7 @@ def cut_layer_lists(values: dict, layers: int, kept: int) -> None:
 
 
 def scale_heads(values: dict, config: PreTrainedConfig, sizes: dict[str, int]) -> None:
-    """Makes key-value heads and head_dim follow the number of heads and hidden_size, unless they are independent."""
+    """Makes num_key_value_heads and head_dim follow the number of heads and hidden_size, unless independent of them."""
     heads = sizes.get("num_attention_heads", config.num_attention_heads)
     kv_heads = getattr(config, "num_key_value_heads", None)
     if kv_heads and "num_key_value_heads" not in sizes:
@@ -178,7 +181,8 @@ def scale_heads(values: dict, config: PreTrainedConfig, sizes: dict[str, int]) -
             )
         values[own_name(config, "num_key_value_heads")] = kv_heads
     head_dim = values.get("head_dim")
-    # Qwen 3 and Gemma, say, have a head_dim of their own, and a default for it; others record what they computed.
+    # Where the configuration's class has a default head_dim, as for Qwen 3 and Gemma, it is a size of its own; other
+    # classes only store the quotient that they have computed.
     independent = getattr(type(config), "head_dim", None) is not None
     if head_dim and not independent and head_dim * config.num_attention_heads == config.hidden_size:
         hidden_size = sizes.get("hidden_size", config.hidden_size)
@@ -188,6 +192,7 @@ def scale_heads(values: dict, config: PreTrainedConfig, sizes: dict[str, int]) -
 
 
 def check_heads(config: PreTrainedConfig) -> None:
+    """Raises UserError if heads don't share the hidden size or the key-value heads evenly, or can't be rotated."""
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
         raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
@@ -201,15 +206,25 @@ def check_heads(config: PreTrainedConfig) -> None:
 
 
 def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> torch.nn.Module:
-    """Builds the model and runs it on two tokens, which shows any size that doesn't fit another."""
+    """Builds the model and runs it on two tokens, so that sizes that don't fit each other raise UserError here."""
     torch.manual_seed(seed)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
         with torch.no_grad():
             model(torch.arange(2).unsqueeze(0), use_cache=False)
-    except Exception as error:  # a shape that doesn't fit, a package or a kernel that isn't there
+    except Exception as error:  # shapes that don't fit each other, or a package or kernel that is missing
         raise UserError(f"{config.model_type} doesn't run with these sizes: {one_line(error)}") from error
     return model
+
+
+def lost_layer_types(full_config: PreTrainedConfig, config: PreTrainedConfig) -> str | None:
+    """A hint for the user if the mini model has no layer of some type that the source has, with how many it takes."""
+    types, kept = (getattr(of, "layer_types", None) or [] for of in (full_config, config))
+    lost = sorted(set(types) - set(kept))
+    if not lost:
+        return None
+    first = max(types.index(kind) for kind in lost) + 1
+    return f"the source has {' and '.join(lost)} layers too: to have them, ask for {first} layers or more"
 
 
 if __name__ == "__main__":

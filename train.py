@@ -12,7 +12,7 @@ Where to look, in longctx/:
     the engines                                engines/table.py: ENGINES
     the compiler, from model to code           engines/builtin/compile.py: compile_plan
     what makes compiled code out of date       engines/builtin/cache.py: plan_inputs
-    where an all-to-all is emitted             compiler/partition.py: localize; it is run by runtime/collectives.py
+    where an all-to-all is emitted             compiler/localize.py: localize; it is run by runtime/collectives.py
     new hardware                               compiler/hardware.py: HARDWARE
     a run, from weights to training            engines/builtin/run.py: run
     how weights are read                       runtime/parallel.py: load_safetensors
@@ -29,15 +29,16 @@ import transformers
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx import torchrun
 from longctx.command_line import naming_options
-from longctx.compiler.annotation import register_op
+from longctx.compiler.ops import register_op
 from longctx.engines.table import ENGINES
 from longctx.errors import run_script
+from longctx.kernels import cross_entropy
 from longctx.options import causes, parse_job
 
 
 def register_loss() -> None:
     """Makes the loss one operator of the graph, which may be split along the batch b or the tokens l."""
-    register_op("b l d^, n^ d^, b l -> b l")(chunk_linear_cross_entropy)
+    register_op("b l d^, n^ d^, b l -> b l", **cross_entropy.RULES)(chunk_linear_cross_entropy)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -2,9 +2,9 @@
 
     python benchmarks/bookcorpus.py
 
-The plays are taken twice over: as 38 documents of a file each, and as 150,000 documents of a line each, which is what
-the rows of the BookCorpus are like. Every measurement is a process of its own, whose seconds leave out its start, and
-the best of three: whatever else the machine does only slows it.
+The plays are measured as 38 documents, a file each, and as 150,000 documents, a line each, which is what the rows of
+BookCorpus are like. Each measurement is a process of its own, timed without its start, and the best of three counts,
+since other work on the machine can only slow one down.
 """
 
 import json
@@ -28,18 +28,10 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         tokenizer, plays, lines = (f"{folder}/{name}" for name in ("tokenizer", "plays", "lines.jsonl"))
-        measure(
-            [
-                str(ROOT / "examples" / "shakespeare" / "demo_assets.py"),
-                "--tokenizer_path",
-                tokenizer,
-                "--text_path",
-                plays,
-            ]
-        )
-        texts = [
-            line for play in sorted(Path(plays).iterdir()) for line in play.read_text("utf-8").splitlines() if line
-        ]
+        assets = str(ROOT / "examples" / "shakespeare" / "demo_assets.py")
+        measure([assets, "--tokenizer_path", tokenizer, "--text_path", plays])
+        files = sorted(Path(plays).iterdir())
+        texts = [line for file in files for line in file.read_text("utf-8").splitlines() if line]
         Path(lines).write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
         print(f"{'documents':12}{'how':16}{'tokens/s':>12}{'ratio':>8}{'peak memory of a process':>28}")
         for name, data in [("38 plays", plays), ("lines", lines)]:
@@ -57,7 +49,7 @@ def compare(name: str, data: str, tokenizer: str, folder: str) -> None:
 
 
 def measure(command: list[str]) -> tuple[float, float]:
-    """Runs a Python script; returns the tokens/s that it prints, 0 if none, and its peak memory in GiB."""
+    """Runs a Python script; returns the tokens/s that it prints (0 if it prints none) and its peak memory in GiB."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
@@ -68,7 +60,7 @@ def measure(command: list[str]) -> tuple[float, float]:
 
 
 def one_at_a_time(data: str, tokenizer_path: str) -> None:
-    """Tokenizes a document per call and packs lists of ints, as the reference does."""
+    """Tokenizes a document with each call and packs lists of ints, as the reference program does."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_path)
     path = Path(data)
     texts = [file.read_text("utf-8") for file in sorted(path.iterdir())] if path.is_dir() else []

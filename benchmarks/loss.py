@@ -193,10 +193,11 @@ def compare(dtype, options):
     hidden, weight, labels = inputs
     peers = [peer for peer in make_peers(dtype, options.chunk_size) if peer.name not in options.without]
     for peer in peers:
-        few = max(1, options.tokens // 16)  # fewer would mislead: every chunk costs a pass over the weight's gradient
+        few = max(1, options.tokens // 64)
         expected_s = run(peer, hidden.detach()[:few].requires_grad_(), weight, labels[:few])[0] * options.tokens / few
         peer.tokens = options.tokens
-        while expected_s * peer.tokens / options.tokens > options.longest_s and peer.tokens > few:
+        # Times of fewer tokens than these would mislead: every chunk costs a pass over the weight's gradient.
+        while expected_s * peer.tokens / options.tokens > options.longest_s and peer.tokens > 4 * few:
             peer.tokens //= 2
     for tokens in sorted({peer.tokens for peer in peers}):
         part = hidden.detach()[:tokens].requires_grad_(), weight, labels[:tokens]
@@ -205,8 +206,7 @@ def compare(dtype, options):
                 seconds = measure_peak_and_errors(peer, *part)
                 print(f"{dtype} {peer.name}: {tokens:,} tokens in {seconds:.2f} s", flush=True)
                 if tokens < options.tokens:
-                    run_undisturbed(peer, *part)
-                    peer.seconds = [seconds * options.tokens / tokens for seconds in peer.seconds]
+                    peer.seconds = [seconds * options.tokens / tokens]
     for _ in range(options.repeats):
         for peer in peers:
             if peer.tokens == options.tokens:
@@ -279,7 +279,9 @@ def main():
     for dtype in options.dtype:
         peers = compare(getattr(torch, dtype), options)
         size = f"{options.tokens:,} tokens, hidden size {options.hidden:,}, vocabulary {options.vocab:,}"
-        title = f"Loss, forward + backward, {dtype}: {size}; {machine}, PyTorch {torch.__version__}"
+        # Which instructions a CPU has decides how fast it multiplies bfloat16.
+        instructions = "" if DEVICE == "cuda" else f" with {torch.backends.cpu.get_cpu_capability()}"
+        title = f"Loss, forward + backward, {dtype}: {size}; {machine}{instructions}, PyTorch {torch.__version__}"
         text = (
             f"# {title}\n\nMedian and range of {options.repeats} runs, peers in turn; in none did other processes take "
             f"more than {max(peer.disturbance for peer in peers):.0%} of the CPUs. Peak memory is above the inputs and "

@@ -5,7 +5,7 @@ import inspect
 from collections.abc import Iterable
 from pathlib import Path
 
-from longctx.compiler.annotation import REGISTERED_OPS
+from longctx.compiler.ops import REGISTERED_OPS
 
 PACKAGE = Path(__file__).parent
 

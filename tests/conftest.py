@@ -8,7 +8,7 @@ import torch
 
 import train
 
-torch.set_num_threads(1)  # small tensors: a second thread only waits for the first
+torch.set_num_threads(1)  # the tests' tensors are so small that a second thread only waits for the first
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -19,7 +19,7 @@ def registered_loss() -> None:
 
 @pytest.fixture(scope="session")
 def llama3_tokenizer_path(tmp_path_factory) -> Path:
-    """Folder of the real Llama-3 tokenizer, 128,256 entries, converted once a session."""
+    """Folder of the real Llama-3 tokenizer (128,256 entries), converted once a session."""
     folder = tmp_path_factory.mktemp("tokenizer") / "llama3"
     demo_assets.llama3_tokenizer(folder)
     return folder

@@ -1,8 +1,10 @@
-"""Small models of the decoder families that transformers has, with weights that make every operator matter."""
+"""Small models of the decoder families in transformers, with weights under which every operator changes the loss."""
 
 import torch
 import torch.nn.functional as F
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from longctx.data.rows import IGNORE_INDEX
 
 FAMILIES = {
     "llama": {"num_key_value_heads": 2},
@@ -27,7 +29,7 @@ FAMILIES = {
 
 _FACTORS = {"short_factor": [1.0 + 0.1 * i for i in range(8)], "long_factor": [2.0 + 0.3 * i for i in range(8)]}
 _PRETRAINED = {"original_max_position_embeddings": 32}
-# Kinds of rotary tables: a family, and what its config has for them. Two of them depend on the rows' length.
+# Kinds of rotary tables: a family that has them, and their parameters. Two kinds depend on the sequence length.
 ROTARY = {
     "longrope": ("phi3", {**_FACTORS, **_PRETRAINED}),
     "dynamic": ("llama", {"factor": 4.0}),
@@ -38,17 +40,17 @@ ROTARY = {
 
 
 def rotary_config(kind: str) -> PreTrainedConfig:
-    """A small model with one kind of rotary tables, pretrained on 32 positions."""
+    """The configuration of a small model with one kind of rotary tables, pretrained on 32 positions."""
     family, parameters = ROTARY[kind]
     parameters = {"rope_type": kind, "rope_theta": 10_000.0, **parameters}
     positions = {"max_position_embeddings": 32 if kind == "dynamic" else 256}
-    if kind == "longrope":  # Phi-3's config wants it here too
+    if kind == "longrope":  # Phi-3's configuration has it here too
         positions |= _PRETRAINED
     return small_config(family, rope_parameters=parameters, **positions)
 
 
 def small_config(family: str, **changes) -> PreTrainedConfig:
-    """2 layers, hidden size 64, 4 heads, a vocabulary of 256."""
+    """A configuration with 2 layers, hidden size 64, 4 heads and a vocabulary of 256, unless changed."""
     sizes = {
         "vocab_size": 256,
         "hidden_size": 64,
@@ -61,7 +63,7 @@ def small_config(family: str, **changes) -> PreTrainedConfig:
 
 
 def reference_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """The Hugging Face model in float32 with its own eager attention; no weight is left at 0 or 1."""
+    """The Hugging Face model in float32 with its own eager attention, and no weight at 0 or 1."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").train()
     with torch.no_grad():
@@ -71,18 +73,18 @@ def reference_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
 
 
 def random_rows(n_rows: int, length: int, vocab_size: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens and shifted labels, [n_rows, length] each; some labels do not count."""
+    """Tokens and shifted labels, [n_rows, length] each; a tenth of the labels is IGNORE_INDEX."""
     generator = torch.Generator().manual_seed(seed)
     tokens = torch.randint(1, vocab_size, (n_rows, length + 1), generator=generator)
     labels = tokens[:, 1:].clone()
-    labels[torch.rand(labels.shape, generator=generator) < 0.1] = -100
+    labels[torch.rand(labels.shape, generator=generator) < 0.1] = IGNORE_INDEX
     return tokens[:, :-1].contiguous(), labels
 
 
 def reference_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     """The summed cross entropy of the Hugging Face model's own logits."""
     logits = model(input_ids=tokens, use_cache=False).logits
-    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def gradients_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
@@ -90,10 +92,10 @@ def gradients_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
 
 
 def worst_gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest |found - expected| / |expected| over parameters, and whose it is.
+    """The largest |found - expected| / |expected| over parameters, and the parameter's name.
 
-    A gradient below 1e-4 of all of them together counts as that: a key's bias has none but rounding, for softmax
-    takes no notice of it.
+    |expected| counts as at least 1e-4 of the norm of all gradients together: the bias of keys, for one, doesn't change
+    the softmax, and its gradient is nothing but rounding.
     """
     floor = 1e-4 * torch.stack([g.norm() for g in expected.values()]).norm()
     errors = {n: ((found[n] - g).norm() / g.norm().clamp_min(floor)).item() for n, g in expected.items()}

@@ -28,15 +28,21 @@ from tqdm import tqdm
 
 import train
 from longctx.compiler import codegen, planner
-from longctx.compiler.annotation import REPLICATED, Partition, split_along, split_dim
 from longctx.compiler.hardware import HARDWARE
-from longctx.compiler.partition import Assignment, legal_partitions, localize
-from longctx.compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, can_keep_attention
-from longctx.compiler.trace import Graph, Op, Tensor, trace
+from longctx.compiler.ir import Graph, Op, Tensor
+from longctx.compiler.localize import Assignment, localize
+from longctx.compiler.ops import legal_partitions
+from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
+from longctx.compiler.plan import Plan, Setting
+from longctx.compiler.program import can_keep_attention
+from longctx.compiler.recompute import Recompute
+from longctx.compiler.trace import trace
 from longctx.huggingface.build import build_model
 from longctx.runtime import parallel
 
 LENGTH = 32
+
+train.register_loss()
 
 
 @dataclass(frozen=True)
@@ -49,37 +55,40 @@ class Case:
     n_ranks: int
 
 
-def random_assignment(graph: Graph, n_ranks: int, seed: int) -> Assignment:
-    """One of each op's legal partitions; placements of what layers take; which weights are resident."""
+def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
+    """One of each op's legal partitions; placements of what layers take; which weights are plan-sharded."""
     draw = random.Random(seed)
     eager = draw.random()  # how often an op that can be split is
     partitions: dict[Op, Partition] = {}
     for op in (*graph.body, *(op for kind in graph.kinds for op in kind.ops)):
         if isinstance(op, Op):
-            whole, *split = legal_partitions(op, n_ranks)
+            whole, *split = legal_partitions(op, plan_size)
             partitions[op] = draw.choice(split) if split and draw.random() < eager else whole
 
-    def placement(tensor: Tensor) -> str:
-        legal = [split_along(d) for d, size in enumerate(tensor.shape) if size % n_ranks == 0]
-        return draw.choice([REPLICATED, *legal])
+    def placement(tensor: Tensor) -> Placement:
+        shards = [Shard(d) for d, size in enumerate(tensor.shape) if size % plan_size == 0]
+        return draw.choice([REPLICATE, *shards])
 
     inputs = {t: placement(t) for call in graph.layer_calls for t in call.inputs[1:]}
-    resident = {}
+    plan_sharded = {}
     for owner in (graph, *graph.kinds):
         ops = [op for op in (owner.body if isinstance(owner, Graph) else owner.ops) if isinstance(op, Op)]
         for tensor in owner.parameters.values():
             wanted = {partitions[op].inputs[i] for op in ops for i, t in enumerate(op.inputs) if t is tensor}
-            dim = split_dim(next(iter(wanted))) if len(wanted) == 1 else None
-            if dim is not None and draw.random() < 0.5:
-                resident[tensor] = dim
-    return Assignment(n_ranks, partitions, placement(graph.layer_calls[0].inputs[0]), inputs, resident)
+            (placement_wanted, *others) = wanted
+            if isinstance(placement_wanted, Shard) and not others and draw.random() < 0.5:
+                plan_sharded[tensor] = placement_wanted.dim
+    return Assignment(plan_size, partitions, placement(graph.layer_calls[0].inputs[0]), inputs, plan_sharded)
 
 
-def random_policies(graph: Graph, seed: int) -> tuple[str, ...]:
-    """What each layer keeps for its backward."""
+def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
+    """What each layer recomputes."""
     draw = random.Random(seed)
-    keeps = [[KEEP_INPUT, KEEP_ALL] + [KEEP_ATTENTION] * can_keep_attention(kind) for kind in graph.kinds]
-    return tuple(draw.choice(keeps[call.kind]) for call in graph.layer_calls)
+    policies = [
+        [Recompute.EVERYTHING, Recompute.NOTHING] + [Recompute.ALL_BUT_ATTENTION] * can_keep_attention(kind)
+        for kind in graph.kinds
+    ]
+    return tuple(draw.choice(policies[call.kind]) for call in graph.layer_calls)
 
 
 def trace_family(family: str) -> Graph:
@@ -98,13 +107,13 @@ def write_reference(folder: Path, family: str, n_rows: int) -> None:
     torch.save((weights, gradients_of(reference), loss.item()), folder / f"{family}-{n_rows}.pt")
 
 
-def chosen_plan(graph: Graph, case: Case) -> planner.Plan:
+def chosen_plan(graph: Graph, case: Case) -> Plan:
     """The planner's choice, for links and processors as fast against each other as the seed makes them."""
     draw = random.Random(case.seed)
     cpu = HARDWARE["cpu"]
     link = replace(cpu.node_link, latency=1e-7, bandwidth=10 ** draw.uniform(7, 12), pair_bandwidth=1e12)
     device = replace(cpu, node_link=link, float32_flops=10 ** draw.uniform(9, 13), launch_latency=1e-7)
-    return planner.make_plan(graph, planner.Setting(case.plan_ngpus, case.n_ranks, device, 64e9))
+    return planner.make_plan(graph, Setting(case.plan_ngpus, case.n_ranks, device, 64e9))
 
 
 def write_case(folder: Path, case: Case, graph: Graph, chosen: bool) -> None:
@@ -113,12 +122,12 @@ def write_case(folder: Path, case: Case, graph: Graph, chosen: bool) -> None:
         plan = chosen_plan(graph, case)
     else:
         assignment = random_assignment(graph, case.plan_ngpus, case.seed)
-        plan = planner.Plan(assignment, random_policies(graph, case.seed), seconds=0.0, memory=0.0)
+        plan = Plan(assignment, random_policies(graph, case.seed), seconds=0.0, memory=0.0)
     text = codegen.generate(localize(graph, plan.assignment), plan, str(case))
     path = folder / f"{case}"
     path.mkdir()
     (path / "gencode.py").write_text(text)
-    resident = graph.named(plan.assignment.resident)
+    resident = graph.named(plan.assignment.plan_sharded)
     torch.save((graph.class_name, graph.layers_path, resident), path / "facts.pt")
 
 

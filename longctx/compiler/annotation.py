@@ -13,16 +13,12 @@
 An annotation may also be a function of the op's arguments that returns such a string.
 """
 
-import hashlib
-import inspect
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
-from pathlib import Path
-from types import FunctionType
 
-from longctx.errors import UserError
+from longctx.errors import AnnotationError
 
 _TOKEN = re.compile(r"\s*(->|[A-Za-z_][A-Za-z_0-9]*|\d+|[,()*?^+])")
 
@@ -61,7 +57,7 @@ def parse(text: str) -> Annotation:
     """Parses an annotation.
 
     Raises:
-        UserError: the text breaks the grammar; the message quotes it and points at the place.
+        AnnotationError: the text breaks the grammar; the message quotes it and points at the place.
     """
     tokens = _tokenize(text)
     sides: list[list[Entry]] = [[]]
@@ -171,13 +167,13 @@ def _named(entry: Entry) -> list[Dim]:
     return [dim for factors in entry.dims for dim in factors if dim.length is None]
 
 
-def _name_error(annotation: Annotation, dim: Dim, problem: str) -> UserError:
+def _name_error(annotation: Annotation, dim: Dim, problem: str) -> AnnotationError:
     places = [match.start() for match in re.finditer(rf"\b{dim.name}\b", annotation.text)]
     return _error(annotation.text, places[-1], f"dimension {dim.name!r} {problem}")
 
 
-def _error(text: str, at: int, problem: str) -> UserError:
-    return UserError(f"annotation {text!r}, at character {at + 1} ({text[at : at + 8]!r}): {problem}")
+def _error(text: str, at: int, problem: str) -> AnnotationError:
+    return AnnotationError(f"annotation {text!r}, at character {at + 1} ({text[at : at + 8]!r}): {problem}")
 
 
 def lengths(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) -> dict[str, int]:
@@ -187,7 +183,7 @@ def lengths(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) ->
     The leading dimensions that `*` stands for get the names `*0`, `*1`, ....
 
     Raises:
-        UserError: a tensor has another number of dimensions than its entry, or a name two lengths.
+        AnnotationError: a tensor has another number of dimensions than its entry, or a name two lengths.
     """
     found: dict[str, int] = {}
     waiting = []
@@ -196,7 +192,7 @@ def lengths(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) ->
             continue
         dims = expand_leading(entry, len(shape))
         if len(dims) != len(shape):
-            raise UserError(
+            raise AnnotationError(
                 f"annotation {annotation.text!r}: input {index} has {len(dims)} dimensions there, "
                 f"but the tensor's shape is {list(shape)}"
             )
@@ -217,7 +213,7 @@ def _solve(annotation: Annotation, factors: tuple[Dim, ...], size: int, found: d
         raise _length_error(annotation, factors, product, size)
 
 
-def _length_error(annotation: Annotation, factors: tuple[Dim, ...], expected: int, size: int) -> UserError:
+def _length_error(annotation: Annotation, factors: tuple[Dim, ...], expected: int, size: int) -> AnnotationError:
     name = " ".join(dim.name + dim.reduce for dim in factors)
     at = annotation.text.find(factors[-1].name)
     return _error(
@@ -244,128 +240,3 @@ def output_shapes(annotation: Annotation, shapes: Sequence[tuple[int, ...] | Non
         sizes = [prod(known[dim.name] if dim.length is None else dim.length for dim in factors) for factors in dims]
         results.append(None if entry.replicated else tuple(sizes))
     return results
-
-
-@dataclass(frozen=True)
-class RegisteredOp:
-    """A function that tracing records as one node and that generated code calls."""
-
-    fn: Callable
-    annotation: str | Callable[..., str]
-
-    @property
-    def name(self) -> str:
-        return f"{self.fn.__module__}.{self.fn.__name__}"
-
-    def annotate(self, args: tuple, kwargs: dict) -> Annotation:
-        """The annotation for these arguments."""
-        text = self.annotation if isinstance(self.annotation, str) else self.annotation(*args, **kwargs)
-        return parse(text)
-
-    def fingerprint(self) -> str:
-        """What the annotation is, the same in every process: its text, or where its function is and the source there.
-
-        The whole file counts, since the function may use anything in it.
-        """
-        if isinstance(self.annotation, str):
-            return self.annotation
-        file = inspect.getsourcefile(self.annotation)
-        source = Path(file).read_bytes() if file and Path(file).is_file() else self.annotation.__code__.co_code
-        return f"{self.annotation.__module__}.{self.annotation.__qualname__} {hashlib.sha256(source).hexdigest()}"
-
-
-REGISTERED_OPS: dict[str, RegisteredOp] = {}
-
-
-def register_op(annotation: str | Callable[..., str]) -> Callable[[Callable], Callable]:
-    """Registers a module-level function as an operator: `@register_op('b l^ -> b l^')`, or `register_op(...)(fn)`.
-
-    The annotation's entries stand for the function's first arguments, in order; the rest are values, never partitioned.
-
-    Raises:
-        UserError: the annotation is neither text nor a function, or breaks the grammar, or generated code could not
-            import the function.
-    """
-    if isinstance(annotation, str):
-        parse(annotation)
-    elif not isinstance(annotation, FunctionType):
-        raise UserError(f"register_op: annotation {annotation!r} is neither a string nor a function that returns one")
-
-    def register(fn: Callable) -> Callable:
-        if fn.__qualname__ != fn.__name__ or fn.__module__ == "__main__":
-            raise UserError(
-                f"register_op: {fn.__module__}.{fn.__qualname__} can't be imported by generated code; "
-                "move it to the top level of a module of its own"
-            )
-        if isinstance(annotation, str) and len(parse(annotation).inputs) > len(inspect.signature(fn).parameters):
-            raise UserError(f"register_op: annotation {annotation!r} has more inputs than {fn.__name__} has arguments")
-        op = RegisteredOp(fn, annotation)
-        REGISTERED_OPS[op.name] = op
-        return fn
-
-    return register
-
-
-# --- partitions ----------------------------------------------------------------------------------------------------
-
-# Where a tensor's elements are: 'R', the same on every rank; 'P', partial sums; 'S0', 'S1', ..., split along a dim.
-Placement = str
-REPLICATED: Placement = "R"
-PARTIAL: Placement = "P"
-
-
-def split_along(dim: int) -> Placement:
-    return f"S{dim}"
-
-
-def split_dim(placement: Placement) -> int | None:
-    """The dimension that a placement splits; None for R and P."""
-    return int(placement[1:]) if placement.startswith("S") else None
-
-
-@dataclass(frozen=True)
-class Partition:
-    """One way for the plan's ranks to compute an op: split along the identifier `dim`, or, if None, whole on each rank.
-
-    An input that is R receives a gradient that is P if the op is split, and R if it is whole. A gradient has otherwise
-    its tensor's placement; an output that is P receives one that is R.
-    """
-
-    dim: str | None
-    inputs: tuple[Placement, ...]
-    outputs: tuple[Placement, ...]
-
-
-def partitions(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None], n_ranks: int) -> list[Partition]:
-    """Every legal partition of an op over `n_ranks`, the whole one first.
-
-    An identifier may be split if its length divides evenly and it is the outermost factor of its dimension wherever it
-    is, once a tensor at most.
-    """
-    whole = Partition(None, (REPLICATED,) * len(annotation.inputs), (REPLICATED,) * len(annotation.outputs))
-    known = lengths(annotation, shapes)
-    n_leading = sum(name.startswith("*") for name in known)
-    entries = [
-        () if entry.replicated or shape is None else expand_leading(entry, len(shape))
-        for entry, shape in zip(annotation.inputs, shapes, strict=True)
-    ]
-    outputs = [expand_leading(entry, n_leading + len(entry.dims)) for entry in annotation.outputs]
-    marks = {dim.name: dim.reduce for dims in entries for factors in dims for dim in factors}
-    legal = [whole]
-    for name, mark in marks.items():
-        places = [_places(name, dims) for dims in (*entries, *outputs)]
-        if mark == "^" or name not in known or known[name] % n_ranks or None in places or n_ranks == 1:
-            continue
-        inputs = tuple(split_along(place) if place >= 0 else REPLICATED for place in places[: len(entries)])
-        ends = places[len(entries) :]
-        results = tuple(split_along(end) if end >= 0 else PARTIAL if mark == "+" else REPLICATED for end in ends)
-        legal.append(Partition(name, inputs, results))
-    return legal
-
-
-def _places(name: str, dims: tuple[tuple[Dim, ...], ...]) -> int | None:
-    """The dimension of a tensor that splitting `name` splits, -1 for none; None if it can't be split there."""
-    found = [place for place, factors in enumerate(dims) if name in {dim.name for dim in factors}]
-    if not found:
-        return -1
-    return found[0] if len(found) == 1 and dims[found[0]][0].name == name else None

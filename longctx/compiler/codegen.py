@@ -15,10 +15,13 @@ from functools import reduce
 import numpy
 import torch
 
-from longctx.compiler.memory import nbytes, say_bytes
-from longctx.compiler.operators import Expression, draws_random_numbers, expression
-from longctx.compiler.planner import KEEP_ALL, KEEP_ATTENTION, KEEP_INPUT, Plan
-from longctx.compiler.trace import Graph, LayerCall, LayerKind, Op, Tensor
+from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes
+from longctx.compiler.memory import say_bytes
+from longctx.compiler.ops import expression, spec_of
+from longctx.compiler.ops.aten import is_aten
+from longctx.compiler.ops.python import Expression, Values
+from longctx.compiler.plan import Plan
+from longctx.compiler.recompute import Recompute
 
 LINE = 120
 CARRIED = "hidden_states"  # what flows from layer to layer
@@ -34,7 +37,7 @@ def module(**parts):
 
 
 def generate(graph: Graph, plan: Plan, title: str) -> str:
-    """The text of gencode.py. `title` is the first line of its docstring."""
+    """The text of gencode.py, of one rank's graph. `title` is the first line of its docstring."""
     constants = _name_constants(graph)
     root, names = _root_class(graph, plan, constants)
     classes = [_layer_class(graph, number, constants, names) for number in range(len(graph.kinds))]
@@ -56,23 +59,27 @@ def format_code(text: str) -> str:
 
 
 def _imports(graph: Graph, plan: Plan) -> str:
-    ops = [op for body in (graph.body, *(kind.ops for kind in graph.kinds)) for op in body if isinstance(op, Op)]
-    registered: dict[str, set[str]] = {}
-    for op in ops:
-        if not op.target.startswith("aten."):
-            module, name = op.target.rsplit(".", 1)
-            registered.setdefault(module, set()).add(name)
+    names = [op.target for op in graph.all_ops() if not is_aten(op)]
+    if Recompute.ALL_BUT_ATTENTION in plan.recompute:
+        names += _selective_contexts(graph.all_ops())
+    by_module: dict[str, set[str]] = {}
+    for name in names:
+        module, function = name.rsplit(".", 1)
+        by_module.setdefault(module, set()).add(function)
     lines = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
-    if set(plan.recompute) - {KEEP_ALL}:
+    if set(plan.recompute) - {Recompute.NOTHING}:
         lines.append("from torch.utils.checkpoint import checkpoint")
-    if KEEP_ATTENTION in plan.recompute:
-        registered.setdefault("longctx.kernels.attention", set()).add("keep_attention")
     lines.append("")
-    lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(registered.items())]
+    lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(by_module.items())]
     return "\n".join(lines)
 
 
-# --- constants -----------------------------------------------------------------------------------------------------
+def _selective_contexts(ops: Sequence[Op]) -> list[str]:
+    """What checkpoint takes for operators whose outputs are kept, as dotted names."""
+    return sorted({s.context_fn for s in (spec_of(op).selective_recompute for op in ops) if s})
+
+
+# --- constants -------------------------------------------------------------------------------------------------------
 
 
 def _name_constants(graph: Graph) -> dict[Tensor, tuple[str, torch.Tensor]]:
@@ -109,7 +116,7 @@ def _literal(number: torch.Tensor) -> str:
     return f'float("{text}")' if text in ("inf", "-inf", "nan") else text
 
 
-# --- function bodies -----------------------------------------------------------------------------------------------
+# --- function bodies -------------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -130,7 +137,7 @@ class _Body:
 
     def refer(self, tensor: Tensor) -> Expression:
         if tensor in self.inlined:
-            return expression(self.inlined[tensor], self.refer, self.device)
+            return expression(self.inlined[tensor], Values(self.refer, self.device))
         if tensor in self.parameters:
             return Expression(self.parameters[tensor])
         if tensor in self.constants:
@@ -160,7 +167,7 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
     items = owner.body if isinstance(owner, Graph) else owner.ops
     results = (owner.output,) if isinstance(owner, Graph) else owner.outputs
     reserved = {"torch", "F", "nn", "checkpoint", "module", "self", "layer"} | {name for name, _ in constants.values()}
-    reserved |= {op.target.rsplit(".", 1)[-1] for op in _all_ops(graph) if not op.target.startswith("aten.")}
+    reserved |= {spec_of(op).name for op in graph.all_ops() if not is_aten(op)}
     body = _Body(device, reserved, constants, {t: f"self.{name}" for name, t in owner.parameters.items()}, results)
 
     users: dict[Tensor, list[Op | LayerCall]] = {}
@@ -181,10 +188,6 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
         if isinstance(op, Op) and all(user.module != op.module for t in op.outputs for user in users.get(t, [])):
             body.module_results.update(op.outputs)
     return body
-
-
-def _all_ops(graph: Graph) -> list[Op]:
-    return [op for body in (graph.body, *(kind.ops for kind in graph.kinds)) for op in body if isinstance(op, Op)]
 
 
 def _in_one_statement(op: Op, user: Op) -> bool:
@@ -216,9 +219,9 @@ def _source_place(op: Op) -> tuple | None:
 def _candidates(op: Op, tensor: Tensor, body: _Body) -> list[str]:
     """Names for a value, best first: the source's variable, what it was before a cast, its module's, its operator's."""
     source = next((body.names[t] for t in body.reads(op) if t in body.names), None)
-    operator = op.target.split(".")[1] if op.target.startswith("aten.") else op.target.rsplit(".", 1)[-1]
+    operator = spec_of(op).name
     names = [body.targets[tensor]] if tensor in body.targets else []
-    if not names and source and (op.note or operator in ("to", "type_as", "contiguous")):
+    if not names and source and (op.note or spec_of(op).keeps_name):
         names.append(source)
     elif not names and op.statement:
         names += [s.targets[0] for s in reversed(op.statement.callers[-1:]) if len(s.targets) == 1]
@@ -241,13 +244,13 @@ def _inlined_modules(op: Op, body: _Body) -> list[str]:
 def _write_op(index: int, body: _Body) -> list[str]:
     """`name = expression  # shape`, then a `del` of large values that nothing after it reads, or the return."""
     op = body.statements[index]
-    right = expression(op, body.refer, body.device).text
+    right = expression(op, Values(body.refer, body.device)).text
     dead = [t for t in dict.fromkeys(body.reads(op)) if t in body.names and body.last_use[t] == index]
     left = [body.choose_name(t, _candidates(op, t, body), index) for t in op.outputs]
     if index + 1 == len(body.statements) and op.outputs == body.results and op.statement and not op.statement.targets:
         return [f"return {right}"]
     shape = f"# {list(op.outputs[0].shape)}"
-    lines = [f"# {_describe_move(op)}", ""] if op.note else [""]
+    lines = [f"# {_describe_reshard(op)}", ""] if op.note else [""]
     lines[-1] = f"{', '.join(left)} = {right}"
     if len(lines[-1]) + len(shape) + 10 <= LINE:
         lines[-1] += f"  {shape}"
@@ -259,27 +262,15 @@ def _write_op(index: int, body: _Body) -> list[str]:
     return lines
 
 
-_MOVES = {
-    "all_to_all": "all-to-all of {before}",
-    "all_gather": "all-gather to {after}",
-    "all_gather_reduce": "all-gather to {after}, the gradient is reduce-scattered",
-    "take_slice": "own slice, nothing moves{but_gathers}",
-    "replicate": "nothing moves, the gradient is all-reduced, {before}",
-    "all_reduce": "all-reduce of {before}",
-    "all_reduce_both": "all-reduce of {before}, and of the gradient",
-    "reduce_scatter": "reduce-scatter of {before}, the gradient is all-gathered",
-}
-
-
-def _describe_move(op: Op) -> str:
+def _describe_reshard(op: Op) -> str:
     """What moves between the ranks, how many bytes of it a rank holds, and why."""
     before, after = (say_bytes(nbytes(t)) for t in (op.inputs[0], op.outputs[0]))
-    gathers = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
-    what = _MOVES[op.target.rsplit(".", 1)[-1]].format(before=before, after=after, but_gathers=gathers)
-    return f"{what}: {op.note}"
+    gradient = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
+    comment = spec_of(op).resharding.comment.format(before=before, after=after, gradient=gradient)
+    return f"{comment}: {op.note}"
 
 
-# --- classes -------------------------------------------------------------------------------------------------------
+# --- classes ---------------------------------------------------------------------------------------------------------
 
 
 def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor, str]) -> str:
@@ -345,9 +336,10 @@ def _run_of_layers(body: _Body, first: int, plan: Plan) -> list[LayerCall]:
 
 
 _POLICIES = {
-    KEEP_INPUT: "These layers keep their input only, and run their forward again in the backward pass.",
-    KEEP_ATTENTION: "These layers keep their input and attention's output, and compute the rest again in backward.",
-    KEEP_ALL: "These layers keep all that their backward pass needs.",
+    Recompute.EVERYTHING: "These layers keep their input only, and run their forward again in the backward pass.",
+    Recompute.ALL_BUT_ATTENTION: "These layers keep their input and attention's output, and compute the rest again in "
+    "backward.",
+    Recompute.NOTHING: "These layers keep all that their backward pass needs.",
 }
 
 
@@ -361,11 +353,13 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
     lines = ["", *(f"# {line}" for line in textwrap.wrap(_POLICIES[policy], LINE - 10))]
 
     def call(layer: str, arguments: list[str]) -> str:
-        if policy == KEEP_ALL:
+        if policy is Recompute.NOTHING:
             return f"{layer}({', '.join(arguments)})"
-        random = any(draws_random_numbers(op) for op in graph.kinds[run[0].kind].ops)
+        ops = graph.kinds[run[0].kind].ops
+        random = any(spec_of(op).draws_random(op) for op in ops)
         options = ["use_reentrant=False"] + ([] if random else ["preserve_rng_state=False"])
-        options += ["context_fn=keep_attention"] if policy == KEEP_ATTENTION else []
+        if policy is Recompute.ALL_BUT_ATTENTION:
+            options += [f"context_fn={name.rsplit('.', 1)[-1]}" for name in _selective_contexts(ops)]
         return f"checkpoint({', '.join([layer, *arguments, *options])})"
 
     if len(run) == 1:

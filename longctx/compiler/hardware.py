@@ -1,6 +1,6 @@
 """Speeds of devices and of the links between them: tables with sources, and profiles measured on the spot.
 
-    torchrun --nproc_per_node 8 -m compiler.hardware --measure --output profile.json
+    torchrun --nproc_per_node 8 -m longctx.compiler.hardware --measure --output profile.json
 
 measures this machine's matrix rates, memory bandwidth and collectives, and writes a profile that load() takes. One
 process alone measures no collectives; its profile has the table's links.
@@ -25,7 +25,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from longctx.atomic import whole_file
-from longctx.errors import UserError, run_script
+from longctx.errors import HardwareError, UserError, run_script
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,8 @@ class Hardware:
     products reach; float32_flops: float32 matrix rate that large products reach, FLOP/s, without TF32;
     memory_bandwidth: bytes/s; memory_efficiency: the fraction of it that a large copy reaches, counting bytes read and
     written; memory_bytes; launch_latency: seconds that any collective takes before its first step; devices_per_node:
-    that `node_link` joins. `timings` are of measured profiles only.
+    that `node_link` joins; published_peak: whether matrix_flops is its maker's figure, by which MFU counts. `timings`
+    are of measured profiles only.
     """
 
     name: str
@@ -74,15 +75,16 @@ class Hardware:
     node_link: Link
     network: Link
     devices_per_node: int = 8
+    published_peak: bool = True
     timings: tuple[Timing, ...] = ()
 
     def matrix_rate(self, dtype: torch.dtype) -> float:
         """FLOP/s that large products of this dtype reach."""
         return self.float32_flops if dtype == torch.float32 else self.matrix_flops * self.matrix_efficiency
 
-    def peak_rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s that MFU counts by: the datasheet's for 16 bits; for float32, which has none, what is reached."""
-        return self.float32_flops if dtype == torch.float32 else self.matrix_flops
+    def peak_rate(self, dtype: torch.dtype) -> float | None:
+        """FLOP/s that MFU counts by: the datasheet's, for 16 bits; None for float32 and for CPUs, which have none."""
+        return self.matrix_flops if self.published_peak and dtype != torch.float32 else None
 
     @property
     def achievable_bandwidth(self) -> float:
@@ -117,7 +119,7 @@ _XGMI = Link(448e9, 64e9, 0.70, 2.1e-6)
 # One core, as torchrun gives each process one thread. Rough, and of one class only: what --measure gave on a 2-core
 # virtual machine of an AMD EPYC without bfloat16 instructions, its ranks joined by gloo over the loopback.
 _LOOPBACK = Link(0.5e9, 0.5e9, 1.0, 300e-6)
-_CPU = Hardware("cpu", 1.2e9, 10e9, 8e9, 1.0, 65e9, 1.0, 300e-6, _LOOPBACK, _LOOPBACK)
+_CPU = Hardware("cpu", 1.2e9, 10e9, 8e9, 1.0, 65e9, 1.0, 300e-6, _LOOPBACK, _LOOPBACK, published_peak=False)
 
 HARDWARE = {
     hardware.name: hardware
@@ -149,7 +151,8 @@ def peak_rate_here(dtype: torch.dtype) -> float | None:
 def load(name_or_path: str | None) -> Hardware:
     """The hardware of a table's name or a measured profile's file; of None, the GPU that is here, else the H100.
 
-    Raises UserError, which lists the names, where it is neither.
+    Raises:
+        HardwareError: it is neither; the message lists the names.
     """
     if name_or_path is None:
         here = identify(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
@@ -159,12 +162,12 @@ def load(name_or_path: str | None) -> Hardware:
     names = ", ".join(sorted(HARDWARE))
     path = Path(name_or_path)
     if not path.is_file():
-        raise UserError(f"--hardware {name_or_path}: it is neither a profile's file nor one of {names}")
+        raise HardwareError(f"it is neither a profile's file nor one of {names}")
     try:
         return _from_json(json.loads(path.read_text())["hardware"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        written_by = "python -m compiler.hardware --measure"
-        raise UserError(f"--hardware {path}: it is no profile that {written_by} wrote, nor one of {names}") from error
+        written_by = "python -m longctx.compiler.hardware --measure"
+        raise HardwareError(f"it is no profile that {written_by} wrote, nor one of {names}") from error
 
 
 def collective_seconds(hardware: Hardware, kind: str, whole_bytes: float, n_ranks: int) -> float:
@@ -232,7 +235,7 @@ def _from_json(fields: dict) -> Hardware:
         for entry in fields["timings"]
     )
     links = {name: Link(**fields[name]) for name in ("node_link", "network")}
-    numbers = [value for name, value in fields.items() if name not in ("name", "timings", *links)]
+    numbers = [value for name, value in fields.items() if name not in ("name", "timings", "published_peak", *links)]
     numbers += [value for link in links.values() for value in asdict(link).values()]
     numbers += [value for timing in timings for value in (*timing.whole_bytes, *timing.seconds)]
     if not all(isfinite(value) and value > 0 for value in numbers):
@@ -307,8 +310,8 @@ def _collective(kind: str, n_each: int, group: dist.ProcessGroup, device: torch.
     whole = torch.zeros(group.size() ** 2 * n_each, device=device)
     part = torch.zeros(group.size() * n_each, device=device)
     return {
-        "all_gather": partial(dist.all_gather_single, whole, part, group=group),
-        "reduce_scatter": partial(dist.reduce_scatter_single, part, whole, group=group),
+        "all_gather": partial(dist.all_gather_into_tensor, whole, part, group=group),
+        "reduce_scatter": partial(dist.reduce_scatter_tensor, part, whole, group=group),
         "all_reduce": partial(dist.all_reduce, whole, group=group),
         "all_to_all": partial(dist.all_to_all_single, torch.empty_like(part), part, group=group),
     }[kind]
@@ -403,7 +406,9 @@ def _process_group() -> Iterator[None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser("python -m compiler.hardware", description="Measures this machine's speeds.")
+    parser = argparse.ArgumentParser(
+        "python -m longctx.compiler.hardware", description="Measures this machine's speeds."
+    )
     parser.add_argument("--measure", action="store_true", required=True)
     parser.add_argument(
         "--output", type=Path, required=True, help="the profile that --hardware of train.py takes, .json"

@@ -1,7 +1,8 @@
-"""Model -> dataflow graph: torch.export on meta tensors, then layers of one kind folded into one.
+"""Model -> dataflow graph: torch.export on meta tensors, then equal layers folded into one.
 
-The graph keeps ATen's operators and names what a person knows: parameters by their Hugging Face names, values by the
-variables of the model's own source, and each layer kind once, however many layers there are.
+torch.export is taken rather than torch.fx, Dynamo alone, or a tracer of our own, because it gives ATen's operators with
+the module and the source line of each, needs no weights and no GPU, and follows whatever transformers writes. Its graph
+is flat, unrolled and full of devices and asserts; what follows here makes of it what a person would have drawn.
 """
 
 import ast
@@ -21,139 +22,15 @@ from typing import Any
 import torch
 from torch import fx, nn
 
-from longctx.compiler.annotation import REGISTERED_OPS, RegisteredOp, output_shapes
-from longctx.errors import UserError, one_line
+from longctx.compiler.annotation import output_shapes
+from longctx.compiler.ir import Device, Graph, LayerCall, LayerKind, Op, Statement, Tensor, map_tensors
+from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, aten, spec_of
+from longctx.errors import AnnotationError, ModelError, UserError, one_line
 
 PACKAGE = str(Path(__file__).parent.parent)  # frames of ours say nothing of the model
 
 
-class Device:
-    """Stands, among an op's arguments, for the device that the generated code runs on."""
-
-    def __repr__(self) -> str:
-        return "DEVICE"
-
-
-DEVICE = Device()
-
-
-@dataclass(frozen=True, eq=False)
-class Tensor:
-    """A value of the graph; two are the same only if they are the same object."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    requires_grad: bool
-    kind: str = "activation"  # or 'input', 'parameter', 'constant'
-
-
-@dataclass(frozen=True)
-class Statement:
-    """The source statement an op came from; `targets` are the variables it assigns, and ops share it by `place`."""
-
-    place: tuple[str, int]
-    targets: tuple[str, ...]
-    callers: tuple["Statement", ...] = ()  # the statements that called it, outermost first
-
-
-@dataclass(frozen=True, eq=False)
-class Op:
-    """One operator: `target` is an ATen overload ('aten.linear.default') or a registered function ('model.attention').
-
-    `args` and `kwargs` hold Tensors, lists of them, and plain values, as the target takes them.
-    """
-
-    target: str
-    args: tuple
-    kwargs: dict[str, Any]
-    outputs: tuple[Tensor, ...]
-    module: str  # dotted path of the module that ran it, within its layer if it is in one
-    statement: Statement | None
-    note: str = ""  # for a move between ranks: what it is for
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        return list(tensors_in((self.args, self.kwargs)))
-
-
-@dataclass(frozen=True, eq=False)
-class LayerKind:
-    """The ops of every layer that is equal to this one; parameters are named within the layer."""
-
-    class_name: str
-    inputs: tuple[Tensor, ...]  # the previous layer's output first
-    outputs: tuple[Tensor, ...]
-    parameters: dict[str, Tensor]
-    constants: dict[Tensor, torch.Tensor]
-    ops: tuple[Op, ...]
-
-
-@dataclass(frozen=True, eq=False)
-class LayerCall:
-    """Layer `index` of kind `kinds[kind]`, with the values it takes and gives in the model's graph."""
-
-    index: int
-    kind: int
-    inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
-    module: str = ""
-
-
-@dataclass(frozen=True, eq=False)
-class Graph:
-    """A model: `body` runs in order. Parameters of layers are in their kinds, all others here."""
-
-    class_name: str
-    inputs: tuple[Tensor, ...]
-    output: Tensor
-    parameters: dict[str, Tensor]
-    constants: dict[Tensor, torch.Tensor]
-    body: tuple[Op | LayerCall, ...]
-    kinds: tuple[LayerKind, ...]
-    layers_path: str  # 'model.layers'
-
-    @property
-    def layer_calls(self) -> list[LayerCall]:
-        return [item for item in self.body if isinstance(item, LayerCall)]
-
-    def all_parameters(self) -> dict[str, Tensor]:
-        """Every parameter by its Hugging Face name."""
-        named = dict(self.parameters)
-        for call in self.layer_calls:
-            for name, tensor in self.kinds[call.kind].parameters.items():
-                named[f"{self.layers_path}.{call.index}.{name}"] = tensor
-        return named
-
-    def named(self, values: dict[Tensor, Any]) -> dict[str, Any]:
-        """What is known of some parameters, by Hugging Face name; a layer kind's are those of all its layers."""
-        return {name: values[tensor] for name, tensor in self.all_parameters().items() if tensor in values}
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The Tensors in nested tuples, lists and dicts, in order."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (tuple, list)):
-        for item in value:
-            yield from tensors_in(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_in(item)
-
-
-def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
-    """`value` with every Tensor in it replaced by change(tensor)."""
-    if isinstance(value, Tensor):
-        return change(value)
-    if isinstance(value, (tuple, list)):
-        return type(value)(map_tensors(item, change) for item in value)
-    if isinstance(value, dict):
-        return {key: map_tensors(item, change) for key, item in value.items()}
-    return value
-
-
-# --- export --------------------------------------------------------------------------------------------------------
+# --- export ----------------------------------------------------------------------------------------------------------
 
 
 def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
@@ -164,7 +41,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
         sample: inputs on meta, by the names of forward's parameters, each its own tensor.
 
     Raises:
-        UserError: torch.export can't trace the model.
+        ModelError: torch.export can't trace the model, or what it gives is not the whole of the model.
     """
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to("meta")  # one device for all; the buffers' values are in `buffers`
@@ -176,7 +53,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
             raise
         except Exception as error:
             reason = one_line(error)
-            raise UserError(f"--model_id: torch.export can't trace {type(module.model).__name__}: {reason}") from error
+            raise ModelError(f"torch.export can't trace {type(module.model).__name__}: {reason}") from error
     flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
     _check_learned_positions(flat, type(module.model).__name__)
     return _fold_layers(flat, type(module.model).__name__, *_decoder_layers(module.model))
@@ -251,7 +128,7 @@ def _stand_in(library: torch.library.Library, op: RegisteredOp, table: dict[str,
             table[str(overloads[key])] = _Opaque(op, values, tuple(given))
         result = overloads[key](*given.values())
         if promised[0] is not None and tuple(result.shape) != promised[0]:
-            raise UserError(
+            raise AnnotationError(
                 f"annotation {annotation.text!r} of {op.name} promises an output of shape {list(promised[0])}, "
                 f"but it gives {list(result.shape)}; mend the annotation"
             )
@@ -269,7 +146,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, dict[int, str]]:
     return path, {index: type(layer).__name__ for index, layer in enumerate(layers)}
 
 
-# --- ATen nodes -> ops ---------------------------------------------------------------------------------------------
+# --- ATen nodes -> ops -----------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -331,12 +208,12 @@ def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opa
             env[node] = _inline(args, node, ops, opaque)
         elif target == "<built-in function getitem>":
             env[node] = args[0][args[1]]
-        elif target.startswith("aten._assert_tensor_metadata"):
+        elif aten.is_check(target):
             continue
         elif target.startswith(("aten.", "annotated.")):
             env[node] = _append_op(target, args, kwargs, node, ops, opaque)
         else:
-            raise UserError(f"--model_id: the model uses {target}, which the compiler does not know how to generate")
+            raise ModelError(f"it uses {target}, which the compiler does not know how to generate")
     raise AssertionError("a graph has an output")
 
 
@@ -350,7 +227,7 @@ def _inline(args: tuple, node: fx.Node, ops: list[Op], opaque: dict[str, _Opaque
 
 def _detach(tensor: Tensor, ops: list[Op]) -> Tensor:
     result = replace(tensor, name=f"{tensor.name}_detached", requires_grad=False, kind="activation")
-    ops.append(Op("aten.detach.default", (tensor,), {}, (result,), "", None))
+    ops.append(aten.detach(tensor, result))
     return result
 
 
@@ -365,56 +242,30 @@ def _append_op(target: str, args: tuple, kwargs: dict, node: fx.Node, ops: list[
             kwargs |= dict(zip(stands_for.tensors, args, strict=True))
             args = ()
     else:
-        target, args, kwargs = _without_device(target, args, kwargs)
+        target, args, kwargs = aten.without_device(target, args, kwargs)
         if (same := _identity(target, args, kwargs, node.meta["val"])) is not None:
             return same
-    inputs = list(tensors_in((args, kwargs)))
-    requires_grad = any(t.requires_grad for t in inputs) and not target.startswith("aten.detach")
+    path = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
+    path = path.removeprefix("model").removeprefix(".")
+    op = Op(target, args, kwargs, (), path, _statement(node.meta.get("stack_trace") or ""))
+    requires_grad = any(t.requires_grad for t in op.inputs) and not spec_of(op).cuts_gradient
     values = node.meta["val"]
     outputs = tuple(
         _tensor(node.name if i == 0 else f"{node.name}_{i}", value, requires_grad and value.dtype.is_floating_point)
         for i, value in enumerate(values if isinstance(values, (tuple, list)) else [values])
     )
-    path = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
-    path = path.removeprefix("model").removeprefix(".")
-    ops.append(Op(target, args, kwargs, outputs, path, _statement(node.meta.get("stack_trace") or "")))
+    ops.append(replace(op, outputs=outputs))
     return outputs if isinstance(values, (tuple, list)) else outputs[0]
-
-
-def _without_device(target: str, args: tuple, kwargs: dict) -> tuple[str, tuple, dict]:
-    """Takes the traced device (meta) out: moves between devices go, tensors made in the graph are made on DEVICE."""
-    args = tuple(DEVICE if isinstance(a, torch.device) else a for a in args)
-    kwargs = {k: DEVICE if isinstance(v, torch.device) else v for k, v in kwargs.items()}
-    kwargs = {k: v for k, v in kwargs.items() if k not in ("pin_memory", "layout")}
-    if target == "aten.to.device":  # to(tensor, device, dtype, ...)
-        return "aten.to.dtype", (args[0], args[2]), {}
-    if target == "aten.to.dtype_layout":
-        return "aten.to.dtype", (args[0], kwargs["dtype"]), {}
-    return target, args, kwargs
 
 
 def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | None:
     """The input of an op that returns it unchanged, bit for bit; None for any other op."""
-    name = target.split(".")[1]
     first = args[0] if args and isinstance(args[0], Tensor) else None
     if first is None or not isinstance(value, torch.Tensor):
         return None
-    same_type = first.dtype == value.dtype and first.shape == tuple(value.shape)
-    same = {
-        "to": True,
-        "type_as": True,
-        "alias": True,
-        "lift_fresh_copy": True,
-        "expand": True,
-        "view": True,
-        "reshape": True,
-        "slice": True,
-        "contiguous": "view" in name,  # layout only, kept where it is: it decides whether a later view is legal
-        "dropout": len(args) > 2 and (args[1] == 0.0 or not args[2]),
-        "add": len(args) == 2 and args[1] == 0 and not isinstance(args[1], Tensor),
-        "mul": len(args) == 2 and args[1] == 1 and not isinstance(args[1], Tensor),
-    }.get(name, False)
-    return first if same and same_type else None
+    unchanged = first.dtype == value.dtype and first.shape == tuple(value.shape)
+    same = unchanged and spec_of(Op(target, args, kwargs, (), "", None)).is_identity(args)
+    return first if same else None
 
 
 def _without_dead_ops(flat: _Flat) -> _Flat:
@@ -427,22 +278,22 @@ def _without_dead_ops(flat: _Flat) -> _Flat:
     flat.ops = kept[::-1]
     flat.constants = {t: value for t, value in flat.constants.items() if t in used}
     if lost := [t.name for t, value in flat.constants.items() if value.is_meta]:
-        raise UserError(
-            f"--model_id: the model's forward makes a tensor of numbers ({lost[0]}), whose values tracing loses; train "
+        raise ModelError(
+            f"its forward makes a tensor of numbers ({lost[0]}), whose values tracing loses; train "
             "a model that keeps them in a buffer"
         )
     return flat
 
 
 def _check_learned_positions(flat: _Flat, class_name: str) -> None:
-    """Raises a UserError where a table of positions is shorter than the rows: tracing reads no entry of it."""
+    """Raises a ModelError where a table of positions is shorter than the rows: tracing reads no entry of it."""
     makers = {t: op for op in flat.ops for t in op.outputs}
 
     def value_of(tensor: Tensor) -> torch.Tensor | None:
         """The value, if it is the same whatever the tokens are."""
         if tensor in flat.constants:
             return flat.constants[tensor]
-        if tensor not in makers or len(makers[tensor].outputs) > 1 or not makers[tensor].target.startswith("aten."):
+        if tensor not in makers or len(makers[tensor].outputs) > 1 or not aten.is_aten(makers[tensor]):
             return None
         op = makers[tensor]
         known = {t: value_of(t) for t in op.inputs}
@@ -450,21 +301,20 @@ def _check_learned_positions(flat: _Flat, class_name: str) -> None:
             return None
         args, kwargs = map_tensors((op.args, op.kwargs), known.__getitem__)
         kwargs = {name: "cpu" if isinstance(value, Device) else value for name, value in kwargs.items()}
-        _, name, overload = op.target.split(".")
-        return getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
+        return aten.compute(op, args, kwargs)
 
     length = flat.inputs[0].shape[-1]
     for op in flat.ops:
-        if op.target.startswith("aten.embedding.") and (positions := value_of(op.inputs[1])) is not None:
+        if spec_of(op).lookup and (positions := value_of(op.inputs[1])) is not None:
             table = op.inputs[0]
             if (missing := positions.max().item() + 1 - table.shape[0]) > 0:
-                raise UserError(
-                    f"--model_id: {class_name} has learned positions ({table.name}) for {length - missing} tokens and "
+                raise ModelError(
+                    f"{class_name} has learned positions ({table.name}) for {length - missing} tokens and "
                     f"the rows have {length}; take rows of at most {length - missing}, or another model"
                 )
 
 
-# --- source statements ---------------------------------------------------------------------------------------------
+# --- source statements -----------------------------------------------------------------------------------------------
 
 
 def _statement(stack_trace: str) -> Statement | None:
@@ -495,7 +345,7 @@ def _statements(file: str) -> dict[int, Statement]:
     return lines
 
 
-# --- layers --------------------------------------------------------------------------------------------------------
+# --- layers ----------------------------------------------------------------------------------------------------------
 
 
 def _fold_layers(flat: _Flat, class_name: str, layers_path: str, class_names: dict[int, str]) -> Graph:
@@ -551,14 +401,14 @@ def _cut_layer(
     taken = list(dict.fromkeys(t for op in ops for t in op.inputs if t not in made))
     parameters = {t.name.removeprefix(prefix): t for t in taken if t.kind == "parameter"}
     if outsiders := [t.name for t in parameters.values() if not t.name.startswith(prefix)]:
-        raise UserError(f"--model_id: layer {index} uses the weight {outsiders[0]}, which is not its own")
+        raise ModelError(f"layer {index} uses the weight {outsiders[0]}, which is not its own")
     constants = {t: flat.constants[t] for t in taken if t.kind == "constant"}
     inputs = [t for t in taken if t.kind not in ("parameter", "constant")]
     inputs.sort(key=lambda t: (t is not carried, not t.requires_grad))  # stable: hidden states come first
     outputs = tuple(t for op in ops for t in op.outputs if t in used_outside)
     ops = [replace(op, module=op.module.removeprefix(prefix.removesuffix(".")).removeprefix(".")) for op in ops]
     call = LayerCall(index, -1, tuple(inputs), outputs)
-    return call, LayerKind(class_name, tuple(inputs), outputs, parameters, constants, tuple(ops))
+    return call, LayerKind(class_name, class_name, tuple(inputs), outputs, parameters, constants, tuple(ops))
 
 
 def _signature(kind: LayerKind) -> tuple:

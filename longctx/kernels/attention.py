@@ -1,5 +1,10 @@
-"""Causal attention, as generated code calls it: fused kernels where there are some, blocks of queries elsewhere."""
+"""Causal attention, as generated code calls it: fused kernels where there are some, blocks of queries elsewhere.
 
+The first half is the function and its kernels, the second what the compiler has to know of them: FLOPs, what autograd
+keeps, workspace. A new kernel is a branch of `attention`, and what differs with it in the rules below.
+"""
+
+from collections.abc import Callable
 from functools import cache
 
 import torch
@@ -7,7 +12,9 @@ import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
-from longctx.compiler.annotation import register_op
+from longctx.compiler.ir import Op, Tensor, nbytes
+from longctx.compiler.ops.registered import arguments_of, register_op
+from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, SelectiveRecompute, Shares
 
 try:
     from flash_attn import flash_attn_func
@@ -15,9 +22,17 @@ except ImportError:
     flash_attn_func = None
 
 QUERY_BLOCK = 1024  # rows of scores held at a time where no fused kernel does the job
+# Causal attention with heads of 128 reaches some 640 TFLOP/s forward and 550 backward on an H100 with FlashAttention-3,
+# where large products reach 790 (arXiv:2407.08608, figures 5 and 6). FlashAttention-2, which the package flash-attn is
+# there, reaches some 350 (same paper, section 1): with it, or by blocks of queries, attention takes longer than is
+# predicted.
+EFFICIENCY = 0.75
+EFFICIENCY_NOTE = (
+    ", which FlashAttention-3 reaches on an H100, whichever kernel runs: with a slower one, FlashAttention-2 say, it "
+    "takes longer"
+)
 
 
-@register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^")
 def attention(
     query: torch.Tensor,
     key: torch.Tensor,
@@ -112,7 +127,7 @@ def keep_attention() -> tuple:
 
 
 @cache
-def attention_kernels() -> list:
+def attention_kernels() -> list[Callable]:
     """The operators of the fused attention kernels, PyTorch's and flash-attn's, that there are here."""
     names = [
         f"aten._scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")
@@ -123,3 +138,116 @@ def attention_kernels() -> list:
         packet = getattr(getattr(torch.ops, namespace), name, None)
         kernels += [packet.default] if packet is not None else []
     return kernels
+
+
+# --- what the compiler knows of it -----------------------------------------------------------------------------------
+
+
+def takes_blocks(op: Op) -> bool:
+    """Whether attention goes by blocks of queries and recomputes them, as where PyTorch has no fused kernel for it.
+
+    flash-attn, where it is installed, has one; what it needs is less than is predicted.
+    """
+    return _holds_scores(op) or _windowed(op)
+
+
+def _holds_scores(op: Op) -> bool:
+    """Whether blocks of scores are computed in float32: a soft-cap, or asked for."""
+    arguments = arguments_of(op)
+    return bool(arguments["softcap"]) or arguments["implementation"] == "eager"
+
+
+def _windowed(op: Op) -> bool:
+    """Whether there is a window, and it is no window over everything."""
+    return 0 < arguments_of(op)["window"] < op.inputs[0].shape[2]
+
+
+def flops(op: Op) -> Flops:
+    """Scores and weighted values for every pair of a query and a key that it sees.
+
+    The fused backward recomputes the scores for its four products: 2.5 times (arXiv:2307.08691, section 3.1.2).
+    """
+    query, _, value = op.inputs[:3]
+    b, heads, length, d = query.shape
+    window = arguments_of(op)["window"] or length
+    seen = length * (length + 1) / 2 - max(0, length - window) * (length - window + 1) / 2
+    forward = 2.0 * b * heads * seen * (d + value.shape[-1])
+    return Flops(forward, 2.5 * forward)
+
+
+def saves(op: Op) -> list[Tensor]:
+    """Blocks are recomputed from the inputs; a fused kernel's backward needs its output too."""
+    return op.inputs if takes_blocks(op) else [*op.inputs, *op.outputs]
+
+
+def saves_besides(op: Op) -> Shares:
+    """A fused kernel keeps the logarithm of the sum of exponentials of each row of scores, float32."""
+    query = op.inputs[0]
+    return {} if takes_blocks(op) else {query: FLOAT32_BYTES / (query.dtype.itemsize * query.shape[-1])}
+
+
+def workspace(op: Op, phase: str) -> Shares:
+    return _blocks_workspace(op, phase) if takes_blocks(op) else _flash_workspace(op, phase)
+
+
+def _flash_workspace(op: Op, phase: str) -> Shares:
+    """FlashAttention-2's backward (arXiv:2307.08691, algorithm 2, and its source).
+
+    It holds the query's gradient in float32, the row sums of grad * out, and, for grouped queries, each query head's
+    gradients of its key and value.
+    """
+    query, key = op.inputs[:2]
+    if phase == "forward":
+        return {}
+    float32 = FLOAT32_BYTES / query.dtype.itemsize
+    return {query: float32 + float32 / query.shape[-1] + (2.0 if key.shape[1] != query.shape[1] else 0.0)}
+
+
+def _blocks_workspace(op: Op, phase: str) -> Shares:
+    """What _blockwise_attention holds.
+
+    Blocks of output before they are joined, and, in the backward, blocks' gradients padded with zeros. Of one block,
+    where scores are computed, their float32 copies: three in the forward, and in the backward the weights, the tanh and
+    two gradients. Else the mask while it is made (distances in int64 and three bytes for each pair), or the keys and
+    values for all heads with their gradients, whichever is more.
+    """
+    query, key, value = op.inputs[:3]
+    length, window = query.shape[2], arguments_of(op)["window"]
+    rows = min(QUERY_BLOCK, length)
+    keys = min(length, window + rows) if window else length
+    if _holds_scores(op):
+        scores = rows * keys * FLOAT32_BYTES / (length * query.shape[-1] * query.dtype.itemsize)
+        block = (3 if phase == "forward" else 4) * scores
+    else:
+        mask = rows * keys * (8 + 3) / nbytes(query)
+        block = max(mask, (2 if phase == "forward" else 4) * keys / length)
+    return {query: 1 + block} | ({key: 1.0, value: 1.0} if phase == "backward" else {})
+
+
+def strides(op: Op, strided: bool) -> bool:
+    """The output lies as the query does, [b, heads, l, d], and is given as [b, l, heads, d]."""
+    return not strided or takes_blocks(op)
+
+
+def draws_random(op: Op) -> bool:
+    return bool(arguments_of(op)["dropout"])
+
+
+def is_one_kernel(op: Op) -> bool:
+    """Whether attention surely is one fused kernel, whose output a recomputation can take over."""
+    arguments = arguments_of(op)
+    return not takes_blocks(op) and not arguments["dropout"] and arguments["implementation"] == "auto"
+
+
+register_op(
+    "b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^",
+    flops=flops,
+    efficiency=EFFICIENCY,
+    efficiency_note=EFFICIENCY_NOTE,
+    saves=saves,
+    saves_besides=saves_besides,
+    workspace=workspace,
+    strides=strides,
+    draws_random=draws_random,
+    selective_recompute=SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention"),
+)(attention)

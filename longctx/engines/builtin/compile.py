@@ -8,18 +8,19 @@ import torch
 
 from longctx import compiled, torchrun
 from longctx.atomic import whole_folder
-from longctx.compiler import codegen, hardware, planner, report
-from longctx.compiler.partition import localize
-from longctx.compiler.trace import Graph, trace
-from longctx.huggingface.build import DTYPES, build_model, load_config
+from longctx.compiler import codegen, hardware, planner, prediction, report
+from longctx.compiler.ir import Graph
+from longctx.compiler.localize import localize
+from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
+from longctx.compiler.prediction import Prediction
+from longctx.compiler.trace import trace
+from longctx.huggingface.build import DTYPES, CausalLMLoss, build_model, load_config
 from longctx.huggingface.flops import forward_flops
 from longctx.options import Job
 
-GB = 1e9
-
 
 def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
-    """Writes the job's compiled folder: gencode.py, plan.json, report.md.
+    """Load, build, trace, plan, localize, generate, report: writes the job's compiled folder.
 
     Args:
         inputs: all that the folder depends on, which plan.json records (see cache.py).
@@ -32,28 +33,12 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     model = build_model(config, DTYPES[job.precision], job.attn_implementation, job.sequence_length)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
-
     setting = plan_setting(job)
     plan = planner.make_plan(graph, setting, fixed_decisions(graph, inputs["plan"]))
-    local = localize(graph, plan.assignment)
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    facts = report.plan_facts(
-        graph, plan, setting, n_parameters, forward_flops(config, n_parameters, job.sequence_length)
-    )
-    title = f"{graph.class_name} at {job.sequence_length:,} tokens on {job.plan_ngpus} rank(s), {job.precision}."
-    with whole_folder(job.compiled_folder, compiled.FILES) as folder:
-        (folder / compiled.CODE).write_text(codegen.generate(local, plan, title))
-        (folder / compiled.REPORT).write_text(report.report(graph, plan, setting, facts, job.sequence_length))
-        compiled.write_plan_file(folder, plan_file(inputs, graph, plan, facts))
-
-    if torchrun.rank() == 0:
-        print(
-            f"compile: {graph.class_name} at {job.sequence_length:,} tokens for {setting.hardware.name}: "
-            f"traced in {traced - started:.1f} s, planned and written in {time.perf_counter() - traced:.1f} s"
-        )
-        for line in report.summary(graph, plan, setting, facts, job.sequence_length):
-            print(f"  {line}")
-        print(f"compile: wrote {job.compiled_folder}/gencode.py, plan.json, report.md", flush=True)
+    code = codegen.generate(localize(graph, plan.assignment), plan, title(graph, job))
+    predicted = predict(graph, plan, setting, model, config, job)
+    write_folder(job, code, plan_file(inputs, graph, plan, predicted), report.report(graph, plan, setting, predicted))
+    say_what_was_compiled(job, report.summary(graph, plan, setting, predicted), traced - started, traced)
 
 
 def sample_row(sequence_length: int) -> dict[str, torch.Tensor]:
@@ -61,9 +46,9 @@ def sample_row(sequence_length: int) -> dict[str, torch.Tensor]:
     return {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
 
 
-def plan_setting(job: Job) -> planner.Setting:
+def plan_setting(job: Job) -> Setting:
     """What the plan is for."""
-    return planner.Setting(
+    return Setting(
         job.plan_ngpus,
         job.runtime_ngpus,
         hardware.load(job.hardware),
@@ -73,20 +58,52 @@ def plan_setting(job: Job) -> planner.Setting:
     )
 
 
-def fixed_decisions(graph: Graph, decisions: dict[str, Any] | None) -> planner.Fixed | None:
+def fixed_decisions(graph: Graph, decisions: dict[str, Any] | None) -> Fixed | None:
     """The decisions of another plan, for this graph; None if the planner decides."""
-    return planner.fix(graph, decisions, "--plan") if decisions else None
+    return fix(graph, decisions) if decisions else None
 
 
-def plan_file(inputs: dict[str, Any], graph: Graph, plan: planner.Plan, facts: report.Facts) -> compiled.PlanFile:
+def title(graph: Graph, job: Job) -> str:
+    """The first line of gencode.py."""
+    return f"{graph.class_name} at {job.sequence_length:,} tokens on {job.plan_ngpus} rank(s), {job.precision}."
+
+
+def predict(graph: Graph, plan: Plan, setting: Setting, model: CausalLMLoss, config, job: Job) -> Prediction:
+    n_parameters = sum(parameter.numel() for parameter in model.parameters())
+    flops = forward_flops(config, n_parameters, job.sequence_length)
+    return prediction.predict(graph, plan, setting, n_parameters, flops)
+
+
+def plan_file(inputs: dict[str, Any], graph: Graph, plan: Plan, predicted: Prediction) -> compiled.PlanFile:
     module = compiled.GeneratedModule(
         class_name=graph.class_name,
         layers_path=graph.layers_path,
-        recompute=plan.recompute,
-        plan_sharded=graph.named(plan.assignment.resident),
+        recompute=tuple(policy.value for policy in plan.recompute),
+        plan_sharded=graph.named(plan.assignment.plan_sharded),
         parameters={name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
-        forward_flops=facts.forward_flops,
-        forward_flops_causal=facts.forward_flops_causal,
+        forward_flops=predicted.forward_flops,
+        forward_flops_causal=predicted.forward_flops_causal,
     )
-    predicted = {"time": dataclasses.asdict(facts.time), "memory": dataclasses.asdict(facts.memory)}
-    return compiled.PlanFile(inputs, planner.describe(graph, plan), module, predicted)
+    facts = {"time": dataclasses.asdict(predicted.time), "memory": dataclasses.asdict(predicted.memory)}
+    return compiled.PlanFile(inputs, describe(graph, plan), module, facts)
+
+
+def write_folder(job: Job, code: str, plan: compiled.PlanFile, report_text: str) -> None:
+    """Writes gencode.py, plan.json and report.md, which appear together or not at all."""
+    with whole_folder(job.compiled_folder, compiled.FILES) as folder:
+        (folder / compiled.CODE).write_text(code)
+        (folder / compiled.REPORT).write_text(report_text)
+        compiled.write_plan_file(folder, plan)
+
+
+def say_what_was_compiled(job: Job, summary: list[str], tracing_seconds: float, traced: float) -> None:
+    """Rank 0 prints the report's first lines; `traced` is when planning began, in perf_counter's seconds."""
+    if torchrun.rank() != 0:
+        return
+    print(
+        f"compile: traced in {tracing_seconds:.1f} s, planned and written in {time.perf_counter() - traced:.1f} s",
+        *(f"  {line}" for line in summary),
+        f"compile: wrote {job.compiled_folder}/{compiled.CODE}, {compiled.PLAN}, {compiled.REPORT}",
+        sep="\n",
+        flush=True,
+    )

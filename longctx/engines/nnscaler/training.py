@@ -24,7 +24,7 @@ from nnscaler.parallel import ComputeConfig
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
 from longctx import sources
-from longctx.compiler.annotation import REGISTERED_OPS
+from longctx.compiler.ops import REGISTERED_OPS
 from longctx.data.rows import Rows
 from longctx.engines.nnscaler.checkpoints import Parameters, as_builtin, as_nnscaler
 from longctx.engines.nnscaler.data import EpochOrder, Samples, dummy_sample, only_sample

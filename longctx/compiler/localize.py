@@ -1,0 +1,195 @@
+"""Plan + graph -> the graph that one rank computes: local shapes, and the reshards between operators as operators.
+
+Code generation, the prediction of memory and the report all read this graph, so that what is written, what is counted
+and what is told are one thing. The algebra is placement.py's and docs/design.md's.
+"""
+
+from dataclasses import dataclass, field, replace
+
+import torch
+
+from longctx.compiler.ir import Graph, LayerCall, Op, Tensor, map_tensors
+from longctx.compiler.ops import COLLECTIVES, spec_of
+from longctx.compiler.ops.aten import CAST
+from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard, local_shape
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """How the plan's ranks share a graph.
+
+    Every op has one of its legal partitions. `boundary` is the placement of what flows between layers, `inputs` that of
+    the other values that layers take; both are Replicate or Shard. A parameter in `plan_sharded` is sharded along that
+    dimension over the plan, each rank keeping its own shard; all others are FSDP's, over all ranks.
+    """
+
+    plan_size: int
+    partitions: dict[Op, Partition]
+    boundary: Placement = REPLICATE
+    inputs: dict[Tensor, Placement] = field(default_factory=dict)
+    plan_sharded: dict[Tensor, int] = field(default_factory=dict)
+
+
+def localize(graph: Graph, assignment: Assignment) -> Graph:
+    """The graph that one rank of the plan computes."""
+    boundary_values = {call.outputs[0] for call in graph.layer_calls}
+    if graph.layer_calls:
+        boundary_values.add(graph.layer_calls[0].inputs[0])
+    wanted = {t: assignment.inputs.get(t, REPLICATE) for call in graph.layer_calls for t in call.inputs}
+    wanted |= dict.fromkeys(boundary_values, assignment.boundary)
+
+    kinds = []
+    for kind in graph.kinds:
+        first = next(call for call in graph.layer_calls if graph.kinds[call.kind] is kind)
+        placements = [wanted[t] for t in first.inputs]
+        body = _Localizer(assignment, kind.parameters)
+        inputs = tuple(body.add_input(t, p) for t, p in zip(kind.inputs, placements, strict=True))
+        for op in kind.ops:
+            body.add_op(op)
+        ends = [assignment.boundary, *[REPLICATE] * (len(kind.outputs) - 1)]
+        outputs = tuple(body.pass_on(t, end) for t, end in zip(kind.outputs, ends, strict=True))
+        kinds.append(replace(kind, inputs=inputs, outputs=outputs, parameters=body.parameters, ops=tuple(body.ops)))
+
+    body = _Localizer(assignment, graph.parameters)
+    inputs = tuple(body.add_input(t, REPLICATE) for t in graph.inputs)
+    for item in graph.body:
+        if isinstance(item, Op):
+            body.add_op(item)
+        else:
+            body.add_layer(item, wanted, assignment.boundary)
+    output = body.reshard(graph.output, REPLICATE, consumer_partitioned=False, why="the loss is every rank's")
+    return replace(
+        graph, inputs=inputs, output=output, parameters=body.parameters, body=tuple(body.ops), kinds=tuple(kinds)
+    )
+
+
+@dataclass
+class _Localizer:
+    """Rewrites one function's ops for a rank; equal reshards of a value are made once and shared."""
+
+    assignment: Assignment
+    whole_parameters: dict[str, Tensor]
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    ops: list[Op | LayerCall] = field(default_factory=list)
+    placements: dict[Tensor, Placement] = field(default_factory=dict)  # of the graph's tensors
+    local: dict[Tensor, Tensor] = field(default_factory=dict)  # the graph's tensor -> this rank's
+    resharded: dict[tuple, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for name, tensor in self.whole_parameters.items():
+            dim = self.assignment.plan_sharded.get(tensor)
+            local = replace(tensor)
+            if dim is not None:
+                shape = local_shape(tensor.shape, Shard(dim), self.assignment.plan_size)
+                local = replace(tensor, shape=shape, dtype=torch.float32)  # a master: nothing casts it but the code
+            self.parameters[name] = self.local[tensor] = local
+
+    def add_input(self, tensor: Tensor, placement: Placement) -> Tensor:
+        shape = local_shape(tensor.shape, placement, self.assignment.plan_size)
+        self.local[tensor] = replace(tensor, shape=shape)
+        self.placements[tensor] = placement
+        return self.local[tensor]
+
+    def add_op(self, op: Op) -> None:
+        partition = self.assignment.partitions[op]
+        wanted = iter(partition.inputs)
+        args, kwargs = map_tensors((op.args, op.kwargs), lambda t: self.fetch(t, next(wanted), partition, op))
+        outputs = []
+        for tensor, placement in zip(op.outputs, partition.outputs, strict=True):
+            outputs.append(self.add_input(tensor, placement))
+        local = replace(op, args=args, kwargs=kwargs, outputs=tuple(outputs))
+        self.ops.append(replace(local, args=_local_sizes(local)))
+
+    def add_layer(self, call: LayerCall, wanted: dict[Tensor, Placement], boundary: Placement) -> None:
+        inputs = tuple(self.pass_on(t, wanted[t]) for t in call.inputs)
+        ends = [boundary, *[REPLICATE] * (len(call.outputs) - 1)]
+        outputs = tuple(self.add_input(t, end) for t, end in zip(call.outputs, ends, strict=True))
+        self.ops.append(replace(call, inputs=inputs, outputs=outputs))
+
+    def pass_on(self, tensor: Tensor, placement: Placement) -> Tensor:
+        """The tensor as it flows between layers."""
+        if isinstance(placement, Shard):
+            return self.reshard(tensor, placement, True, f"layers take it split along dimension {placement.dim}")
+        return self.reshard(tensor, placement, False, "layers take it whole on every rank")
+
+    def fetch(self, tensor: Tensor, target: Placement, partition: Partition, op: Op) -> Tensor:
+        """The tensor as an op wants it."""
+        if tensor.kind == "constant":
+            self.local[tensor], self.placements[tensor] = tensor, REPLICATE
+        if tensor.kind == "parameter":
+            return self.fetch_parameter(tensor, target, partition, op)
+        return self.reshard(tensor, target, partition.dim is not None, _why(op, partition), op.module)
+
+    def fetch_parameter(self, tensor: Tensor, target: Placement, partition: Partition, op: Op) -> Tensor:
+        """The weight as an op wants it: a plan-sharded one is a float32 master, cast where it is used.
+
+        FSDP sums a weight's gradient over all ranks. That is right where each rank's gradient is a partial sum, the
+        zeros around a slice included; where every rank computes all of it, it is counted plan_size times.
+        """
+        local = self.local[tensor]
+        if tensor in self.assignment.plan_sharded:
+            if local.dtype == tensor.dtype:
+                return local
+            return self._insert(CAST, (local, tensor.dtype), {}, local.shape, tensor, op)
+        if isinstance(target, Shard):
+            shape = local_shape(tensor.shape, target, self.assignment.plan_size)
+            return self._insert(f"{COLLECTIVES}.own_slice", (local,), {"dim": target.dim}, shape, tensor, op)
+        if partition.dim is not None or not tensor.requires_grad or self.assignment.plan_size == 1:
+            return local
+        arguments = (local, 1 / self.assignment.plan_size)
+        return self._insert(f"{COLLECTIVES}.scale_gradient", arguments, {}, local.shape, tensor, op)
+
+    def reshard(
+        self, tensor: Tensor, target: Placement, consumer_partitioned: bool, why: str, module: str = ""
+    ) -> Tensor:
+        """The tensor in another placement; `why` and `module` are of the consumer."""
+        source = self.placements[tensor]
+        reshard = find_reshard(source, target, consumer_partitioned, tensor.requires_grad)
+        if reshard is None or self.assignment.plan_size == 1:
+            return self.local[tensor]
+        if (tensor, reshard) not in self.resharded:
+            shape = local_shape(tensor.shape, target, self.assignment.plan_size)
+            target_name = f"{COLLECTIVES}.{reshard.function}"
+            made = self._insert(
+                target_name, (self.local[tensor],), dict(reshard.arguments), shape, tensor, None, module, why
+            )
+            self.resharded[tensor, reshard] = made
+        return self.resharded[tensor, reshard]
+
+    def _insert(
+        self,
+        target: str,
+        args: tuple,
+        kwargs: dict,
+        shape: tuple[int, ...],
+        like: Tensor,
+        within: Op | None,
+        module: str = "",
+        note: str = "",
+    ) -> Tensor:
+        """Appends an op made here; with `within`, one that is written inside that op's statement."""
+        made = replace(like, shape=shape, kind="activation")
+        statement, module = (within.statement, within.module) if within else (None, module)
+        self.ops.append(Op(target, args, kwargs, (made,), module, statement, note))
+        return made
+
+
+def _why(op: Op, partition: Partition) -> str:
+    """What a person is told of a reshard for an op: how that op is computed."""
+    name = spec_of(op).name
+    name = f"{op.module.rsplit('.', 1)[-1]}'s {name}" if op.module else name
+    if partition.dim is None:
+        return f"every rank computes {name} whole"
+    output = partition.outputs[0]
+    if isinstance(output, Shard):
+        return f"{name} is split along dimension {output.dim} of its output"
+    return f"each rank computes a part of {name}'s sum"
+
+
+def _local_sizes(op: Op) -> tuple:
+    """The arguments of an op, the sizes of its output, if they are among them, being this rank's."""
+    place = spec_of(op).sizes
+    if place is None:
+        return op.args
+    sizes = [-1 if asked == -1 else size for asked, size in zip(op.args[place], op.outputs[0].shape, strict=True)]
+    return (*op.args[:place], sizes, *op.args[place + 1 :])

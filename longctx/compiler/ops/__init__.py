@@ -1,0 +1,76 @@
+"""What the compiler knows of operators: `spec_of(op)` finds the `OpSpec` in which all of an operator's rules stand.
+
+spec.py         OpSpec: the rules that an operator has, and their defaults
+aten.py         PyTorch's own operators, one entry each
+registered.py   register_op: functions as operators, the user's, and those of longctx/kernels
+reshards.py     the collectives between placements
+partitions.py   annotations that many of PyTorch's operators share
+python.py       the forms in which operators are written
+"""
+
+from longctx.compiler.annotation import Annotation, Entry, parse
+from longctx.compiler.ir import Op, Tensor
+from longctx.compiler.ops import aten
+from longctx.compiler.ops.python import Expression, Values, overload
+from longctx.compiler.ops.registered import REGISTERED_OPS, RegisteredOp, arguments_of, register_op, target_of
+from longctx.compiler.ops.reshards import COLLECTIVES, RESHARDS
+from longctx.compiler.ops.spec import Flops, OpSpec, Shares, View
+from longctx.compiler.placement import Partition, partitions
+
+__all__ = [
+    "COLLECTIVES",
+    "REGISTERED_OPS",
+    "Flops",
+    "OpSpec",
+    "RegisteredOp",
+    "Shares",
+    "View",
+    "annotation_of",
+    "arguments_of",
+    "expression",
+    "is_known",
+    "legal_partitions",
+    "register_op",
+    "spec_of",
+    "target_of",
+]
+
+
+def spec_of(op: Op) -> OpSpec:
+    """All that is known of an op's operator."""
+    if op.target in REGISTERED_OPS:
+        return REGISTERED_OPS[op.target].spec
+    return RESHARDS.get(op.target) or aten.spec_of_aten(op)
+
+
+def is_known(op: Op) -> bool:
+    """Whether an operator has an entry; one that has none is computed whole by every rank."""
+    return op.target in REGISTERED_OPS or op.target in RESHARDS or spec_of(op).name in aten.ATEN
+
+
+def annotation_of(op: Op) -> Annotation:
+    """The annotation of an op; its inputs are op.inputs, the tensors among its arguments in order."""
+    if op.target in REGISTERED_OPS:
+        return _registered_annotation(op)
+    if not op.inputs:
+        return Annotation("-> ?", (), (Entry(replicated=True),) * len(op.outputs))
+    return parse(spec_of(op).partition(op))
+
+
+def _registered_annotation(op: Op) -> Annotation:
+    """Entries of arguments that are no tensors fall out; tensors that have no entry are replicated."""
+    annotation = REGISTERED_OPS[op.target].annotate(op.args, op.kwargs)
+    arguments = list(arguments_of(op).values())
+    entries = [*annotation.inputs, *[Entry(replicated=True)] * len(arguments)]
+    inputs = tuple(entry for entry, value in zip(entries, arguments, strict=False) if isinstance(value, Tensor))
+    return Annotation(annotation.text, inputs, annotation.outputs)
+
+
+def legal_partitions(op: Op, plan_size: int) -> list[Partition]:
+    """The legal partitions of an op over the ranks of a plan, the one that every rank computes whole first."""
+    return partitions(annotation_of(op), [t.shape for t in op.inputs], plan_size)
+
+
+def expression(op: Op, values: Values) -> Expression:
+    """The Python expression that computes an op."""
+    return spec_of(op).python(op, values) or overload(op, values)

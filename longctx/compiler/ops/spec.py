@@ -1,0 +1,186 @@
+"""The one place that says what is known of an operator: an `OpSpec`, all of whose rules stand side by side.
+
+Every stage of the compiler asks the spec and nothing else: planning how the operator may be partitioned, what it costs
+and what its backward keeps; code generation how it is written in Python; memory what lies where. No stage compares
+names of operators, so a new operator is one entry in one table (`aten.py` for PyTorch's own, `register_op` for a
+function of the user's, `reshards.py` for the collectives between placements). docs/adding_an_op.md walks through an
+example.
+
+JAX (all rules of a primitive beside it) and tinygrad (gradient rules in one table) are the models for this. The other
+way, a table for each stage with a row for each operator, spreads one operator over as many files as there are stages,
+and a forgotten row is silently taken for the default.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import Enum
+
+import torch
+
+from longctx.compiler.ir import Op, Tensor
+from longctx.compiler.ops.python import Expression, Values
+
+FLOAT32_BYTES = 4
+
+Shares = dict[Tensor, float]  # bytes told as shares of tensors' bytes, so that they follow these under any partition
+
+
+@dataclass(frozen=True)
+class Flops:
+    """FLOPs of matrix products in one execution of an operator that is computed whole."""
+
+    forward: float = 0.0
+    backward: float = 0.0
+
+
+class View(Enum):
+    """Whether an operator's output shares its first input's memory."""
+
+    NEVER = "it makes memory of its own"
+    ALWAYS = "it is the same memory under another shape"
+    IF_CONTIGUOUS = "it is the same memory where the input's elements lie in order, else a copy"
+
+
+@dataclass(frozen=True)
+class Resharding:
+    """Of a reshard: the collective that it runs forward, the one of its gradient, and how a comment describes it.
+
+    `comment` may name {before} and {after}, the bytes that a rank holds, and {gradient}, what its gradient does.
+    """
+
+    forward: str | None
+    backward: str | None
+    comment: str
+
+
+@dataclass(frozen=True)
+class SelectiveRecompute:
+    """An operator so costly that a layer may recompute all else and keep this one's output.
+
+    `applies` says for which calls that works; `context_fn` is the dotted name of what torch.utils.checkpoint takes.
+    """
+
+    applies: Callable[[Op], bool]
+    context_fn: str
+
+
+# --- rules that many operators share, the defaults among them --------------------------------------------------------
+
+
+def saves_all(op: Op) -> list[Tensor]:
+    """The conservative rule: every input and output."""
+    return [*op.inputs, *op.outputs]
+
+
+def saves_nothing(op: Op) -> list[Tensor]:
+    return []
+
+
+def no_shares(op: Op, phase: str = "forward") -> Shares:
+    return {}
+
+
+def no_flops(op: Op) -> Flops:
+    return Flops()
+
+
+def reads_and_writes(inputs: Sequence[float], outputs: Sequence[float]) -> float:
+    """Every input is read once and every output written once."""
+    return sum(inputs) + sum(outputs)
+
+
+def moves_no_bytes(inputs: Sequence[float], outputs: Sequence[float]) -> float:
+    return 0.0
+
+
+def passes_strides_on(op: Op, strided: bool) -> bool:
+    """An elementwise operator writes its output in the order of its input's elements."""
+    return strided and op.outputs[0].shape == op.inputs[0].shape
+
+
+def always_strided(op: Op, strided: bool) -> bool:
+    return True
+
+
+def never_strided(op: Op, strided: bool) -> bool:
+    return False
+
+
+def keeps_strides(op: Op, strided: bool) -> bool:
+    """A view of a strided tensor is strided too, whatever its shape."""
+    return strided
+
+
+def draws_by_tag(op: Op) -> bool:
+    """PyTorch tags its own operators that draw random numbers."""
+    _, name, overload = op.target.split(".")
+    packet = getattr(torch.ops.aten, name)
+    return torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
+
+
+def draws_nothing(op: Op) -> bool:
+    return False
+
+
+def may_draw(op: Op) -> bool:
+    """The conservative rule for a function of which nothing is known."""
+    return True
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """All that the compiler knows of one operator.
+
+    Each rule takes the `Op`, that is, one call with its shapes and arguments. Bytes are told for whole tensors or as
+    shares of them; a partition scales them. In the order in which the stages of the compiler ask:
+
+    Attributes:
+        name: what reports and variables call it.
+        partition: its annotation, in the notation of annotation.py: which dimensions may be partitioned.
+        python: the expression that generated code has for it; None where the general form of a call serves.
+        flops: of its matrix products, forward and backward, computed whole.
+        traffic: bytes that a forward reads and writes, given the bytes of each input and each output on a rank. A
+            backward moves twice as many.
+        efficiency: the fraction of a large product's rate that its products reach.
+        efficiency_note: what the report adds to that figure, beginning with a comma or a space.
+        saves: which of its inputs and outputs autograd keeps for the backward, given that a gradient is wanted.
+        saves_besides: what autograd keeps that is no input or output, given that a gradient is wanted.
+        workspace: what it holds while it runs, in the phase 'forward' or 'backward', besides inputs, outputs and their
+            gradients.
+        memory_kind: the kind of memory that what it keeps and holds is reported as.
+        view: whether its output shares its first input's memory.
+        strides: whether its output's elements lie in another order than its dimensions, given whether its input's do.
+        shares_gradient: whether an input's gradient is the output's gradient, the same memory or a view of it, given
+            that input and that output.
+        cuts_gradient: whether no gradient flows through it.
+        draws_random: whether this call draws random numbers, which have to be the same when it is recomputed.
+        sizes: the place among its arguments of the sizes of its output, which differ on a rank that has a part.
+        is_identity: whether a call with these arguments returns its input, provided that shape and dtype are the same.
+        keeps_name: whether a person would go on calling the value by its old name, as after a cast.
+        lookup: whether its second input holds indices into the rows of its first.
+        selective_recompute: how its output can be kept where the rest of a layer is recomputed; None if it can't.
+        resharding: of a collective between placements; None for all else.
+    """
+
+    name: str
+    partition: Callable[[Op], str]
+    python: Callable[[Op, Values], Expression | None] = lambda op, values: None
+    flops: Callable[[Op], Flops] = no_flops
+    traffic: Callable[[Sequence[float], Sequence[float]], float] = reads_and_writes
+    efficiency: float = 1.0
+    efficiency_note: str = ""
+    saves: Callable[[Op], list[Tensor]] = saves_all
+    saves_besides: Callable[[Op], Shares] = no_shares
+    workspace: Callable[[Op, str], Shares] = no_shares
+    memory_kind: str = "transient"
+    view: View = View.NEVER
+    strides: Callable[[Op, bool], bool] = passes_strides_on
+    shares_gradient: Callable[[Tensor, Tensor], bool] = lambda tensor, output: False
+    cuts_gradient: bool = False
+    draws_random: Callable[[Op], bool] = draws_by_tag
+    sizes: int | None = None
+    is_identity: Callable[[tuple], bool] = lambda args: False
+    keeps_name: bool = False
+    lookup: bool = False
+    selective_recompute: SelectiveRecompute | None = None
+    resharding: Resharding | None = None

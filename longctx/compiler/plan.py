@@ -1,0 +1,80 @@
+"""What a plan is for, what it decides, and how plan.json holds its decisions."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from longctx.compiler.hardware import Hardware
+from longctx.compiler.ir import Graph, Op
+from longctx.compiler.localize import Assignment
+from longctx.compiler.placement import Placement, parse_placement
+from longctx.compiler.recompute import Recompute
+from longctx.errors import DecisionsError
+
+GB = 1e9  # bytes
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a plan is for."""
+
+    plan_size: int  # ranks of one copy of the plan
+    world_size: int  # all ranks; a multiple of plan_size
+    hardware: Hardware
+    memory_limit: float  # bytes
+    recompute_modules: tuple[str, ...] | None = None  # class names; None leaves it to the planner
+    grad_accumulation_steps: int = 1
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What codegen writes."""
+
+    assignment: Assignment
+    recompute: tuple[Recompute, ...]  # of each layer
+    seconds: float  # predicted, of a micro-batch
+    memory: float  # predicted peak, bytes
+    gap: float = 0.0  # how much faster than this, at most, another plan may be: 0.05 for 5%; 0 if this is the fastest
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """Decisions taken beforehand: a forced plan, or what an alternative to the best one differs in."""
+
+    partitions: dict[Op, str | None] = field(default_factory=dict)  # op -> the identifier it is split along
+    not_partitions: dict[Op, str | None] = field(default_factory=dict)
+    boundary: Placement | None = None
+    policy: Recompute | None = None  # of every layer
+
+
+def describe(graph: Graph, plan: Plan) -> dict:
+    """A plan's decisions as plan.json holds them; `fix` reads them back."""
+    partitions = plan.assignment.partitions
+    return {
+        "boundary": str(plan.assignment.boundary),
+        "ops": {name: [[op.target, partitions[op].dim] for op in ops] for name, ops in graph.bodies()},
+    }
+
+
+def fix(graph: Graph, decisions: Any) -> Fixed:
+    """The decisions of a plan.json, to be taken again for a graph of the same model, at whatever length.
+
+    Raises:
+        DecisionsError: they are none that compile wrote, or of another model.
+    """
+    partitions: dict[Op, str | None] = {}
+    try:
+        boundary = parse_placement(decisions["boundary"])
+        stored = {name: [(target, dim) for target, dim in ops] for name, ops in decisions["ops"].items()}
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise DecisionsError(
+            "its decisions are not as compile writes them; give a plan.json as compile wrote it"
+        ) from error
+    for name, ops in graph.bodies():
+        decided = stored.get(name, [])
+        if [op.target for op in ops] != [target for target, _ in decided]:
+            raise DecisionsError(
+                f"it is a plan of another model (its {name} has other operators); give a plan of this one"
+            )
+        for op, (_, dim) in zip(ops, decided, strict=True):
+            partitions[op] = dim
+    return Fixed(partitions, boundary=boundary)

@@ -1,0 +1,118 @@
+"""What is predicted of a plan: seconds of a micro-batch and bytes at the peak, by kind.
+
+The integer program minimizes these seconds; here they are added up again from the plan's own graph, reshard by reshard,
+for people to read and for tests to hold the program to.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import prod
+
+from longctx.compiler.cost import (
+    Seconds,
+    fsdp_seconds,
+    local_reshard_seconds,
+    op_seconds,
+    plan_sharded_seconds,
+)
+from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op
+from longctx.compiler.localize import localize
+from longctx.compiler.memory import MemoryPrediction
+from longctx.compiler.ops import spec_of
+from longctx.compiler.plan import Plan, Setting
+from longctx.compiler.planner import predict_memory
+from longctx.compiler.recompute import Recompute
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one micro-batch on one rank: what its wall clock is made of, and what is hidden behind it."""
+
+    compute: float
+    recompute: float
+    reshards: float  # of activations between the plan's ranks, waited for
+    fsdp_exposed: float  # of weights and gradients, beyond the computing that hides it
+    fsdp_hidden: float
+    plan_sharded_gradients: float  # all-reduces over the data-parallel ranks, waited for
+
+    @property
+    def computing(self) -> float:
+        return self.compute + self.recompute
+
+    @property
+    def communication(self) -> float:
+        return self.reshards + self.fsdp_exposed + self.plan_sharded_gradients
+
+    @property
+    def total(self) -> float:
+        return self.computing + self.communication
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What plan.json and the report tell of a plan."""
+
+    n_parameters: int
+    forward_flops: float  # of one row, attention counted whole, as the reference program counts it
+    forward_flops_causal: float  # attention counted by half, as causal attention needs
+    time: StepTime
+    memory: MemoryPrediction
+
+
+def predict(
+    graph: Graph, plan: Plan, setting: Setting, n_parameters: int, forward_flops: tuple[float, float]
+) -> Prediction:
+    """Seconds and bytes of a plan; `forward_flops` of one row are given, counted whole and counted causal."""
+    memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
+    return Prediction(n_parameters, *forward_flops, step_time(graph, plan, setting), memory)
+
+
+def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:
+    """The time of a micro-batch under a plan, from the ops and reshards of one rank's graph."""
+    local = localize(graph, plan.assignment)
+    parts = [_body_time(graph, graph.body, local.body, (Recompute.NOTHING,), plan, setting)]
+    for number, (kind, own) in enumerate(zip(graph.kinds, local.kinds, strict=True)):
+        policies = tuple(plan.recompute[call.index] for call in graph.layer_calls if call.kind == number)
+        parts.append(_body_time(kind, kind.ops, own.ops, policies, plan, setting))
+    return StepTime(*(sum(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+
+
+def _body_time(
+    owner: Graph | LayerKind,
+    ops: Sequence[Op | LayerCall],
+    local_ops: Sequence[Op | LayerCall],
+    policies: tuple[Recompute, ...],
+    plan: Plan,
+    setting: Setting,
+) -> StepTime:
+    """The time of the root, or of all layers of a kind, which have these policies."""
+    plan_size, device, times = setting.plan_size, setting.hardware, len(policies)
+    recomputed = times - policies.count(Recompute.NOTHING)
+    attention_recomputed = policies.count(Recompute.EVERYTHING)
+    compute = recompute = reshards = 0.0
+    for op in ops:
+        if isinstance(op, Op):
+            seconds = op_seconds(op, plan.assignment.partitions[op], plan_size, device)
+            compute += times * (seconds.forward + seconds.backward)
+            recompute += (attention_recomputed if spec_of(op).selective_recompute else recomputed) * seconds.forward
+    for op in local_ops:
+        seconds = local_reshard_seconds(op, plan_size, device) if isinstance(op, Op) else Seconds()
+        reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward
+    fsdp = times * _fsdp_seconds(owner, plan, setting)
+    exposed = max(0.0, fsdp - compute - recompute)
+    reduced = times * sum(
+        plan_sharded_seconds(prod(t.shape), plan_size, setting.world_size, device, setting.grad_accumulation_steps)
+        for t in owner.parameters.values()
+        if t in plan.assignment.plan_sharded
+    )
+    return StepTime(compute, recompute, reshards, exposed, fsdp - exposed, reduced)
+
+
+def _fsdp_seconds(owner: Graph | LayerKind, plan: Plan, setting: Setting) -> float:
+    """Of FSDP's traffic for one layer, or for the root."""
+    sharded = [t for t in owner.parameters.values() if t not in plan.assignment.plan_sharded]
+    if not sharded:
+        return 0.0
+    size = sum(prod(t.shape) for t in sharded)
+    seconds = fsdp_seconds(size, sharded[0].dtype, setting.world_size, setting.hardware)
+    return seconds.forward + seconds.backward

@@ -1,0 +1,437 @@
+"""Planning as an integer program: a partition for every operator, a recompute policy for every layer.
+
+Layers of one kind take the same partitions, so the program has one layer of each kind, the embedding and the head,
+however many layers there are. What flows between layers has one placement throughout.
+
+Variables, all of one micro-batch of one rank:
+
+    x[op, p]       op is computed under its legal partition p; one of an op's is 1                  add_op
+    z[t, s, d]     value t, left in placement s by its producer, is resharded as consumers d want   add_reshards
+    r[w, j]        weight w is plan-sharded along dimension j                                       add_weights
+    m[k], a[k]     of kind k's layers, m recompute, and a <= m of them attention too                build_kind
+    wx, wz         m (or a) where x (or z) is 1, else 0: what recomputation repeats                 product
+
+minimize
+
+    seconds of operators, forward + backward, and of what is recomputed                             add_op
+    + seconds of reshards, and of those that recomputation repeats                                  add_reshards
+    + what FSDP's traffic takes beyond the computing that hides it                                  add_weights
+    + all-reduces of the gradients of plan-sharded weights                                          add_weights
+
+subject to
+
+    every operator has one partition; a fixed plan has its own                                      add_op
+    whatever a consumer wants of a value is resharded from where its producer leaves it             add_reshards
+    a weight is plan-sharded along j only if all that read it want it so                            add_weights
+    persistent + gathered + saved + the larger of a layer at work and the loss <= memory limit      add_memory
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from math import prod
+
+import numpy as np
+
+from longctx.compiler.cost import (
+    Seconds,
+    bytes_of,
+    fsdp_seconds,
+    op_seconds,
+    plan_sharded_seconds,
+    reshard_seconds,
+    saved_activations,
+)
+from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
+from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, Solution, scaled, total, value_of
+from longctx.compiler.localize import Assignment
+from longctx.compiler.memory import PERSISTENT_BYTES, gathered_bytes, saved_besides
+from longctx.compiler.ops import View, legal_partitions, spec_of
+from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
+from longctx.compiler.plan import GB, Fixed, Plan, Setting
+from longctx.compiler.recompute import Recompute
+from longctx.errors import DecisionsError
+
+# Memory is in GB within the program: HiGHS takes coefficients of 1e-9 and less for zeros.
+LEANEST_TOLERANCE = 1e-4  # of the least memory: the solver's own
+TIE_BREAK_SECONDS = 1e-9  # a GB: of plans as fast, the leanest; and the peak is no larger than it has to be
+
+Demand = tuple[Placement, bool]  # a placement, and whether the consumer that wants it is partitioned
+ALWAYS: Expression = {CONSTANT: 1.0}
+
+
+@dataclass
+class _Flow:
+    """A value on its way: where its producer leaves it, and what its consumers want."""
+
+    sources: dict[Placement, Expression]
+    demands: list[dict[Demand, Expression]] = field(default_factory=list)  # one a consumer
+    passed_by: set[Placement] = field(default_factory=set)  # those in which a relayout may take it as it is
+
+    def is_resharded_later(self, source: Placement, target: Placement) -> bool:
+        """Whether a reshard is left to the relayout that alone reads the value, behind which it costs as much.
+
+        It decides between plans that cost the same: reshards come right before what needs them.
+        """
+        return len(self.demands) == 1 and source in self.passed_by - {REPLICATE, target}
+
+
+@dataclass(frozen=True)
+class _Scope:
+    """One function of the generated code: the root, or a layer kind of which there are `times` layers."""
+
+    owner: Graph | LayerKind
+    times: int
+    recomputed: int | None = None  # the variables m and a
+    attention_recomputed: int | None = None
+    flows: dict[Tensor, _Flow] = field(default_factory=dict)
+    compute: Expression = field(default_factory=dict)  # seconds of its ops, all layers
+    saved: Expression = field(default_factory=dict)  # bytes that one layer's backward needs, its input left out
+    saved_once: set[Tensor] = field(default_factory=set)  # the tensors counted in it
+    gathered: Expression = field(default_factory=dict)  # bytes of FSDP's whole weights and gradients, at their most
+    readers: list[tuple[Tensor, dict[Placement, Expression]]] = field(default_factory=list)  # who wants weights how
+
+
+class Program(LinearProgram):
+    """The program of a model, built once and solved for any memory limit. Costs are in seconds, memory in GB."""
+
+    def __init__(self, graph: Graph, setting: Setting, fixed: Fixed):
+        super().__init__()
+        self.graph, self.setting, self.fixed = graph, setting, fixed
+        self.plan_size = setting.plan_size
+        self.x: dict[Op, list[tuple[Partition, int]]] = {}
+        self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
+        self.persistent: Expression = {}
+        self.kept: Expression = {}  # saved from the forward to the backward, all layers
+        self.build()
+
+    def build(self) -> None:
+        calls = self.graph.layer_calls
+        if calls:
+            self.boundary = self.choice(self.placements(calls[0].inputs[0], self.fixed.boundary))
+        self.extra = {t: self.choice(self.placements(t)) for t in dict.fromkeys(t for c in calls for t in c.inputs[1:])}
+        self.scopes = [self.build_root(), *(self.build_kind(number) for number in range(len(self.graph.kinds)))]
+        for scope in self.scopes:
+            for tensor, flow in scope.flows.items():
+                self.add_reshards(tensor, flow, scope)
+        self.add_memory()
+
+    def choice(self, placements: Iterable[Placement]) -> dict[Placement, Expression]:
+        """One of several placements."""
+        chosen: dict[Placement, Expression] = {p: {self.variable(integer=True): 1.0} for p in placements}
+        self.row(total(*chosen.values()), 1, 1)
+        return chosen
+
+    def placements(self, tensor: Tensor, fixed: Placement | None = None) -> list[Placement]:
+        """Those that a value may have between layers."""
+        splittable = self.plan_size > 1
+        shards = [Shard(d) for d, size in enumerate(tensor.shape) if splittable and size % self.plan_size == 0]
+        return [p for p in (REPLICATE, *shards) if fixed in (None, p)]
+
+    # --- the root and the layer kinds
+
+    def build_root(self) -> _Scope:
+        scope = _Scope(self.graph, 1)
+        scope.flows.update({t: _Flow({REPLICATE: ALWAYS}) for t in self.graph.inputs})
+        handed_on: set[Tensor] = set()
+        for item in self.graph.body:
+            if isinstance(item, Op):
+                self.add_op(item, scope)
+                continue
+            first, *others = item.inputs
+            for tensor, chosen in [(first, self.boundary), *((t, self.extra[t]) for t in others)]:
+                if tensor not in handed_on:  # one layer hands it to the next as it is
+                    scope.flows[tensor].demands.append(_demands_of(chosen, tensor))
+                    handed_on.add(tensor)
+            for tensor in item.outputs:
+                scope.flows[tensor] = _Flow(self.boundary if tensor is item.outputs[0] else {REPLICATE: ALWAYS})
+            handed_on.add(item.outputs[0])
+        scope.flows[self.graph.output].demands.append({(REPLICATE, False): ALWAYS})
+        self.add_weights(scope)
+        return scope
+
+    def build_kind(self, number: int) -> _Scope:
+        """m[k] and a[k], and one layer of the kind."""
+        kind = self.graph.kinds[number]
+        calls = [call for call in self.graph.layer_calls if call.kind == number]
+        m = self.variable(upper=len(calls), integer=True)
+        a = self.variable(upper=len(calls), integer=True)
+        self.row({m: 1.0, a: -1.0}, lower=0)
+        self.fix_policy(kind, m, a, len(calls))
+        scope = _Scope(kind, len(calls), m, a)
+        for place, tensor in enumerate(kind.inputs):
+            scope.flows[tensor] = _Flow(self.boundary if place == 0 else self.extra[calls[0].inputs[place]])
+        for op in kind.ops:
+            self.add_op(op, scope)
+        for place, tensor in enumerate(kind.outputs):
+            chosen = self.boundary if place == 0 else {REPLICATE: ALWAYS}
+            scope.flows[tensor].demands.append(_demands_of(chosen, tensor))
+        self.add_weights(scope)
+        return scope
+
+    def fix_policy(self, kind: LayerKind, m: int, a: int, n_layers: int) -> None:
+        """Holds m and a where the policy is given, or where attention can't be kept alone."""
+        policy = self.fixed.policy
+        if self.setting.recompute_modules is not None:
+            named = kind.source_class in self.setting.recompute_modules
+            policy = Recompute.EVERYTHING if named else Recompute.NOTHING
+        if policy is not None:
+            self.row({m: 1.0}, *(2 * [0 if policy is Recompute.NOTHING else n_layers]))
+            self.row({a: 1.0}, *(2 * [n_layers if policy is Recompute.EVERYTHING else 0]))
+        if not can_keep_attention(kind):
+            self.row({m: 1.0, a: -1.0}, upper=0)
+
+    # --- operators
+
+    def add_op(self, op: Op, scope: _Scope) -> None:
+        """x[op, p] with its seconds, what it saves, what it wants of its inputs, and where it leaves its outputs."""
+        self.x[op] = [(p, self.variable(integer=True)) for p in self.allowed_partitions(op)]
+        self.row({x: 1.0 for _, x in self.x[op]}, 1, 1)
+        recomputed = scope.attention_recomputed if spec_of(op).selective_recompute else scope.recomputed
+        for partition, x in self.x[op]:
+            seconds = op_seconds(op, partition, self.plan_size, self.setting.hardware)
+            self.costs[x] = scope.times * (seconds.forward + seconds.backward)
+            scope.compute[x] = self.costs[x]
+            if recomputed is not None and seconds.forward:
+                repeated = self.product(x, recomputed, scope.times)
+                self.costs[repeated] = scope.compute[repeated] = seconds.forward
+        self.add_saved(op, scope)
+        self.tie_products(op, scope)
+        self.add_demands(op, scope)
+        for place, tensor in enumerate(op.outputs):
+            sources: dict[Placement, Expression] = {}
+            for partition, x in self.x[op]:
+                placement = partition.outputs[place]
+                sources[placement] = total(sources.get(placement, {}), {x: 1.0})
+            scope.flows[tensor] = _Flow(sources)
+
+    def allowed_partitions(self, op: Op) -> list[Partition]:
+        """The legal partitions, less those that a fixed plan rules out.
+
+        Raises:
+            DecisionsError: the fixed one is not legal here.
+        """
+        legal = legal_partitions(op, self.plan_size)
+        if op in self.fixed.partitions:
+            dim = self.fixed.partitions[op]
+            legal = [p for p in legal if p.dim == dim]
+            if not legal:
+                raise DecisionsError(
+                    f"it splits {op.module or 'the model'}'s {spec_of(op).name} along {dim!r}, which {self.plan_size} "
+                    "ranks can't share evenly here; compile without it"
+                )
+        if op in self.fixed.not_partitions:
+            legal = [p for p in legal if p.dim != self.fixed.not_partitions[op]]
+        return legal
+
+    def tie_products(self, op: Op, scope: _Scope) -> None:
+        """The products of an op's x with m add up to m. The rows imply it, and said aloud it brings the relaxation
+        that the solver starts from far closer."""
+        for layers in {scope.recomputed, scope.attention_recomputed} - {None}:
+            products = [self.products.get((x, layers)) for _, x in self.x[op]]
+            if None not in products:
+                self.row({layers: -1.0, **dict.fromkeys(products, 1.0)}, 0, 0)
+
+    def add_demands(self, op: Op, scope: _Scope) -> None:
+        """What each partition of an op wants of its inputs."""
+        for place, tensor in enumerate(op.inputs):
+            wanted: dict[Demand, Expression] = {}
+            for partition, x in self.x[op]:
+                demand = (partition.inputs[place], partition.dim is not None and tensor.requires_grad)
+                wanted[demand] = total(wanted.get(demand, {}), {x: 1.0})
+            if tensor.kind == "parameter":
+                by_placement = {d: total(*(e for other, e in wanted.items() if other[0] == d)) for d, _ in wanted}
+                scope.readers.append((tensor, by_placement))
+            elif tensor.kind != "constant":
+                scope.flows[tensor].demands.append(wanted)
+                if is_relayout(op) and op not in self.fixed.partitions:
+                    scope.flows[tensor].passed_by.update(p.inputs[0] for p, _ in self.x[op])
+
+    # --- reshards
+
+    def add_reshards(self, tensor: Tensor, flow: _Flow, scope: _Scope) -> None:
+        """z[t, s, d]: for each thing wanted of a value, the one source that it is resharded from."""
+        wanted: dict[Demand, list[Expression]] = {}
+        for demands in flow.demands:
+            for demand, expression in demands.items():
+                wanted.setdefault(demand, []).append(expression)
+        for (target, partitioned), expressions in wanted.items():
+            sources = [s for s in flow.sources if not flow.is_resharded_later(s, target)]
+            seconds = {s: self.reshard_seconds(tensor, s, target, partitioned) for s in sources}
+            if len(sources) == len(flow.sources) and all(cost == Seconds() for cost in seconds.values()):
+                continue
+            z = {s: self.variable(scope.times * (cost.forward + cost.backward)) for s, cost in seconds.items()}
+            for expression in expressions:  # equal reshards of a value are made once and shared
+                self.row(total(dict.fromkeys(z.values(), 1.0), scaled(expression, -1)), lower=0)
+            for source, variable in z.items():
+                self.row(total({variable: 1.0}, scaled(flow.sources[source], -1)), upper=0)
+                if scope.recomputed is not None and seconds[source].forward:
+                    repeated = self.product(variable, scope.recomputed, scope.times)
+                    self.costs[repeated] = seconds[source].forward
+
+    def reshard_seconds(self, tensor: Tensor, source: Placement, target: Placement, partitioned: bool) -> Seconds:
+        reshard = find_reshard(source, target, partitioned, tensor.requires_grad)
+        return reshard_seconds(tensor, reshard, self.plan_size, self.setting.hardware)
+
+    # --- weights
+
+    def add_weights(self, scope: _Scope) -> None:
+        """r[w, j], what reducing those weights' gradients takes, and FSDP's traffic for the others, as far as computing
+        does not hide it."""
+        world_size, hardware = self.setting.world_size, self.setting.hardware
+        parameters = list(scope.owner.parameters.values())
+        sharded: Expression = {CONSTANT: 0.0}  # parameters that FSDP gathers for one layer
+        for tensor in parameters:
+            size = prod(tensor.shape)
+            bytes_of_all = scope.times * size * PERSISTENT_BYTES / GB
+            self.persistent = total(self.persistent, {CONSTANT: bytes_of_all / world_size})
+            sharded = total(sharded, {CONSTANT: size})
+            reduced = plan_sharded_seconds(
+                size, self.plan_size, world_size, hardware, self.setting.grad_accumulation_steps
+            )
+            for _, r in self.add_plan_sharded(tensor, scope):
+                self.costs[r] = scope.times * reduced
+                more = bytes_of_all * (1 / self.plan_size - 1 / world_size)
+                self.persistent = total(self.persistent, {r: more})
+                sharded = total(sharded, {r: -float(size)})
+        size = sum(prod(t.shape) for t in parameters)
+        if size and world_size > 1:
+            self.add_fsdp_traffic(size, sharded, scope)
+        scope.gathered.update(scaled(sharded, gathered_bytes(scope.owner) / GB))
+
+    def add_plan_sharded(self, tensor: Tensor, scope: _Scope) -> list[tuple[int, int]]:
+        """The dimensions along which a weight may be plan-sharded, each with its r: all readers have to want it so."""
+        wants = [wanted for t, wanted in scope.readers if t is tensor]
+        dims = [d for d in range(len(tensor.shape)) if wants and all(Shard(d) in wanted for wanted in wants)]
+        self.plan_sharded[tensor] = [(d, self.variable(integer=True)) for d in dims]
+        self.row({CONSTANT: 0.0, **{r: 1.0 for _, r in self.plan_sharded[tensor]}}, upper=1)
+        for dim, r in self.plan_sharded[tensor]:
+            for wanted in wants:
+                self.row(total({r: 1.0}, scaled(wanted[Shard(dim)], -1)), upper=0)
+        return self.plan_sharded[tensor]
+
+    def add_fsdp_traffic(self, size: int, sharded: Expression, scope: _Scope) -> None:
+        """FSDP's seconds beyond those of the computing that hides them; `sharded` of `size` parameters are FSDP's."""
+        dtype = next(iter(scope.owner.parameters.values())).dtype
+        seconds = fsdp_seconds(size, dtype, self.setting.world_size, self.setting.hardware)
+        whole = scope.times * (seconds.forward + seconds.backward)
+        # As a share of the whole traffic: the solver's tolerance of 1e-6 would be a microsecond otherwise.
+        exposed = self.largest(total(scaled(sharded, 1 / size), scaled(scope.compute, -1 / whole)))
+        self.costs[exposed] = whole
+
+    # --- memory
+
+    def add_saved(self, op: Op, scope: _Scope) -> None:
+        """Bytes that the op's backward keeps, unless its layer recomputes them."""
+        if scope.recomputed is None:
+            return
+        for tensor in saved_activations(op):
+            if tensor in scope.saved_once or tensor in scope.owner.inputs:
+                continue
+            scope.saved_once.add(tensor)
+            kept_by_policy = tensor in op.outputs and spec_of(op).selective_recompute is not None
+            layers = scope.attention_recomputed if kept_by_policy else scope.recomputed
+            for partition, x in self.x[op]:
+                size = bytes_of(tensor, _placement_of(tensor, op, partition), self.plan_size) / GB
+                scope.saved[x] = scope.saved.get(x, 0.0) + size
+                terms = {x: scope.times * size, self.product(x, layers, scope.times): -size}
+                self.kept = total(self.kept, terms)
+
+    def add_memory(self) -> None:
+        """peak >= persistent + kept + the larger of a layer's backward and the root's operators, the loss above all."""
+        moments = []
+        for scope in self.scopes[1:]:
+            widest = self.largest(*(self.at_work(op) for op in scope.owner.ops))
+            self.costs[widest] = TIE_BREAK_SECONDS
+            moments.append(total(scope.saved, {widest: 1.0}, scope.gathered))
+            for placement, chosen in self.boundary.items():
+                size = bytes_of(scope.owner.inputs[0], placement, self.plan_size) / GB
+                self.kept = total(self.kept, scaled(chosen, scope.times * size))
+        root_ops = [item for item in self.graph.body if isinstance(item, Op)]
+        moments += [total(self.at_work(op), self.made_in_forward(op)) for op in root_ops]
+        peak = self.largest({CONSTANT: 0.0}, *moments)
+        self.costs[peak] = TIE_BREAK_SECONDS
+        self.memory = total(self.persistent, self.kept, self.scopes[0].gathered, {peak: 1.0})
+
+    def at_work(self, op: Op) -> Expression:
+        """Bytes of an op's inputs, outputs and their gradients at work."""
+        terms: Expression = {}
+        for partition, x in self.x[op]:
+            read = [(t, p) for t, p in zip(op.inputs, partition.inputs, strict=True) if t.kind == "activation"]
+            made = list(zip(op.outputs, partition.outputs, strict=True))
+            terms[x] = sum(bytes_of(t, p, self.plan_size) for t, p in (*read, *made)) / GB
+        return terms
+
+    def made_in_forward(self, op: Op) -> Expression:
+        """Bytes of an op's workspace, and of what it saves besides its inputs and outputs."""
+        shares = [*spec_of(op).workspace(op, "forward").items(), *saved_besides(op).items()]
+        return {
+            x: sum(share * bytes_of(t, _placement_of(t, op, p), self.plan_size) for t, share in shares) / GB
+            for p, x in self.x[op]
+        }
+
+    # --- solving
+
+    def solve(self, memory_limit: float) -> Plan | None:
+        """The fastest plan within `memory_limit` bytes, or None."""
+        solution = self.minimize(np.array(self.costs), [(self.memory, memory_limit / GB)])
+        return None if solution is None else self.read_plan(solution)
+
+    def leanest(self) -> Plan | None:
+        """The fastest plan of those that need the least memory, or None if no plan is legal."""
+        costs = np.zeros(len(self.costs))
+        for variable, coefficient in self.memory.items():
+            if variable != CONSTANT:
+                costs[variable] += coefficient
+        solution = self.minimize(costs)
+        if solution is None:
+            return None
+        return self.solve(value_of(self.memory, solution.values) * GB * (1 + LEANEST_TOLERANCE))
+
+    def read_plan(self, solution: Solution) -> Plan:
+        values = solution.values
+        partitions = {op: next(p for p, x in choices if values[x] > 0.5) for op, choices in self.x.items()}
+        boundary = _chosen(self.boundary, values) if self.graph.kinds else REPLICATE
+        inputs = {tensor: _chosen(choice, values) for tensor, choice in self.extra.items()}
+        plan_sharded = {t: d for t, choices in self.plan_sharded.items() for d, r in choices if values[r] > 0.5}
+        assignment = Assignment(self.plan_size, partitions, boundary, inputs, plan_sharded)
+        seconds = float(np.dot(self.costs, values))
+        return Plan(assignment, self.policies(values), seconds, value_of(self.memory, values) * GB, solution.gap)
+
+    def policies(self, values: np.ndarray) -> tuple[Recompute, ...]:
+        """Each layer's: the first a of a kind recompute everything, the next m - a all but attention."""
+        policies: dict[int, Recompute] = {}
+        for number, scope in enumerate(self.scopes[1:]):
+            m, a = round(values[scope.recomputed]), round(values[scope.attention_recomputed])
+            of_kind = [Recompute.EVERYTHING] * a + [Recompute.ALL_BUT_ATTENTION] * (m - a)
+            of_kind += [Recompute.NOTHING] * (scope.times - m)
+            layers = [call.index for call in self.graph.layer_calls if call.kind == number]
+            policies |= dict(zip(layers, of_kind, strict=True))
+        return tuple(policies[index] for index in sorted(policies))
+
+
+def can_keep_attention(kind: LayerKind) -> bool:
+    """Whether a layer can keep the outputs of its attention while it recomputes all else."""
+    selective = [(op, spec_of(op).selective_recompute) for op in kind.ops]
+    return any(s for _, s in selective) and all(s.applies(op) for op, s in selective if s)
+
+
+def is_relayout(op: Op) -> bool:
+    """Whether an op gives the same elements in other dimensions, at no cost: a view, a transpose."""
+    if spec_of(op).view is not View.ALWAYS:
+        return False
+    return len(op.inputs) == len(op.outputs) == 1 and prod(op.inputs[0].shape) == prod(op.outputs[0].shape)
+
+
+def _placement_of(tensor: Tensor, op: Op, partition: Partition) -> Placement:
+    """The placement of one of an op's inputs or outputs under a partition."""
+    places = zip((*op.inputs, *op.outputs), (*partition.inputs, *partition.outputs), strict=True)
+    return next(p for t, p in places if t is tensor)
+
+
+def _demands_of(chosen: dict[Placement, Expression], tensor: Tensor) -> dict[Demand, Expression]:
+    """What layers want of a value that flows between them: a sharded placement is a partitioned consumer's."""
+    return {(p, p != REPLICATE and tensor.requires_grad): e for p, e in chosen.items()}
+
+
+def _chosen(choice: dict[Placement, Expression], values: np.ndarray) -> Placement:
+    return next(p for p, expression in choice.items() if value_of(expression, values) > 0.5)
