@@ -21,7 +21,7 @@ from longctx.compiled import (
     read_plan_file,
     write_plan_file,
 )
-from longctx.compiler.annotation import REGISTERED_OPS, register_op
+from longctx.compiler.ops import REGISTERED_OPS, register_op
 from longctx.engines.builtin import cache
 from longctx.errors import CompiledError, DecisionsError
 from longctx.options import parse_job
@@ -105,10 +105,10 @@ def test_a_changed_default_of_a_users_op_makes_a_compiled_folder_out_of_date(job
 
 def test_a_changed_default_of_the_loss_makes_a_compiled_folder_out_of_date(job, load_op):
     loss = (ROOT / "chunk_linear_cross_entropy.py").read_text()
-    assert "chunk_size: int = 1024" in loss
+    assert "CHUNK_SIZE = 1024" in loss
     load_op(loss + "\n\nop = chunk_linear_cross_entropy\n")
     before = cache.plan_inputs(job)
-    load_op(loss.replace("chunk_size: int = 1024", "chunk_size: int = 2048") + "\n\nop = chunk_linear_cross_entropy\n")
+    load_op(loss.replace("CHUNK_SIZE = 1024", "CHUNK_SIZE = 2048") + "\n\nop = chunk_linear_cross_entropy\n")
     assert fingerprint(cache.plan_inputs(job)) != fingerprint(before)
 
 
