@@ -20,6 +20,7 @@ from nnscaler.cli.trainer_args import (
     ResumeOptions,
     TrainerArgs,
 )
+from nnscaler.graph.tracer.wrap_utils import LeafWrapInfo, Location, default_autowrap_leaf_function
 from nnscaler.parallel import ComputeConfig
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
@@ -32,6 +33,7 @@ from longctx.engines.nnscaler.hook import StepHook, aggregate_outputs
 from longctx.engines.nnscaler.model import WrappedModel
 from longctx.engines.nnscaler.options import GENERATED_FOLDER
 from longctx.errors import UserError
+from longctx.huggingface import attention as huggingface_attention
 from longctx.huggingface.build import load_config
 from longctx.huggingface.weights import find_weights
 from longctx.options import Job
@@ -72,9 +74,15 @@ def instance_name(job: Job) -> str:
 
 
 def register_ops() -> None:
-    """Hands over our ops with their annotations, which are in nnScaler's notation."""
+    """Hands over our ops with their annotations, which are in nnScaler's notation.
+
+    nnScaler's tracer finds an op by its name in the file of a module's forward. Attention is called from elsewhere, by
+    a function that transformers calls, so the tracer is told that place.
+    """
     for op in REGISTERED_OPS.values():
         nnscaler.register_op(op.annotation)(op.fn)
+    place = Location(huggingface_attention, huggingface_attention.attention.__name__)
+    default_autowrap_leaf_function[huggingface_attention.attention] = LeafWrapInfo([place], is_force_trace=True)
 
 
 def trainer_args(
