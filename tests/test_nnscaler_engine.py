@@ -27,8 +27,9 @@ from longctx.command_line import naming_options, parse
 from longctx.data import order
 from longctx.engines.checkpoints import FORMATS
 from longctx.engines.nnscaler.checkpoints import as_builtin
+from longctx.engines.nnscaler.engine import check_generated
 from longctx.engines.nnscaler.options import check_policy, choose_engine
-from longctx.errors import CheckpointFolderError, UserError
+from longctx.errors import CheckpointFolderError, CompiledError, UserError
 from longctx.options import Job, causes, check_engine_options
 from longctx.runtime import checkpoint, merge
 
@@ -204,6 +205,15 @@ def test_files_of_the_users_are_never_replaced_by_links_to_nnscalers_checkpoints
         CheckpointFolderError, match=f"{place} is no link to a checkpoint, as nnscaler makes it; move it"
     ):
         FORMATS["nnscaler"].check_folder(tmp_path)
+
+
+def test_a_file_of_the_users_among_generated_code_is_refused_before_nnscaler_would_remove_it(tmp_path):
+    for name in ("gencode0.py", "graph.ckp", "forward_args.pkl", "compute_config.pt", "fullmodel.pt.0"):
+        (tmp_path / name).write_text("generated")
+    check_generated(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CompiledError, match="thesis.tex is none that nnscaler wrote, and compiling would remove it"):
+        check_generated(tmp_path)
 
 
 def test_a_folder_of_nnscalers_own_links_is_saved_to_again(tmp_path):

@@ -31,7 +31,7 @@ from longctx.engines.nnscaler.checkpoints import Parameters, as_builtin, as_nnsc
 from longctx.engines.nnscaler.data import EpochOrder, Samples, dummy_sample, only_sample
 from longctx.engines.nnscaler.hook import StepHook, aggregate_outputs
 from longctx.engines.nnscaler.model import WrappedModel
-from longctx.engines.nnscaler.options import GENERATED_FOLDER
+from longctx.engines.nnscaler.options import instance_name
 from longctx.errors import UserError
 from longctx.huggingface import attention as huggingface_attention
 from longctx.huggingface.build import load_config
@@ -41,12 +41,10 @@ from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.trainer import BETAS
 
 
-def compile_plan(job: Job) -> Path:
-    """Traces, partitions and writes the code, unless equal code is there. Returns its folder."""
+def compile_plan(job: Job) -> None:
+    """Traces, partitions and writes the code, unless equal code is there."""
     register_ops()
     run_trainer(trainer_args(job))
-    model = WrappedModel
-    return Path(job.compiled_dir, GENERATED_FOLDER, *model.__module__.split("."), model.__name__, instance_name(job))
 
 
 def train(job: Job, rows: Rows, parameters: Parameters, resume: Checkpoint | None) -> None:
@@ -66,11 +64,6 @@ def run_trainer(train_args: TrainerArgs) -> None:
                 raise cause from None
             cause = cause.__cause__ or cause.__context__
         raise
-
-
-def instance_name(job: Job) -> str:
-    """The job's name as nnScaler takes it: a part of a module's name, where a dot would begin another."""
-    return job.name.replace(".", "_")
 
 
 def register_ops() -> None:
