@@ -34,8 +34,9 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
 from longctx.compiled import PlanFile, read_plan_file
-from longctx.compiler import codegen, memory, planner
-from longctx.compiler.trace import Graph
+from longctx.compiler import codegen, memory
+from longctx.compiler.ir import Graph
+from longctx.compiler.plan import Plan
 from longctx.engines import builtin
 from longctx.huggingface import build
 from longctx.kernels import attention
@@ -78,7 +79,7 @@ class Compiled:
 
     folder: Path
     graph: Graph
-    plan: planner.Plan
+    plan: Plan
 
 
 def compile_llama(folder: Path, plan_ngpus: int, sequence_length: int, gigabytes: float) -> Compiled:
@@ -133,9 +134,9 @@ def compile_plan(argv: list[str], sequence_length: int) -> Compiled:
 
 
 def predict(compiled: Compiled, facts: PlanFile) -> memory.MemoryPrediction:
-    parameters, n_ranks = compiled.graph.all_parameters(), facts.inputs["runtime_ngpus"]
+    parameters, world_size = compiled.graph.all_parameters(), facts.inputs["runtime_ngpus"]
     plan_sharded = {parameters[name] for name in facts.module.plan_sharded}
-    return memory.predict(compiled.graph, compiled.plan.recompute, memory.nbytes, n_ranks, plan_sharded)
+    return memory.predict(compiled.graph, compiled.plan.recompute, world_size, plan_sharded)
 
 
 def compare(folder: Path, compiled: Compiled) -> str:
@@ -143,7 +144,7 @@ def compare(folder: Path, compiled: Compiled) -> str:
     facts = read_plan_file(folder)
     inputs, recompute = facts.inputs, facts.module.recompute
     predicted, counted = predict(compiled, facts), count(folder, facts)
-    policies = ", ".join(f"{recompute.count(p)} {p!r}" for p in dict.fromkeys(recompute))
+    policies = ", ".join(f"{recompute.count(p)} {p}" for p in dict.fromkeys(recompute))
     lines = [
         f"\n{facts.module.class_name}, {inputs['sequence_length']:,} tokens, plan_ngpus {inputs['plan_ngpus']} of "
         f"{inputs['runtime_ngpus']}, layers recompute: {policies}; peak predicted in the {predicted.moment}.\n",

@@ -64,7 +64,7 @@ class Job:
     # The plan.
     hardware: str | None = option(
         None,
-        "to plan for: a device's name, such as h100 or cpu, or a file that python -m longctx.compiler.hardware "
+        "to plan for: a device's name, such as h100 or cpu, or a file that python -m longctx.measure "
         "measured (default: what is here)",
     )
     gpu_mem_constraint: float = option(64.0, "GB a GPU that the plan may need", above=0)

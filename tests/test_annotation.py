@@ -6,8 +6,10 @@ import importlib.util
 import pytest
 import torch
 
-from longctx.compiler.annotation import RegisteredOp, output_shapes, parse, register_op
-from longctx.errors import UserError
+from longctx.compiler.annotation import output_shapes, parse
+from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, register_op
+from longctx.compiler.ops.aten import UNKNOWN
+from longctx.errors import AnnotationError
 
 
 @pytest.mark.parametrize(
@@ -31,7 +33,7 @@ def test_shapes_of_the_outputs_follow_from_those_of_the_inputs(text, shapes, out
 
 
 def test_a_length_that_no_input_tells_is_an_error():
-    with pytest.raises(UserError, match="dimension 'h' has a length that no input tells"):
+    with pytest.raises(AnnotationError, match="dimension 'h' has a length that no input tells"):
         output_shapes(parse("(h d^) l -> l h d^"), [(6, 4)])
 
 
@@ -54,7 +56,7 @@ def test_a_length_that_no_input_tells_is_an_error():
     ],
 )
 def test_what_breaks_the_grammar_is_quoted_and_pointed_at(text, place, problem):
-    with pytest.raises(UserError) as error:
+    with pytest.raises(AnnotationError) as error:
         parse(text)
     assert repr(text) in str(error.value)
     assert f"at {place} " in str(error.value)
@@ -62,12 +64,12 @@ def test_what_breaks_the_grammar_is_quoted_and_pointed_at(text, place, problem):
 
 
 def test_a_name_with_two_lengths_is_refused_with_both():
-    with pytest.raises(UserError, match=r"'d\^' has length 8 in one tensor and 9 in another"):
+    with pytest.raises(AnnotationError, match=r"'d\^' has length 8 in one tensor and 9 in another"):
         output_shapes(parse("b l d^, n^ d^, b l -> b l"), [(2, 5, 8), (100, 9), (2, 5)])
 
 
 def test_a_tensor_with_another_number_of_dimensions_is_refused():
-    with pytest.raises(UserError, match=r"input 0 has 3 dimensions there, but the tensor's shape is \[2, 5\]"):
+    with pytest.raises(AnnotationError, match=r"input 0 has 3 dimensions there, but the tensor's shape is \[2, 5\]"):
         output_shapes(parse("b l d^, n^ d^, b l -> b l"), [(2, 5), (100, 9), (2, 5)])
 
 
@@ -75,7 +77,7 @@ def test_only_what_generated_code_can_import_is_registered():
     def local(x: torch.Tensor) -> torch.Tensor:
         return x
 
-    with pytest.raises(UserError, match="move it to the top level of a module"):
+    with pytest.raises(AnnotationError, match="move it to the top level of a module"):
         register_op("a -> a")(local)
 
 
@@ -84,7 +86,7 @@ def whole(x: torch.Tensor) -> str:
 
 
 def test_an_annotation_that_is_a_function_is_told_by_where_it_is_and_by_its_source(tmp_path):
-    fingerprint = RegisteredOp(torch.relu, whole).fingerprint()
+    fingerprint = RegisteredOp(torch.relu, whole, UNKNOWN).fingerprint()
     assert fingerprint.startswith(f"{__name__}.whole ") and "0x" not in fingerprint
     told = set()
     for body in ('"a -> a"', '"a^ -> a^"'):
@@ -92,26 +94,25 @@ def test_an_annotation_that_is_a_function_is_told_by_where_it_is_and_by_its_sour
         spec = importlib.util.spec_from_file_location("theirs", tmp_path / "theirs.py")
         theirs = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(theirs)
-        told.add(RegisteredOp(torch.relu, theirs.whole).fingerprint())
+        told.add(RegisteredOp(torch.relu, theirs.whole, UNKNOWN).fingerprint())
     assert len(told) == 2
 
 
 def test_an_annotation_is_text_or_a_function():
-    with pytest.raises(UserError, match="neither a string nor a function"):
+    with pytest.raises(AnnotationError, match="neither a string nor a function"):
         register_op(functools.partial(whole))
 
 
 def test_an_annotation_that_contradicts_the_op_is_an_error_when_it_is_traced(monkeypatch):
     from families import small_config
 
-    from longctx.compiler import annotation
     from longctx.compiler.trace import trace
     from longctx.huggingface.build import build_model
     from longctx.kernels.rms_norm import rms_norm
 
-    wrong = annotation.RegisteredOp(rms_norm, "* d^, d^ -> *")
-    monkeypatch.setitem(annotation.REGISTERED_OPS, wrong.name, wrong)
+    wrong = RegisteredOp(rms_norm, "* d^, d^ -> *", UNKNOWN)
+    monkeypatch.setitem(REGISTERED_OPS, wrong.name, wrong)
     wrapped = build_model(small_config("llama"), torch.float32)
     sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    with pytest.raises(UserError, match=r"promises an output of shape \[1, 8\], but it gives \[1, 8, 64\]"):
+    with pytest.raises(AnnotationError, match=r"promises an output of shape \[1, 8\], but it gives \[1, 8, 64\]"):
         trace(wrapped, sample)

@@ -17,12 +17,15 @@ from families import (
     small_config,
     worst_gradient_error,
 )
-from longctx.compiler.partition import legal_partitions, localize
 from ranks import run_ranks
 
 import train
 from longctx.compiled import read_plan_file
-from longctx.compiler import annotation, codegen, hardware, memory, planner
+from longctx.compiler import codegen, hardware, memory, planner
+from longctx.compiler.localize import localize
+from longctx.compiler.ops import legal_partitions, register_op, spec_of
+from longctx.compiler.placement import Shard
+from longctx.compiler.plan import Fixed, Setting
 from longctx.compiler.trace import trace
 from longctx.engines.builtin import cache
 from longctx.errors import UserError
@@ -191,21 +194,25 @@ def test_values_are_called_as_the_source_calls_them_or_by_the_module_that_made_t
     sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     graph = trace(build.build_model(small_config("llama"), torch.float32), sample)
     of = {
-        name: [op for op in graph.kinds[0].ops if op.target.startswith(f"aten.{name}.")]
-        for name in ("linear", "view", "transpose")
+        name: [op for op in graph.kinds[0].ops if spec_of(op).name == name] for name in ("linear", "view", "transpose")
     }
-    setting = planner.Setting(2, 2, hardware.load("h100"), 64e9)
+    setting = Setting(2, 2, hardware.load("h100"), 64e9)
 
-    # v_proj's result is moved between its view and its transpose, within a statement of the source.
-    wanted = {of["linear"][2]: "S1", of["view"][2]: "S1", of["transpose"][2]: "S1"}  # dimension 2, before it is turned
+    # v_proj's result is resharded between its view and its transpose, within a statement of the source: along
+    # dimension 1 of the view.
+    wanted = {
+        of["linear"][2]: Shard(1),
+        of["view"][2]: Shard(1),
+        of["transpose"][2]: Shard(1),
+    }
     fixed = {op: next(p.dim for p in legal_partitions(op, 2) if p.outputs == (s,)) for op, s in wanted.items()}
-    plan = planner.make_plan(graph, setting, planner.Fixed(fixed))
+    plan = planner.make_plan(graph, setting, Fixed(fixed))
     text = codegen.generate(localize(graph, plan.assignment), plan, "Moves v early.")
     assert "v_proj = all_to_all(v_proj, split=2, gather=1)" in text
     assert "value_states = v_proj.transpose(1, 2)" in text
 
 
-def test_a_moves_bytes_are_told_in_a_unit_that_shows_them():
+def test_the_bytes_of_a_reshard_are_told_in_a_unit_that_shows_them():
     assert [memory.say_bytes(size) for size in (4, 8192, 134_217_728)] == ["4 bytes", "8.2 KB", "134.2 MB"]
 
 
@@ -237,7 +244,7 @@ def like_a_norm(hidden_states, weight, eps, offset=0.0) -> str:
 
 def _compile_on_ranks(folder: Path, options: list[list[str]]) -> None:
     """Each rank compiles with its own options, and writes down how that ended."""
-    annotation.register_op(like_a_norm)(rms_norm)  # a function, at another address in each process
+    register_op(like_a_norm)(rms_norm)  # a function, at another address in each process
     rank = int(os.environ["RANK"])
     try:
         said = str(compile_folder(folder / "llama", folder / "compiled", "--precision", "fp32", *options[rank]))

@@ -11,8 +11,12 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import chunk_linear_cross_entropy as loss
 from benchmarks import memory as benchmark
 from longctx.compiled import read_plan_file, write_plan_file
-from longctx.compiler import codegen, memory, planner
-from longctx.compiler.trace import Op, Tensor, map_tensors, trace
+from longctx.compiler import codegen, memory
+from longctx.compiler.ir import Op, Tensor, map_tensors, nbytes
+from longctx.compiler.ops import aten
+from longctx.compiler.program import can_keep_attention
+from longctx.compiler.recompute import Recompute
+from longctx.compiler.trace import trace
 from longctx.huggingface import build
 
 LENGTH = 2048
@@ -30,13 +34,14 @@ def compile_family(folder: Path, family: str, *options: str, **more) -> benchmar
     return benchmark.compile_plan([*argv, "--runtime_ngpus", "4", *options], LENGTH)
 
 
-def recomputing(compiled: benchmark.Compiled, *policies: str) -> benchmark.Compiled:
+def recomputing(compiled: benchmark.Compiled, *policies: Recompute) -> benchmark.Compiled:
     """The same plan, its layers' recompute policies changed."""
     plan = dataclasses.replace(compiled.plan, recompute=policies)
-    folder = compiled.folder.with_name("-".join(policies))
+    folder = compiled.folder.with_name("-".join(policy.name for policy in policies))
     folder.mkdir()
     facts = read_plan_file(compiled.folder)
-    write_plan_file(folder, dataclasses.replace(facts, module=dataclasses.replace(facts.module, recompute=policies)))
+    values = tuple(policy.value for policy in policies)
+    write_plan_file(folder, dataclasses.replace(facts, module=dataclasses.replace(facts.module, recompute=values)))
     (folder / "gencode.py").write_text(codegen.generate(compiled.graph, plan, "Recomputing otherwise."))
     return benchmark.Compiled(folder, compiled.graph, plan)
 
@@ -50,20 +55,20 @@ def predicted_to_counted(compiled: benchmark.Compiled) -> float:
 @pytest.mark.parametrize("family", COUNTED)
 def test_the_peak_is_predicted_within_a_tenth(family, tmp_path):
     compiled = compile_family(tmp_path, family)
-    for policy in ("layer", "none"):
+    for policy in (Recompute.EVERYTHING, Recompute.NOTHING):
         assert predicted_to_counted(recomputing(compiled, *[policy] * 3)) == pytest.approx(1, abs=0.1), policy
 
 
 def test_the_peak_of_a_partitioned_plan_with_mixed_policies_is_predicted_within_a_tenth(tmp_path):
     compiled = compile_family(tmp_path, "llama", "--plan_ngpus", "2")
-    mixed = recomputing(compiled, "layer", "attention", "none")
+    mixed = recomputing(compiled, *Recompute)
     assert predicted_to_counted(mixed) == pytest.approx(1, abs=0.1)
 
 
 def test_the_peak_is_predicted_for_heads_of_any_width(tmp_path):
     compiled = compile_family(tmp_path, "phi3", "--plan_ngpus", "2", head_dim=96, sliding_window=2 * LENGTH)
-    assert planner.can_keep_attention(compiled.graph.kinds[0])  # all is seen
-    for policy in ("layer", "attention", "none"):
+    assert can_keep_attention(compiled.graph.kinds[0])  # all is seen
+    for policy in Recompute:
         assert predicted_to_counted(recomputing(compiled, *[policy] * 3)) == pytest.approx(1, abs=0.1), policy
 
 
@@ -71,15 +76,15 @@ def test_what_a_layer_keeps_is_the_sum_over_its_ops_and_less_the_more_is_recompu
     compiled = compile_family(tmp_path, "llama")
     (kind,) = compiled.graph.kinds
     kept = {}
-    for policy in ("layer", "attention", "none"):
+    for policy in Recompute:
         made = [item for shares in memory.kept_by_op(kind.ops, policy).values() for item in shares.items()]
-        kept[policy] = sum(share * memory.nbytes(tensor) for tensor, share in made)
+        kept[policy] = sum(share * nbytes(tensor) for tensor, share in made)
     width = LENGTH * 2  # bytes of one feature of all tokens
     logsumexp, rstd = 2 * width * 8, 2 * width
-    assert kept["layer"] == 0
-    assert kept["attention"] == 256 * width + logsumexp
+    assert kept[Recompute.EVERYTHING] == 0
+    assert kept[Recompute.ALL_BUT_ATTENTION] == 256 * width + logsumexp
     # Two norms' outputs, the residual, q and attention's output; k and v; gate, silu(gate), up and their product.
-    assert kept["none"] == (5 * 256 + 2 * 64 + 4 * 768) * width + logsumexp + 2 * rstd
+    assert kept[Recompute.NOTHING] == (5 * 256 + 2 * 64 + 4 * 768) * width + logsumexp + 2 * rstd
 
 
 # --- operators -----------------------------------------------------------------------------------------------------
@@ -93,12 +98,11 @@ def real(tensor: Tensor) -> torch.Tensor:
 
 def run_op(op: Op) -> tuple[dict[Tensor, torch.Tensor], list[torch.Tensor]]:
     """Computes an op from random inputs; returns its tensors' values, and what autograd saves."""
-    _, name, overload = op.target.split(".")
     values = {t: real(t) for t in op.inputs}
     saved = []
     args, kwargs = map_tensors((op.args, op.kwargs), values.__getitem__)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
-        result = getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
+        result = aten.compute(op, args, kwargs)
     values |= dict(zip(op.outputs, result if isinstance(result, (tuple, list)) else [result], strict=True))
     return values, saved
 
@@ -107,8 +111,8 @@ def run_op(op: Op) -> tuple[dict[Tensor, torch.Tensor], list[torch.Tensor]]:
 def test_autograd_saves_what_saved_tensors_says(family):
     sample = {name: torch.empty(1, 32, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     graph = trace(build.build_model(small_config(family), torch.float32), sample)
-    for op in (*graph.kinds[0].ops, *(item for item in graph.body if isinstance(item, Op))):
-        if not op.target.startswith("aten.") or "DEVICE" in repr((op.args, op.kwargs)):
+    for op in graph.all_ops():
+        if not aten.is_aten(op) or "DEVICE" in repr((op.args, op.kwargs)):
             continue
         values, saved = run_op(op)
         of_storage = {value.untyped_storage().data_ptr(): tensor for tensor, value in values.items()}
@@ -117,7 +121,7 @@ def test_autograd_saves_what_saved_tensors_says(family):
         assert found - {None} == said, op.target
         extra = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         unnamed = sum(size for pointer, size in extra.items() if pointer not in of_storage)
-        assert unnamed == pytest.approx(sum(s * memory.nbytes(t) for t, s in memory.extra_saved(op).items())), op.target
+        assert unnamed == pytest.approx(sum(s * nbytes(t) for t, s in memory.saved_besides(op).items())), op.target
 
 
 def peak_bytes(function, *tensors: torch.Tensor) -> int:
