@@ -21,7 +21,7 @@ from longctx.data.order import Position
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import CheckpointError, CheckpointFolderError, NoRoom, UserError
 from longctx.options import Job
-from longctx.runtime import checkpoint, merge, parallel, trainer
+from longctx.runtime import checkpoint, merge, parallel, resume, trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -61,10 +61,10 @@ def test_where_last_is_missing_damaged_or_names_nothing_the_newest_whole_one_is_
     next((tmp_path / "0000-000003").glob("shard" if engine == "torch" else "1.ckpt")).write_text("cut")
     if last:
         point_last(tmp_path, last, engine)
-    assert checkpoint.find(tmp_path, None, engine, FORMATS) == tmp_path / "0001-000002"
+    assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0001-000002"
     assert f"checkpoint: {tmp_path}/last is missing or damaged, taking 0001-000002" in capsys.readouterr().out
-    assert checkpoint.find_stored(tmp_path, FORMATS) == tmp_path / "0001-000002"
-    assert checkpoint.find(Path("none"), tmp_path, engine, FORMATS) == tmp_path / "0001-000002"
+    assert resume.find_stored(tmp_path, FORMATS) == tmp_path / "0001-000002"
+    assert resume.find(Path("none"), tmp_path, engine, FORMATS) == tmp_path / "0001-000002"
 
 
 @pytest.mark.parametrize("engine", ["torch", "nnscaler"])
@@ -72,7 +72,7 @@ def test_last_is_taken_even_if_it_is_not_the_one_of_most_steps(tmp_path, capsys,
     for name in ("0000-000001", "0000-000002"):
         write_checkpoint(tmp_path, name, engine)
     point_last(tmp_path, "0000-000001", engine)
-    assert checkpoint.find(tmp_path, None, engine, FORMATS) == tmp_path / "0000-000001"
+    assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0000-000001"
     assert capsys.readouterr().out == ""
 
 
@@ -91,7 +91,7 @@ def test_a_checkpoint_that_was_being_replaced_by_a_killed_run_is_found(tmp_path,
         patch.setattr(atomic.os, "rename", killed_before_the_second)
         (tmp_path / ".0000-000002.writing").mkdir()
         atomic.publish_folder(tmp_path / ".0000-000002.writing", tmp_path / "0000-000002")
-    found = checkpoint.find(tmp_path, None, "torch", FORMATS)
+    found = resume.find(tmp_path, None, "torch", FORMATS)
     assert found.name.startswith(".0000-000002.old-")
     assert checkpoint.read(found, FORMATS).state.position.step == 2
 
@@ -101,7 +101,7 @@ def test_where_the_last_checkpoint_is_gone_and_there_is_no_other_nothing_starts_
     point_last(tmp_path, "0000-000002", engine)
     sentence = "^its last checkpoint, .*0000-000002.*, is gone, and there is no other; put it back"
     with pytest.raises(CheckpointError, match=sentence):
-        checkpoint.find(tmp_path, None, engine, FORMATS)
+        resume.find(tmp_path, None, engine, FORMATS)
 
 
 def test_checkpoints_of_two_engines_do_not_get_into_one_folder(tmp_path):
@@ -110,8 +110,8 @@ def test_checkpoints_of_two_engines_do_not_get_into_one_folder(tmp_path):
     merged = tmp_path / "merged.ckpt"
     sentence = "^the checkpoints in it are the nnscaler engine's, .*; name another folder"
     with pytest.raises(CheckpointFolderError, match=sentence):
-        checkpoint.find(tmp_path / "checkpoints", merged, "torch", FORMATS)
-    assert checkpoint.find(tmp_path / "checkpoints", merged, "nnscaler", FORMATS) == merged
+        resume.find(tmp_path / "checkpoints", merged, "torch", FORMATS)
+    assert resume.find(tmp_path / "checkpoints", merged, "nnscaler", FORMATS) == merged
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -172,7 +172,7 @@ def load_on_rank(folder: Path, plan_ngpus: int, expected: list[int]) -> None:
     with parallel.process_group() as device:
         model, optimizer = small_model(device, plan_ngpus)
         torch.manual_seed(100)
-        path = checkpoint.find(folder, None, "torch", FORMATS)
+        path = resume.find(folder, None, "torch", FORMATS)
         checkpoint.load(checkpoint.read(path, FORMATS), model, optimizer)
         drawn = torch.rand(1)
         torch.manual_seed(expected[dist.get_rank()])

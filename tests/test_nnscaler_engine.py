@@ -31,7 +31,7 @@ from longctx.engines.nnscaler.engine import check_generated
 from longctx.engines.nnscaler.options import check_policy, choose_engine
 from longctx.errors import CheckpointFolderError, CompiledError, UserError
 from longctx.options import Job, causes, check_engine_options
-from longctx.runtime import checkpoint, merge
+from longctx.runtime import checkpoint, merge, resume
 
 ROOT = Path(__file__).parent.parent
 LENGTH, ROWS, STEPS = 64, 22, 8  # of 4 rows each: an epoch is 6 steps, the last of 2 rows
@@ -193,8 +193,8 @@ def test_a_checkpoint_of_the_other_engine_is_named_as_such(tmp_path):
     sentence = "--checkpoint_dir .*: its checkpoint is the nnscaler engine's; choose --engine nnscaler, or merge it"
     job = job_of("torch", "--checkpoint_dir", str(tmp_path))
     with pytest.raises(UserError, match=sentence), naming_options(job, causes(job)):
-        checkpoint.find_resume(job, ROWS, FORMATS)
-    assert checkpoint.find(tmp_path, None, "nnscaler", FORMATS) == tmp_path / "last"
+        resume.find_resume(job, ROWS, FORMATS)
+    assert resume.find(tmp_path, None, "nnscaler", FORMATS) == tmp_path / "last"
 
 
 @pytest.mark.parametrize("place", ["last", "best", "last/0.ckpt", "best/1.ckpt"])

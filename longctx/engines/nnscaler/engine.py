@@ -18,8 +18,9 @@ from longctx.errors import CheckpointMismatch, CompiledError, EngineError, Layer
 from longctx.huggingface.build import DTYPES, build_model, load_config
 from longctx.huggingface.weights import check_weights, find_weights
 from longctx.options import Job, say_complete
-from longctx.runtime import checkpoint
+from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.metrics import check_log
+from longctx.runtime.resume import check_same_model, find_resume
 from longctx.runtime.trainer import announce, count_steps
 
 # The files of a folder of generated code.
@@ -43,7 +44,7 @@ def run(job: Job) -> None:
     parameters = check_model(job)
     check_generated(generated_folder(job))
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, load_config(job.model_id).vocab_size)
-    resume = checkpoint.find_resume(job, len(rows), FORMATS)
+    resume = find_resume(job, len(rows), FORMATS)
     if resume:
         check_resume(resume, job, parameters, len(rows))
     check_log(job.log_folder, resume is not None)
@@ -107,9 +108,9 @@ def check_model(job: Job) -> Parameters:
     return parameters
 
 
-def check_resume(resume: checkpoint.Checkpoint, job: Job, parameters: Parameters, n_rows: int) -> None:
+def check_resume(resume: Checkpoint, job: Job, parameters: Parameters, n_rows: int) -> None:
     """Raises a CheckpointError for a checkpoint of another model, precision or number of rows a step."""
-    checkpoint.check_same_model(resume, parameters)
+    check_same_model(resume, parameters)
     stored = job.precision if resume.merged else stored_precision(resume.path)
     if stored != job.precision:
         raise CheckpointMismatch(
