@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV_BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test check examples format clean
 .DEFAULT_GOAL := test
 
 # Trains a small Llama-3 from books to a merged model; prints each command as it runs it.
@@ -15,6 +15,12 @@ check: .venv
 	$(VENV_BIN)/ruff check .
 	$(VENV_BIN)/ruff format --check .
 	$(VENV_BIN)/pyright
+
+# Writes what compile makes of Llama-3-8B anew, for visitors to look at; a test holds it to what compile writes.
+examples: .venv
+	$(VENV_BIN)/python train.py --run_mode compile --engine torch --model_id examples/llama3_8b_128k --hardware h100 \
+	    --sequence_length 131072 --plan_ngpus 8 --runtime_ngpus 8 --compiled_dir compiled --name llama3_8b_128k
+	cp compiled/llama3_8b_128k/gencode.py compiled/llama3_8b_128k/report.md examples/llama3_8b_128k/
 
 format: .venv
 	$(VENV_BIN)/ruff check --fix .

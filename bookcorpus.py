@@ -29,12 +29,17 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longctx.atomic import whole_folder, why_not_writable
+from longctx.command_line import Cause, naming_options
 from longctx.data.documents import open_corpus
 from longctx.data.tokens import Tokens, tokenize
 from longctx.errors import ColumnError, DocumentsError, UserError, one_line, run_script
 
 BLOCK = 2**22  # tokens that are packed and written at a time (16 MiB)
 BLOCKS_PER_SHARD = 32  # blocks of one .arrow file (512 MiB)
+CAUSES = {
+    DocumentsError: Cause("data_path_or_name"),
+    ColumnError: Cause("data_path_or_name", "name a column of text with --text_key"),
+}
 FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
@@ -46,12 +51,8 @@ def main() -> None:
     tokenizer = load_tokenizer(args.tokenizer_path_or_name)
     began = time.monotonic()
     try:
-        corpus = write_corpus(args, tokenizer)
-    except ColumnError as error:
-        sentence = f"--data_path_or_name {args.data_path_or_name}: {error}; name a column of text with --text_key"
-        raise UserError(sentence) from error
-    except DocumentsError as error:
-        raise UserError(f"--data_path_or_name {args.data_path_or_name}: {error}") from error
+        with naming_options(args, CAUSES):
+            corpus = write_corpus(args, tokenizer)
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably for want of memory: give a smaller --num_proc") from error
     seconds = time.monotonic() - began

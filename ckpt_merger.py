@@ -15,9 +15,9 @@ from longctx.atomic import why_not_new
 from longctx.command_line import Cause, naming_options, option, parse
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import CheckpointError, NoRoom, UserError, run_script
-from longctx.runtime import checkpoint
-from longctx.runtime.checkpoint import Checkpoint
+from longctx.runtime.checkpoint import Checkpoint, read
 from longctx.runtime.merge import export_hf
+from longctx.runtime.resume import find_stored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +32,7 @@ class Merge:
 def main(argv: list[str] | None = None) -> None:
     asked = parse(Merge, argv, __doc__.splitlines()[0])
     with naming_options(asked, {CheckpointError: Cause("ckpt_dir"), NoRoom: Cause("output_fname")}):
-        found = checkpoint.read(checkpoint.find_stored(asked.ckpt_dir, FORMATS), FORMATS)
+        found = read(find_stored(asked.ckpt_dir, FORMATS), FORMATS)
         check_outputs(asked, found)
         state = found.state
         print(
@@ -69,7 +69,7 @@ def source_of_weights(asked: Merge, found: Checkpoint) -> Checkpoint:
     """What the Hugging Face folder is made from: what was found, or the merged file that has been made of it."""
     if found.merged or FORMATS[found.engine].exports_shards:
         return found
-    return checkpoint.read(asked.output_fname, FORMATS)
+    return read(asked.output_fname, FORMATS)
 
 
 if __name__ == "__main__":

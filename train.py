@@ -21,6 +21,7 @@ Where to look, in longctx/:
     the learning rate                          runtime/trainer.py: learning_rate
     a loss that is not finite (NaN)            runtime/trainer.py: check_finite
     the order of the rows                      data/order.py: epoch_order
+    checkpoints, and what a run resumes        runtime/checkpoint.py: save; runtime/resume.py: find_resume
     throughput and MFU                         runtime/metrics.py: step_metrics
 """
 

@@ -161,6 +161,8 @@ def _sentence(error: UserError, cause: Cause, options: Any) -> str:
 def value_as_text(options: Any, name: str) -> str:
     """An option's value as a person types it; '' if it was not given."""
     value = _value(options, name)
+    if isinstance(value, float):
+        return f"{value:g}"
     return ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
 
 

@@ -64,7 +64,7 @@ class Job:
     # The plan.
     hardware: str | None = option(
         None,
-        "to plan for: a device's name, such as h100 or cpu, or a file that python -m longctx.compiler.hardware "
+        "to plan for: a device's name, such as h100 or cpu, or a file that python -m longctx.measure "
         "measured (default: what is here)",
     )
     gpu_mem_constraint: float = option(64.0, "GB a GPU that the plan may need", above=0)
@@ -218,7 +218,21 @@ def check_folders(job: Job) -> None:
             raise UserError(f"--{name} {value_as_text(job, name)}: {problem}; name another folder")
 
 
-CHECKS = (check_name, check_ranks, check_engine_options, nnscaler.check_policy, check_vocabulary, check_folders)
+CHECKS = (
+    check_name,
+    check_ranks,
+    check_engine_options,
+    nnscaler.check_policy,
+    nnscaler.check_torchrun,
+    check_vocabulary,
+    check_folders,
+)
+
+
+def say_complete(step: int) -> None:
+    """Rank 0 prints that a job has no step left to take after this one."""
+    if torchrun.rank() == 0:
+        print(f"run: training is complete after step {step}; raise --max_epochs or --max_train_steps to go on")
 
 
 # --- errors --------------------------------------------------------------------------------------------------------

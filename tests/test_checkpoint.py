@@ -16,10 +16,12 @@ from ranks import run_ranks
 from torch import nn
 
 import ckpt_merger
-from longctx import atomic as files
+from longctx import atomic
 from longctx.data.order import Position
-from longctx.errors import UserError
-from longctx.runtime import checkpoint, parallel, trainer
+from longctx.engines.checkpoints import FORMATS
+from longctx.errors import CheckpointError, CheckpointFolderError, NoRoom, UserError
+from longctx.options import Job
+from longctx.runtime import checkpoint, merge, parallel, resume, trainer
 
 ROOT = Path(__file__).parent.parent
 
@@ -59,10 +61,10 @@ def test_where_last_is_missing_damaged_or_names_nothing_the_newest_whole_one_is_
     next((tmp_path / "0000-000003").glob("shard" if engine == "torch" else "1.ckpt")).write_text("cut")
     if last:
         point_last(tmp_path, last, engine)
-    assert checkpoint.find(tmp_path, None, engine) == tmp_path / "0001-000002"
+    assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0001-000002"
     assert f"checkpoint: {tmp_path}/last is missing or damaged, taking 0001-000002" in capsys.readouterr().out
-    assert checkpoint.find_stored(tmp_path) == tmp_path / "0001-000002"
-    assert checkpoint.find(Path("none"), str(tmp_path), engine) == tmp_path / "0001-000002"
+    assert resume.find_stored(tmp_path, FORMATS) == tmp_path / "0001-000002"
+    assert resume.find(Path("none"), tmp_path, engine, FORMATS) == tmp_path / "0001-000002"
 
 
 @pytest.mark.parametrize("engine", ["torch", "nnscaler"])
@@ -70,7 +72,7 @@ def test_last_is_taken_even_if_it_is_not_the_one_of_most_steps(tmp_path, capsys,
     for name in ("0000-000001", "0000-000002"):
         write_checkpoint(tmp_path, name, engine)
     point_last(tmp_path, "0000-000001", engine)
-    assert checkpoint.find(tmp_path, None, engine) == tmp_path / "0000-000001"
+    assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0000-000001"
     assert capsys.readouterr().out == ""
 
 
@@ -86,30 +88,30 @@ def test_a_checkpoint_that_was_being_replaced_by_a_killed_run_is_found(tmp_path,
         rename(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files.os, "rename", killed_before_the_second)
+        patch.setattr(atomic.os, "rename", killed_before_the_second)
         (tmp_path / ".0000-000002.writing").mkdir()
-        files.publish_folder(tmp_path / ".0000-000002.writing", tmp_path / "0000-000002")
-    found = checkpoint.find(tmp_path, None, "torch")
+        atomic.publish_folder(tmp_path / ".0000-000002.writing", tmp_path / "0000-000002")
+    found = resume.find(tmp_path, None, "torch", FORMATS)
     assert found.name.startswith(".0000-000002.old-")
-    assert checkpoint.read_state(found, "--checkpoint_dir").position.step == 2
+    assert checkpoint.read(found, FORMATS).state.position.step == 2
 
 
 @pytest.mark.parametrize("engine", ["torch", "nnscaler"])
 def test_where_the_last_checkpoint_is_gone_and_there_is_no_other_nothing_starts_anew(tmp_path, engine):
     point_last(tmp_path, "0000-000002", engine)
-    sentence = "--checkpoint_dir .*: its last checkpoint, .*0000-000002.*, is gone, and there is no other; put it back"
-    with pytest.raises(UserError, match=sentence):
-        checkpoint.find(tmp_path, None, engine)
+    sentence = "^its last checkpoint, .*0000-000002.*, is gone, and there is no other; put it back"
+    with pytest.raises(CheckpointError, match=sentence):
+        resume.find(tmp_path, None, engine, FORMATS)
 
 
 def test_checkpoints_of_two_engines_do_not_get_into_one_folder(tmp_path):
     (tmp_path / "merged.ckpt").write_text("")
     write_checkpoint(tmp_path / "checkpoints", "0000-0002", "nnscaler")
-    sentence = "--checkpoint_dir .*: the checkpoints in it are the nnscaler engine's, .*; name another folder"
-    with pytest.raises(UserError, match=sentence):
-        checkpoint.find(tmp_path / "checkpoints", str(tmp_path / "merged.ckpt"), "torch")
-    merged = checkpoint.find(tmp_path / "checkpoints", str(tmp_path / "merged.ckpt"), "nnscaler")
-    assert merged == tmp_path / "merged.ckpt"
+    merged = tmp_path / "merged.ckpt"
+    sentence = "^the checkpoints in it are the nnscaler engine's, .*; name another folder"
+    with pytest.raises(CheckpointFolderError, match=sentence):
+        resume.find(tmp_path / "checkpoints", merged, "torch", FORMATS)
+    assert resume.find(tmp_path / "checkpoints", merged, "nnscaler", FORMATS) == merged
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -129,17 +131,18 @@ def test_a_damaged_manifest_is_named_as_such(tmp_path, content, reason):
     facts = json.loads((path / "checkpoint.json").read_text())
     del facts["files"]
     (path / "checkpoint.json").write_text(json.dumps(facts) if content is None else content)
-    with pytest.raises(UserError, match=f"--resume_path .*0000-000001: {reason}.*; name another checkpoint"):
-        checkpoint.read_state(path, "--resume_path")
-    with pytest.raises(UserError, match=f"--ckpt_dir .*0000-000001: {reason}"):
+    sentence = f"the checkpoint 0000-000001 is not whole: {reason}.*; name another checkpoint"
+    with pytest.raises(CheckpointError, match=f"^{sentence}"):
+        checkpoint.read(path, FORMATS)
+    with pytest.raises(UserError, match=f"^--ckpt_dir {tmp_path}: {sentence}"):
         ckpt_merger.main(["--ckpt_dir", str(tmp_path), "--output_fname", str(tmp_path / "merged.ckpt")])
 
 
 @pytest.mark.parametrize("entries", [3, {"model": {}}, {"state": 3}, {"state": []}, {"state": "{}"}])
 def test_a_file_of_something_else_is_no_merged_checkpoint(tmp_path, entries):
     torch.save(entries, tmp_path / "file")
-    with pytest.raises(UserError, match="--resume_path .*: it is no merged checkpoint"):
-        checkpoint.read_state(tmp_path / "file", "--resume_path")
+    with pytest.raises(CheckpointError, match="^it is no merged checkpoint"):
+        checkpoint.read(tmp_path / "file", FORMATS)
 
 
 # --- saving, loading, merging ----------------------------------------------------------------------------------------
@@ -156,8 +159,7 @@ def save_on_rank(folder: Path, plan_ngpus: int, step: int = 1) -> None:
 
 def small_model(device: torch.device, plan_ngpus: int, width: int = 8) -> tuple:
     model = parallel.parallelize(nn.Linear(width, width), "", device, torch.float32, plan_ngpus)
-    settings = trainer.TrainSettings(8, 8, 1e-3, "constant", 0, 0.0, 1.0, 1, 1, None, 1, 0, Path(), Path())
-    return model, trainer.make_optimizer(model, settings, device)
+    return model, trainer.make_optimizer(model, Job(model_id="linear"))
 
 
 def write_hf_files(folder: Path) -> None:
@@ -170,8 +172,8 @@ def load_on_rank(folder: Path, plan_ngpus: int, expected: list[int]) -> None:
     with parallel.process_group() as device:
         model, optimizer = small_model(device, plan_ngpus)
         torch.manual_seed(100)
-        path = checkpoint.find(folder, None, "torch")
-        checkpoint.load(path, model, optimizer, checkpoint.read_state(path, "--checkpoint_dir"), "--checkpoint_dir")
+        path = resume.find(folder, None, "torch", FORMATS)
+        checkpoint.load(checkpoint.read(path, FORMATS), model, optimizer)
         drawn = torch.rand(1)
         torch.manual_seed(expected[dist.get_rank()])
         assert drawn == torch.rand(1)
@@ -188,6 +190,23 @@ def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
         (tmp_path / name / "inside").mkdir(parents=True)
     run_ranks(1, save_on_rank, tmp_path, 1)
     assert sorted(os.listdir(tmp_path)) == [".mine", "0000-000001", "last"]
+
+
+def save_beside_the_users_on_rank(folder: Path) -> None:
+    (folder / "0000-000001").mkdir()
+    (folder / "0000-000001" / "thesis.tex").write_text("years of work")
+    with pytest.raises(
+        CheckpointFolderError, match="0000-000001 has a checkpoint's name and is none that this program"
+    ):
+        save_on_rank(folder, 1)
+
+
+def test_a_save_never_replaces_a_folder_that_came_into_its_place_while_training(tmp_path):
+    run_ranks(1, save_beside_the_users_on_rank, tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
+        "0000-000001",
+        "0000-000001/thesis.tex",
+    ]
 
 
 def save_large_on_rank(folder: Path) -> None:
@@ -211,8 +230,8 @@ def test_a_merged_file_that_the_disk_has_no_room_for_is_refused_before_it_is_wri
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match="--output_fname .*merged.ckpt: there is no room for it .*No space left"):
-        checkpoint.merge(large / "last", tmp_path / "merged.ckpt")
+    with pytest.raises(NoRoom, match="^there is no room for it .*No space left"):
+        merge.merge(checkpoint.read(large / "last", FORMATS), tmp_path / "merged.ckpt")
     assert not list(tmp_path.iterdir())
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import ckpt_merger
 import train
+from longctx.data.rows import load_row, open_dataset
 from longctx.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -70,11 +71,11 @@ def refused(job: Path, sentence: str, **changes) -> None:
         ("--max_train_steps 0: it has to be 1 or more", {"max_train_steps": 0}),
         ("--learning_rate -1.0: it has to be above 0", {"learning_rate": -1}),
         ("--learning_rate nan: it has to be above 0", {"learning_rate": "nan"}),
-        ("--warmup_steps -1: it can't be negative", {"warmup_steps": -1}),
+        ("--warmup_steps -1: it has to be 0 or more", {"warmup_steps": -1}),
         ("--dataset_path: it is missing; make rows", {"dataset_path": None}),
         ("--dataset_path: it is missing; give it, or --seq", {"dataset_path": None, "run_mode": "compile"}),
         ("--dataset_path nowhere: no such folder; make it with bookcorpus.py", {"dataset_path": "nowhere"}),
-        ("--dataset_path .*: it is no dataset that bookcorpus.py wrote", {"dataset_path": ROOT / "docs"}),
+        ("--dataset_path .*: it is no dataset that bookcorpus.py wrote", {"dataset_path": ROOT / "examples"}),
         ("--sequence_length 32: the rows of --dataset_path .* have 16 tokens", {"sequence_length": 32}),
         ("--model_id ./nowhere: no config.json there", {"model_id": "./nowhere"}),
         (
@@ -82,7 +83,7 @@ def refused(job: Path, sentence: str, **changes) -> None:
             {"model_id": ROOT / "examples" / "llama3_8b_128k", "checkpoint_dir": "none_yet"},
         ),
         ("--resume_path nowhere: there is no such file or folder", {"resume_path": "nowhere"}),
-        ("--resume_path .*docs: it has no checkpoint in it", {"resume_path": ROOT / "docs"}),
+        ("--resume_path .*examples: it has no checkpoint in it", {"resume_path": ROOT / "examples"}),
         ("--resume_path .*: it is no merged checkpoint", {"resume_path": ROOT / "README.md"}),
         (
             "--attn_implementation flash_attention_2: the package flash-attn",
@@ -108,6 +109,37 @@ def test_a_folder_of_the_users_is_never_replaced_by_a_compiled_one(job, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "here"]
 
 
+@pytest.mark.parametrize("name", ["0000-000001", "0001-000500"])
+def test_a_folder_of_the_users_is_never_replaced_by_a_checkpoint(job, tmp_path, name):
+    kept = tmp_path / "checkpoints" / name / "thesis.tex"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("years of work")
+    fresh = {"compiled_dir": tmp_path / "compiled", "checkpoint_dir": tmp_path / "checkpoints"}
+    sentence = f"--checkpoint_dir .*: .*/{name} has a checkpoint's name and is none that this program wrote; move it"
+    refused(job, sentence, **fresh)
+    assert kept.read_text() == "years of work"
+    assert not (tmp_path / "compiled").exists()
+
+
+@pytest.mark.parametrize("make", [Path.mkdir, Path.touch])
+def test_what_is_called_last_and_is_no_link_is_refused_before_the_first_checkpoint(job, tmp_path, make):
+    (tmp_path / "checkpoints").mkdir()
+    make(tmp_path / "checkpoints" / "last")
+    fresh = {"compiled_dir": tmp_path / "compiled", "checkpoint_dir": tmp_path / "checkpoints"}
+    refused(job, "--checkpoint_dir .*: .*/last is no link to a checkpoint, as this program makes it; move it", **fresh)
+    assert not (tmp_path / "compiled").exists()
+
+
+def test_a_resumed_run_never_drops_lines_of_the_users_from_metrics_jsonl(job, tmp_path):
+    notes = tmp_path / "runs" / "mine" / "metrics.jsonl"
+    notes.parent.mkdir(parents=True)
+    notes.write_text("years of work\n")
+    ask = {"name": "mine", "log_dir": tmp_path / "runs", "compiled_dir": tmp_path / "compiled", "max_train_steps": 2}
+    refused(job, "--log_dir .*: line 1 of .*/metrics.jsonl is none that a run wrote, and resuming would lose it", **ask)
+    assert notes.read_text() == "years of work\n"
+    assert not (tmp_path / "compiled").exists()
+
+
 def test_ranks_that_could_share_no_work_are_refused_with_what_would_work(job, tmp_path):
     ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 31, "compiled_dir": tmp_path}
     sentence = "--plan_ngpus 7: it divides neither the rows' 31 tokens nor the heads .*; choose one of 2, 4, 8"
@@ -120,6 +152,10 @@ def test_a_plan_that_can_not_fit_is_refused_with_what_is_missing(job, tmp_path):
     refused(job, sentence, gpu_mem_constraint=0.001, **ask)
     refused(job, "--hardware abacus: it is neither a profile's file nor one of a100", hardware="abacus", **ask)
     refused(job, "--plan nowhere: it is no plan.json that compile wrote", plan="nowhere", **ask)
+
+
+def test_layers_to_recompute_that_the_model_does_not_have_are_refused(job, tmp_path):
+    ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 64, "compiled_dir": tmp_path}
     refused(job, "--recompute_modules MLP: MLP is no layer of LlamaForCausalLM", recompute_modules="MLP", **ask)
 
 
@@ -131,7 +167,7 @@ def test_a_plans_partitions_are_taken_again_at_another_length(job, tmp_path):
     assert json.loads((tmp_path / "second" / "plan.json").read_text())["decisions"] == decisions
     decisions["ops"]["LlamaDecoderLayer"][0][1] = "*1"  # the first norm, along the sequence
     (tmp_path / "edited.json").write_text(json.dumps({"decisions": decisions}))
-    sentence = "--plan: it splits input_layernorm's longctx.*rms_norm along '\\*1', which 2 ranks can't share"
+    sentence = r"--plan .*/edited.json: it splits input_layernorm's rms_norm along '\*1', which 2 ranks can't share"
     refused(job, sentence, sequence_length=33, name="third", plan=tmp_path / "edited.json", **ask)
 
 
@@ -143,7 +179,7 @@ def test_a_folder_that_can_not_be_written_to_is_refused_before_anything_is_done(
     (tmp_path / "file").write_text("")
     places = {name: tmp_path / name for name in ("compiled_dir", "checkpoint_dir", "log_dir")}
     compiled = []
-    monkeypatch.setattr("longctx.engines.builtin.compile_plan", lambda *args: compiled.append(args))
+    monkeypatch.setattr("longctx.engines.builtin.ensure_compiled", lambda *args: compiled.append(args))
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "locked")  # root may do everything
     (tmp_path / "locked").mkdir()
     for place, problem in (
@@ -199,8 +235,8 @@ def test_rows_may_be_lists_of_any_arrow_kind_in_any_number_of_files(tmp_path, ki
     features = datasets.Features({"input_ids": kind})
     rows = torch.randint(0, 256, (6, 16)).tolist()
     datasets.Dataset.from_dict({"input_ids": rows}, features).save_to_disk(tmp_path / "rows", num_shards=3)
-    opened = rows.open_dataset(str(tmp_path / "rows"))
-    assert [rows.load_row(opened, row, 16, 256)[0][0].tolist() for row in range(6)] == rows
+    opened = open_dataset(str(tmp_path / "rows"))
+    assert [load_row(opened, row, 16, 256)[0][0].tolist() for row in range(6)] == rows
 
 
 @pytest.mark.parametrize("content", ["{", "3"])
@@ -229,18 +265,19 @@ def test_a_checkpoint_of_another_model_is_refused(job, tmp_path, option):
 
 
 def test_a_run_goes_on_only_with_its_own_order_of_rows(job, tmp_path):
-    refused(job, "--seed 1: --checkpoint_dir .* is of a run with seed 0, .*; pass --seed 0", seed=1)
+    refused(job, "--seed 1: .*checkpoints/0001-000001 is of a run with seed 0, .*; take seed 0", seed=1)
     rows = save_rows(tmp_path / "rows", rows=5)
-    refused(job, "--dataset_path: it has 5 rows and the run of --checkpoint_dir .* had 4", dataset_path=rows)
+    refused(job, "--dataset_path .*: it has 5 rows and the run of .*/0001-000001 had 4", dataset_path=rows)
 
 
 def test_a_checkpoint_that_was_cut_short_is_refused(job, tmp_path):
     shutil.copytree(job / "checkpoints", tmp_path / "checkpoints", symlinks=True)
     shard = next(tmp_path.rglob("*.distcp"))
     shard.write_bytes(shard.read_bytes()[:-1])
-    refused(
-        job, r"--checkpoint_dir .*: its file __0_0.distcp has \d+ bytes instead of", checkpoint_dir=shard.parent.parent
+    sentence = (
+        r"--checkpoint_dir .*: the checkpoint 0001-000001 is not whole: its file __0_0.distcp has \d+ bytes instead of"
     )
+    refused(job, sentence, checkpoint_dir=shard.parent.parent)
     shard.unlink()
     refused(job, "its file __0_0.distcp is missing", checkpoint_dir=shard.parent.parent)
 
@@ -319,10 +356,15 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
         ("--hf_dir .*: it is there already", {"hf_dir": "model"}),
         ("--hf_dir .*: .*config.json is no folder; choose another name", {"hf_dir": "model/config.json/hf"}),
         ("--output_fname .*: .*config.json is no folder", {"output_fname": "model/config.json/merged"}),
+        ("--output_fname .*: it is there already", {"output_fname": "model/config.json"}),
+        ("--output_fname .*: it is there already", {"output_fname": "link_to_nothing"}),
+        ("--hf_dir .*: it is there already", {"hf_dir": "link_to_nothing"}),
     ],
 )
 def test_the_merger_refuses_in_one_sentence(job, sentence, options):
     options = {"ckpt_dir": "checkpoints", **options}
+    (job / "link_to_nothing").unlink(missing_ok=True)
+    (job / "link_to_nothing").symlink_to("nowhere")
     with pytest.raises(UserError, match=sentence):
         ckpt_merger.main([word for k, v in options.items() for word in (f"--{k}", str(job / v))])
 

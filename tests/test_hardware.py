@@ -12,9 +12,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from longctx.compiler import hardware
-from longctx.compiler.hardware import HARDWARE, KINDS, Timing, collective_seconds, identify, load
+from longctx import measure as measuring
+from longctx.compiler.hardware import HARDWARE, Timing, collective_seconds, identify, load
 from longctx.errors import HardwareError, UserError
+from longctx.measure import KINDS
 
 ROOT = Path(__file__).parent.parent
 MIB = 2**20
@@ -96,7 +97,7 @@ def test_a_measured_collective_is_interpolated_and_others_are_modelled():
 
 
 def measure(output: Path, *torchrun: str) -> None:
-    command = [sys.executable, *torchrun, "-m", "compiler.hardware", "--measure", "--output", str(output)]
+    command = [sys.executable, *torchrun, "-m", "longctx.measure", "--output", str(output)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -149,8 +150,19 @@ def test_wrong_names_and_files_end_in_a_sentence_that_lists_the_names(tmp_path):
         assert "\n" not in str(error.value)
 
 
-def test_measuring_needs_somewhere_to_write(monkeypatch, tmp_path):
-    for output in (tmp_path, tmp_path / "none" / "profile.json"):
-        monkeypatch.setattr(sys, "argv", ["hardware", "--measure", "--output", str(output)])
+def test_measuring_needs_somewhere_to_write_and_replaces_nothing_but_a_profile(monkeypatch, tmp_path):
+    (tmp_path / "thesis.json").write_text('{"chapters": 5}')
+    for output in (tmp_path, tmp_path / "none" / "profile.json", tmp_path / "thesis.json"):
+        monkeypatch.setattr(sys, "argv", ["measure", "--output", str(output)])
         with pytest.raises(UserError, match="--output"):
-            hardware.main()
+            measuring.main()
+    assert (tmp_path / "thesis.json").read_text() == '{"chapters": 5}'
+    measuring.check_output(tmp_path / "new.json")
+    (tmp_path / "old.json").write_text(json.dumps(dict.fromkeys(measuring.PROFILE_FIELDS, 1)))
+    measuring.check_output(tmp_path / "old.json")
+
+
+def test_float32_and_cpus_have_no_published_peak_and_so_no_mfu():
+    assert HARDWARE["h100"].peak_rate(torch.bfloat16) == 989e12
+    assert HARDWARE["h100"].peak_rate(torch.float32) is None
+    assert HARDWARE["cpu"].peak_rate(torch.bfloat16) is None

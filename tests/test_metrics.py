@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
+from longctx.errors import LogError
+from longctx.runtime.metrics import FlopCount, check_log, metrics_log, step_metrics
 
 
 def log_steps(folder: Path, first_step: int, last_step: int) -> None:
@@ -31,6 +32,7 @@ def test_a_line_that_a_kill_cut_short_is_dropped(tmp_path, torn):
     log_steps(tmp_path, 0, 4)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write(torn)
+    check_log(tmp_path, resuming=True)
     log_steps(tmp_path, 4, 5)
     assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3, 4, 5]
 
@@ -41,3 +43,26 @@ def test_a_run_that_starts_anew_keeps_the_metrics_of_those_before_it(tmp_path):
     assert steps_in(tmp_path / "metrics.1.jsonl") == [1, 2, 3]
     assert steps_in(tmp_path / "metrics.2.jsonl") == [1, 2]
     assert steps_in(tmp_path / "metrics.jsonl") == [1]
+
+
+@pytest.mark.parametrize("theirs", ["years of work\n", '{"loss": 1.0}\n', '{"step": "one"}\n', "[]\n", "\n"])
+def test_lines_that_no_run_wrote_are_refused_before_a_run_is_resumed_and_kept_in_any_case(tmp_path, theirs):
+    (tmp_path / "metrics.jsonl").write_text(theirs)
+    with pytest.raises(LogError, match="line 1 of .*metrics.jsonl is none that a run wrote, .*; move the file"):
+        check_log(tmp_path, resuming=True)
+    log_steps(tmp_path, 4, 5)
+    assert (tmp_path / "metrics.jsonl").read_text().startswith(theirs)
+
+
+def test_a_run_that_starts_anew_moves_any_file_out_of_its_way(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("years of work\n")
+    check_log(tmp_path, resuming=False)
+    log_steps(tmp_path, 0, 1)
+    assert (tmp_path / "metrics.1.jsonl").read_text() == "years of work\n"
+
+
+@pytest.mark.parametrize("resuming", [True, False])
+def test_a_folder_called_metrics_jsonl_is_refused(tmp_path, resuming):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(LogError, match="metrics.jsonl is no file"):
+        check_log(tmp_path, resuming)

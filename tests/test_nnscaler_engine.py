@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -22,9 +23,15 @@ from transformers import AutoModelForCausalLM
 
 import ckpt_merger
 import train
+from longctx.command_line import naming_options, parse
 from longctx.data import order
-from longctx.errors import UserError
-from longctx.runtime import checkpoint
+from longctx.engines.checkpoints import FORMATS
+from longctx.engines.nnscaler.checkpoints import as_builtin
+from longctx.engines.nnscaler.engine import check_generated
+from longctx.engines.nnscaler.options import check_policy, choose_engine
+from longctx.errors import CheckpointFolderError, CompiledError, UserError
+from longctx.options import Job, causes, check_engine_options
+from longctx.runtime import checkpoint, merge, resume
 
 ROOT = Path(__file__).parent.parent
 LENGTH, ROWS, STEPS = 64, 22, 8  # of 4 rows each: an epoch is 6 steps, the last of 2 rows
@@ -65,8 +72,8 @@ def machine(monkeypatch):
 )
 def test_auto_takes_nnscaler_where_it_works_and_says_why(machine, installed, version, gpu, engine, reason):
     machine(installed, version, gpu)
-    assert train.choose_engine("auto") == (engine, f"since {reason}")
-    assert train.choose_engine("torch") == ("torch", "as asked")
+    assert choose_engine("auto") == (engine, f"since {reason}")
+    assert choose_engine("torch") == ("torch", "as asked")
 
 
 @pytest.mark.parametrize(
@@ -79,7 +86,12 @@ def test_auto_takes_nnscaler_where_it_works_and_says_why(machine, installed, ver
 def test_nnscaler_is_refused_where_it_can_not_work(machine, installed, version, sentence):
     machine(installed, version, True)
     with pytest.raises(UserError, match=sentence):
-        train.choose_engine("nnscaler")
+        train.main(["--model_id", "any", "--engine", "nnscaler"])
+
+
+def job_of(engine: str, *words: str) -> Job:
+    """The job that these options ask for, of the engine, unchecked."""
+    return replace(parse(Job, ["--model_id", "any", *words], ""), engine=engine)
 
 
 @pytest.mark.parametrize(
@@ -99,11 +111,11 @@ def test_an_option_that_means_nothing_to_the_engine_is_refused(engine, option):
         f"{option[0]} {option[1]}: it means nothing to the {engine} engine; leave it out, or choose --engine {other}"
     )
     with pytest.raises(UserError, match=sentence):
-        train.check_engine_options(train.parse_args(["--model_id", "any", *option]), engine)
+        check_engine_options(job_of(engine, *option))
 
 
 @pytest.mark.parametrize(
-    ("options", "sentence"),
+    ("words", "sentence"),
     [
         ("--pipeline_nstages none", "--pipeline_nstages none: it has to be 1 or more, or 'auto'"),
         ("--pipeline_nstages 0", "--pipeline_nstages 0: it has to be 1 or more, or 'auto'"),
@@ -115,16 +127,21 @@ def test_an_option_that_means_nothing_to_the_engine_is_refused(engine, option):
         ("--pas_policy dp --plan_ngpus 2", "--plan_ngpus 2: --pas_policy dp takes 1"),
     ],
 )
-def test_what_a_policy_does_not_take_is_refused(options, sentence):
+def test_what_a_policy_does_not_take_is_refused(words, sentence):
     with pytest.raises(UserError, match=sentence):
-        train.check_engine_options(train.parse_args(["--model_id", "any", *options.split()]), "nnscaler")
+        check_policy(job_of("nnscaler", *words.split()))
 
 
 @pytest.mark.parametrize(
-    "options", ["--pas_policy hybrid --pipeline_nstages 2", "--pipeline_pivots A", "--pipeline_nstages auto"]
+    "words", ["--pas_policy hybrid --pipeline_nstages 2", "--pipeline_pivots A", "--pipeline_nstages auto"]
 )
-def test_what_a_policy_takes_is_taken(options):
-    train.check_engine_options(train.parse_args(["--model_id", "any", *options.split()]), "nnscaler")
+def test_what_a_policy_takes_is_taken(words):
+    check_policy(job_of("nnscaler", *words.split()))
+
+
+def test_importing_the_scripts_does_not_import_nnscaler():
+    program = "import sys, train, ckpt_merger; assert 'nnscaler' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 # --- nnScaler's files, read without it -------------------------------------------------------------------------------
@@ -140,7 +157,7 @@ def nnscaler_merged(tmp_path) -> tuple[Path, dict[str, torch.Tensor]]:
     moments = [
         {"step": torch.tensor(4.0), "exp_avg": m * 2, "exp_avg_sq": m * m, "fp32_params": m} for m in masters.values()
     ]
-    hf = checkpoint.hf_entry(model.config.save_pretrained)
+    hf = merge.hf_entry(model.config.save_pretrained)
     entries = {
         "model": {f"loss.model.{name}": tensor.bfloat16() for name, tensor in masters.items()},
         "optimizer": {"state": dict(enumerate(moments)), "param_groups": [{"lr": 1e-3}]},
@@ -162,8 +179,8 @@ def test_nnscalers_merged_file_becomes_a_hugging_face_folder_of_its_float32_mast
 
 def test_nnscalers_merged_file_is_read_as_the_built_in_engines(nnscaler_merged):
     merged, masters = nnscaler_merged
-    assert checkpoint.read_state(merged, "--resume_path").position == order.Position(4, 0, 16)
-    entries = checkpoint.normalized(torch.load(merged, weights_only=True))
+    assert checkpoint.read(merged, FORMATS).state.position == order.Position(4, 0, 16)
+    entries = as_builtin(torch.load(merged, weights_only=True))
     assert {name.rpartition("/")[2] for name in entries["optimizer"]} == {"step", "exp_avg", "exp_avg_sq"}
     for name, master in masters.items():
         assert torch.equal(entries["model"][name], master)
@@ -174,9 +191,36 @@ def test_a_checkpoint_of_the_other_engine_is_named_as_such(tmp_path):
     (tmp_path / "last").mkdir()
     (tmp_path / "last" / "0.ckpt").write_bytes(b"")
     sentence = "--checkpoint_dir .*: its checkpoint is the nnscaler engine's; choose --engine nnscaler, or merge it"
-    with pytest.raises(UserError, match=sentence):
-        checkpoint.find(tmp_path, None, "torch")
-    assert checkpoint.find(tmp_path, None, "nnscaler") == tmp_path / "last"
+    job = job_of("torch", "--checkpoint_dir", str(tmp_path))
+    with pytest.raises(UserError, match=sentence), naming_options(job, causes(job)):
+        resume.find_resume(job, ROWS, FORMATS)
+    assert resume.find(tmp_path, None, "nnscaler", FORMATS) == tmp_path / "last"
+
+
+@pytest.mark.parametrize("place", ["last", "best", "last/0.ckpt", "best/1.ckpt"])
+def test_files_of_the_users_are_never_replaced_by_links_to_nnscalers_checkpoints(tmp_path, place):
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).write_text("years of work")
+    with pytest.raises(
+        CheckpointFolderError, match=f"{place} is no link to a checkpoint, as nnscaler makes it; move it"
+    ):
+        FORMATS["nnscaler"].check_folder(tmp_path)
+
+
+def test_a_file_of_the_users_among_generated_code_is_refused_before_nnscaler_would_remove_it(tmp_path):
+    for name in ("gencode0.py", "graph.ckp", "forward_args.pkl", "compute_config.pt", "fullmodel.pt.0"):
+        (tmp_path / name).write_text("generated")
+    check_generated(tmp_path)
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(CompiledError, match="thesis.tex is none that nnscaler wrote, and compiling would remove it"):
+        check_generated(tmp_path)
+
+
+def test_a_folder_of_nnscalers_own_links_is_saved_to_again(tmp_path):
+    for name in ("last", "best"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "0.ckpt").symlink_to("../0000-0004/0.ckpt")
+    FORMATS["nnscaler"].check_folder(tmp_path)
 
 
 def test_what_is_merged_already_is_not_merged_again(nnscaler_merged, tmp_path):
@@ -269,7 +313,7 @@ def test_generated_code_calls_our_ops(trained):
         / "longctx"
         / "engines"
         / "nnscaler"
-        / "engine"
+        / "model"
         / "WrappedModel"
         / "job"
     )
@@ -386,12 +430,10 @@ def test_a_run_that_is_complete_says_so(trained):
 
 @needs_nnscaler
 def test_data_parallel_ranks_draw_dropout_of_their_own_and_the_ranks_of_a_plan_the_same(job):
-    from longctx.engines.nnscaler import engine as nnscaler_engine
+    from longctx.engines.nnscaler.hook import StepHook
 
-    args = train.parse_args(["--model_id", str(job / "model"), "--plan_ngpus", "2", "--seed", "5"])
-    args.runtime_ngpus, args.name = 8, "job"
-    config = train.build.load_config(args.model_id)
-    hook = nnscaler_engine.Callbacks(args, config, train.train_settings(args, config, LENGTH), {}, ROWS)
+    ranks = {"plan_ngpus": 2, "runtime_ngpus": 8}
+    hook = StepHook(Job(model_id=str(job / "model"), seed=5, sequence_length=LENGTH, name="job", **ranks), {}, ROWS)
     seeds = []
     for rank in range(1, 8):  # the first opens the logs
         status = SimpleNamespace(finished_train_steps=0)
@@ -406,7 +448,7 @@ def test_the_merged_weights_open_in_transformers(merged):
     subprocess.run(merger, check=True, cwd=merged)
     opened = AutoModelForCausalLM.from_pretrained(merged / "hf", dtype=torch.float32)
     of_nnscaler, of_torch = (
-        checkpoint.normalized(torch.load(merged / f"{engine}.ckpt", weights_only=True))["model"]
+        as_builtin(torch.load(merged / f"{engine}.ckpt", weights_only=True))["model"]
         for engine in ("nnscaler", "torch")
     )
     for name, parameter in opened.named_parameters():
@@ -418,5 +460,5 @@ def test_the_merged_weights_open_in_transformers(merged):
 @needs_nnscaler
 def test_a_checkpoint_of_other_rows_a_step_is_refused_before_ranks_start(trained):
     refusal = run(trained, "nnscaler", "nnscaler", *TP, "--grad_accumulation_steps", "3", check=False)
-    assert re.search("--grad_accumulation_steps 3: --checkpoint_dir .*/0001-0008 is of a run", refusal.stderr)
+    assert re.search("--grad_accumulation_steps 3: .*/0001-0008 is of a run", refusal.stderr)
     assert "exitcode  : 2" in refusal.stderr

@@ -110,13 +110,18 @@ def test_a_plan_over_two_ranks_trains_as_two_ranks_apart_do(job, uninterrupted, 
         assert partitioned[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step
 
 
+def family_of(pid: int) -> list[int]:
+    """A process and all that it and its children have started."""
+    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+    return [pid, *(descendant for child in children for descendant in family_of(int(child)))]
+
+
 @pytest.mark.parametrize("plan_ngpus", [1, 2])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partitioned, plan_ngpus):
     expected = {1: uninterrupted, 2: partitioned}[plan_ngpus]
     name = f"killed{plan_ngpus}"
     process = subprocess.Popen(
         command(job, 2, name, plan_ngpus=plan_ngpus),
-        start_new_session=True,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -124,8 +129,8 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partition
     deadline = time.monotonic() + 120
     while len(read_steps(job, 2, name)) < 6 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    os.killpg(process.pid, signal.SIGKILL)  # torchrun; its workers are in sessions of their own
-    subprocess.run(["pkill", "-KILL", "-f", str(job / name)])
+    for pid in family_of(process.pid):  # torchrun's workers are in sessions of their own
+        os.kill(pid, signal.SIGKILL)
     process.wait()
     before = read_steps(job, 2, name)
     assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"

@@ -65,8 +65,8 @@ def _say_mfu(graph: Graph, prediction: Prediction, setting: Setting) -> str:
     available = peak * setting.plan_size * prediction.time.total
     causal, whole = (3 * flops / available for flops in (prediction.forward_flops_causal, prediction.forward_flops))
     return (
-        f"MFU {causal:.1%} of what causal attention needs ({whole:.1%} by the reference program's count, which takes "
-        "attention whole, twice what is computed)"
+        f"MFU {causal:.1%}, counting attention as causal ({whole:.1%} as the reference program counts: all of "
+        "attention, though half is computed)"
     )
 
 

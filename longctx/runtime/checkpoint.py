@@ -1,4 +1,4 @@
-"""Checkpoints: sharded by torch.distributed.checkpoint, whole or not there at all, found again, and resumed by slices.
+"""Checkpoints: sharded by torch.distributed.checkpoint, whole or not there at all, and loaded by slices.
 
 A checkpoint is a folder `checkpoints/<epoch>-<step>` of one `.distcp` file a rank and DCP's `.metadata`, with
 `checkpoint.json` (what it is of, how far training had come, and the size of every file) and `hf/` (configuration and
@@ -29,18 +29,15 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
 
-from longctx import torchrun
 from longctx.atomic import publish_folder
 from longctx.data.order import Position
-from longctx.errors import CheckpointError, CheckpointFolderError, CheckpointMismatch, OtherEngine, one_line
-from longctx.options import Job
+from longctx.errors import CheckpointError, CheckpointFolderError, one_line
 from longctx.runtime.parallel import ParallelModel, load_slice
 
 VERSION = 1  # of what checkpoint.json holds
 LAST = "last"
 STATE = "checkpoint.json"
 STATE_ENTRY, HF_ENTRY = "state", "hf"  # of a merged file
-SAVED = re.compile(r"(\d+)-(\d+)|\.(\d+)-(\d+)\.old-.+")  # names of whole folders: epoch and step
 TO_BE_SAVED = re.compile(r"\d{4,}-\d{6,}")  # the names that save gives
 LEFTOVER = re.compile(r"\.\d+-\d+\.(writing|old-.+)")
 
@@ -173,129 +170,20 @@ def _remove_leftovers(checkpoint_dir: Path) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-# --- finding -------------------------------------------------------------------------------------------------------
-
-
-def find_resume(job: Job, n_rows: int, formats: Formats) -> Checkpoint | None:
-    """What to resume from, known to be whole and of these rows; None to start from the model's weights.
-
-    Raises:
-        CheckpointError: there is none where one is named, or it can't be gone on from; or checkpoints can't be saved.
-    """
-    path = find(job.checkpoint_dir, job.resume_path, job.engine, formats)
-    formats[job.engine].check_folder(job.checkpoint_dir)
-    if path is None:
-        return None
-    checkpoint = read(path, formats)
-    check_same_order(checkpoint, job.seed, n_rows)
-    return checkpoint
-
-
-def find(checkpoint_dir: Path, resume_path: Path | None, engine: str, formats: Formats) -> Path | None:
-    """What to resume from: `resume_path` (a checkpoint, a folder of checkpoints or a merged file), else the last.
-
-    None where there is no checkpoint yet.
-
-    Raises:
-        CheckpointError: `resume_path` is no such thing, the checkpoint is another engine's and not merged,
-            `checkpoint_dir` has another engine's in it, or the one that `last` names is gone and there is no other.
-    """
-    path = resume_path or checkpoint_dir
-    others = {name: other for name, other in formats.items() if name != engine}
-    if resume_path and (name := _engine_of_any(checkpoint_dir, others)):
+def check_checkpoint_dir(folder: Path) -> None:
+    """Raises a CheckpointFolderError for what a save would replace though this program did not write it."""
+    if os.path.lexists(folder / LAST) and not (folder / LAST).is_symlink():
         raise CheckpointFolderError(
-            f"the checkpoints in it are the {name} engine's, and those of another would not stay apart from them; "
-            "name another folder"
+            f"{folder / LAST} is no link to a checkpoint, as this program makes it; move it, or name another folder"
         )
-    if resume_path and path.is_file():
-        return path
-    if found := _checkpoint_in(path, formats[engine]):
-        _say_if_not_last(path, found, formats[engine])
-        return found
-    if name := _engine_of_any(path, others):
-        raise OtherEngine(f"its checkpoint is the {name} engine's", name)
-    links = [path / LAST, *(path / LAST / form.mark for form in formats.values())]
-    if link := next((link for link in links if link.is_symlink()), None):
-        raise CheckpointError(
-            f"its last checkpoint, {os.readlink(link)}, is gone, and there is no other; put it back, or remove "
-            f"{path / LAST} to start anew"
-        )
-    if resume_path:
-        what = "it has no checkpoint in it" if path.is_dir() else "there is no such file or folder"
-        raise CheckpointError(f"{what}; name a checkpoint folder or a merged file")
-    return None
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if TO_BE_SAVED.fullmatch(path.name) and not (path / STATE).is_file():
+            raise CheckpointFolderError(
+                f"{path} has a checkpoint's name and is none that this program wrote; move it, or name another folder"
+            )
 
 
-def find_stored(path: Path, formats: Formats) -> Path:
-    """`path` if it is a merged file or a checkpoint of whichever engine, else the last checkpoint in it.
-
-    Raises:
-        CheckpointError: there is none.
-    """
-    if path.is_file():
-        return path
-    for form in formats.values():
-        if found := _checkpoint_in(path, form):
-            _say_if_not_last(path, found, form)
-            return found
-    what = "it has no checkpoint in it" if path.is_dir() else "there is no such folder"
-    raise CheckpointError(f"{what}; name the folder of checkpoints that train.py wrote to")
-
-
-def _engine_of_any(folder: Path, formats: Formats) -> str | None:
-    """The engine, among these, that has a checkpoint in the folder."""
-    return next((name for name, form in formats.items() if _checkpoint_in(folder, form)), None)
-
-
-def _checkpoint_in(folder: Path, form: CheckpointFormat) -> Path | None:
-    """`folder` itself if it is a checkpoint of this format, else the last whole one in it.
-
-    That is the one that `last` names; where it is gone or damaged, what it was to replace; then the one of most steps.
-    Where none is whole, the first of these, for `read` to say what is wrong with it.
-    """
-    if (folder / form.mark).is_file():
-        return folder
-    found = sorted(_saved_in(folder), key=_by_steps(folder), reverse=True)
-    if (folder / LAST / form.mark).is_file():
-        found.insert(0, (folder / LAST / form.mark).resolve().parent)
-    found = [path for path in found if (path / form.mark).is_file()]
-    return next((path for path in found if _is_whole(path, form)), found[0] if found else None)
-
-
-def _saved_in(folder: Path) -> list[Path]:
-    """Every folder that has the name of a whole checkpoint, and those that were being replaced."""
-    folder = folder.resolve()
-    return [path for path in folder.iterdir() if SAVED.fullmatch(path.name)] if folder.is_dir() else []
-
-
-def _by_steps(folder: Path) -> Callable[[Path], tuple]:
-    """What to sort checkpoints by: what stands in for the one that `last` names comes after all others."""
-    last = os.readlink(folder / LAST) if (folder / LAST).is_symlink() else None
-
-    def key(path: Path) -> tuple:
-        epoch, step = (number for number in SAVED.fullmatch(path.name).groups() if number)
-        return f"{epoch}-{step}" == last, int(step), int(epoch), not path.name.startswith(".")
-
-    return key
-
-
-def _is_whole(path: Path, form: CheckpointFormat) -> bool:
-    try:
-        form.read_state(path)
-    except ValueError:
-        return False
-    return True
-
-
-def _say_if_not_last(folder: Path, found: Path, form: CheckpointFormat) -> None:
-    """Prints that `found` was taken in the place of `last`."""
-    last = (folder / LAST / form.mark).resolve().parent
-    if found not in (folder, last) and _is_whole(found, form) and torchrun.rank() == 0:
-        problem = f"{folder / LAST} is missing or damaged"
-        print(f"checkpoint: {problem}, taking {found.name}, the newest that is whole", flush=True)
-
-
-# --- reading and checking --------------------------------------------------------------------------------------------
+# --- reading -------------------------------------------------------------------------------------------------------
 
 
 def read(path: Path, formats: Formats) -> Checkpoint:
@@ -353,49 +241,6 @@ def map_file(path: Path) -> dict[str, Any]:
 def reason(error: Exception) -> str:
     """What a damaged file made a library raise, on one line."""
     return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
-
-
-def check_same_model(checkpoint: Checkpoint, parameters: dict[str, list[int]]) -> None:
-    """Raises a CheckpointError if a checkpoint is not of the model with these parameters."""
-    stored = checkpoint.state.parameters
-    differing = [name for name in {**stored, **parameters} if stored.get(name) != parameters.get(name)]
-    if differing:
-        name = differing[0]
-        raise CheckpointError(
-            f"it is a checkpoint of another model ({checkpoint.path.name} has {name!r} {stored.get(name, 'not')}, and "
-            f"this model {parameters.get(name, 'not')}); name another checkpoint, or another folder for checkpoints to "
-            "start anew"
-        )
-
-
-def check_same_order(checkpoint: Checkpoint, seed: int, n_rows: int) -> None:
-    """Raises a CheckpointMismatch if the rows would come in another order than the checkpoint's run has seen them."""
-    state, path = checkpoint.state, checkpoint.path
-    if state.seed != seed:
-        raise CheckpointMismatch(
-            "seed",
-            f"{path} is of a run with seed {state.seed}, and another would shuffle its rows anew in the middle of an "
-            f"epoch; pass {state.seed}",
-        )
-    if state.n_rows != n_rows:
-        raise CheckpointMismatch(
-            "dataset_path",
-            f"it has {n_rows} rows and the run of {path} had {state.n_rows}; to train on other rows, export the "
-            "weights as a Hugging Face folder with ckpt_merger.py and start a new run from them",
-        )
-
-
-def check_checkpoint_dir(folder: Path) -> None:
-    """Raises a CheckpointFolderError for what a save would replace though this program did not write it."""
-    if os.path.lexists(folder / LAST) and not (folder / LAST).is_symlink():
-        raise CheckpointFolderError(
-            f"{folder / LAST} is no link to a checkpoint, as this program makes it; move it, or name another folder"
-        )
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if TO_BE_SAVED.fullmatch(path.name) and not (path / STATE).is_file():
-            raise CheckpointFolderError(
-                f"{path} has a checkpoint's name and is none that this program wrote; move it, or name another folder"
-            )
 
 
 # --- loading -------------------------------------------------------------------------------------------------------

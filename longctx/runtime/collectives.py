@@ -26,8 +26,8 @@ from torch.autograd.function import once_differentiable
 TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 # PyTorch 2.13 has these two under new names and warns about the old ones; 2.11 has only the old ones.
-_all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-_reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 # A module variable, since generated code has no group to pass around and a process takes part in one plan only.
 _plan_group: dist.ProcessGroup | None = None
@@ -201,14 +201,14 @@ def _sliced(x: torch.Tensor, dim: int) -> torch.Tensor:
 def _gathered(x: torch.Tensor, dim: int) -> torch.Tensor:
     parts = x.new_empty(plan_size(), *x.shape)
     # Both are flat, since gloo takes the output as a concatenation of the inputs and not as a stack of them.
-    _all_gather_single(parts.view(-1), x.reshape(-1), group=_group())
+    all_gather_single(parts.view(-1), x.reshape(-1), group=_group())
     return _joined(parts, dim)
 
 
 def _reduce_scattered(x: torch.Tensor, dim: int) -> torch.Tensor:
     parts = _parts_first(x, dim)
     own = torch.empty_like(parts[0])
-    _reduce_scatter_single(own.view(-1), parts.view(-1), group=_group())
+    reduce_scatter_single(own.view(-1), parts.view(-1), group=_group())
     return own
 
 

@@ -14,7 +14,7 @@ from longctx import torchrun
 from longctx.data.order import Position, advance, epoch_order, micro_batches, step_rows, steps_per_epoch
 from longctx.data.rows import IGNORE_INDEX, Rows
 from longctx.errors import TrainingError
-from longctx.options import Job
+from longctx.options import Job, say_complete
 from longctx.runtime import checkpoint
 from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
 from longctx.runtime.parallel import ParallelModel, reduce_plan_sharded_gradients
@@ -45,7 +45,7 @@ def train(
         position = resume.state.position
     total_steps = count_steps(len(rows), position, job)
     if position.step >= total_steps:
-        say_complete(position)
+        say_complete(position.step)
 
     is_rank_zero = dist.get_rank() == 0
     with metrics_log(job.log_folder, position.step, total_steps) if is_rank_zero else nullcontext() as log:
@@ -91,13 +91,6 @@ def announce(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> Non
         f"run: logs in {job.log_folder} (metrics.jsonl, TensorBoard), checkpoints in {job.checkpoint_dir}",
         flush=True,
     )
-
-
-def say_complete(position: Position) -> None:
-    """Rank 0 prints that there is no step left to take."""
-    if torchrun.rank() == 0:
-        step = position.step
-        print(f"run: training is complete after step {step}; raise --max_epochs or --max_train_steps to go on")
 
 
 # --- one step ------------------------------------------------------------------------------------------------------

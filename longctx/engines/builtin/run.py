@@ -11,8 +11,9 @@ from longctx.engines.checkpoints import FORMATS
 from longctx.huggingface.build import DTYPES, load_config
 from longctx.huggingface.weights import check_weights, find_weights, random_weights, save_hf_files
 from longctx.options import Job
-from longctx.runtime import checkpoint, parallel
+from longctx.runtime import parallel
 from longctx.runtime.metrics import FlopCount, check_log
+from longctx.runtime.resume import check_same_model, find_resume
 from longctx.runtime.trainer import announce, train
 
 
@@ -20,13 +21,13 @@ def run(job: Job) -> None:
     """Trains: checks first all that can be checked without a process group, then joins the ranks."""
     config = load_config(job.model_id)
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, config.vocab_size)
-    resume = checkpoint.find_resume(job, len(rows), FORMATS)
+    resume = find_resume(job, len(rows), FORMATS)
     check_log(job.log_folder, resume is not None)
     weights = None if job.random_init or resume else find_weights(job.model_id, config)
     folder = ensure_compiled(job)
     plan = compiled.read_plan_file(folder).module
     if resume:
-        checkpoint.check_same_model(resume, plan.parameters)
+        check_same_model(resume, plan.parameters)
     elif weights:
         check_weights(weights, plan.parameters)
     with parallel.process_group() as device:

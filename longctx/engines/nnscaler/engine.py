@@ -3,51 +3,55 @@
 It needs PyTorch 2.6 or older, GPUs, and a model's weights already to compile.
 """
 
+import re
 from pathlib import Path
 
 import torch
 
-from longctx import torchrun
 from longctx.data.order import Position, position_after
 from longctx.data.rows import Rows, open_dataset
 from longctx.engines.checkpoints import FORMATS
 from longctx.engines.nnscaler.checkpoints import Parameters, stored_precision
-from longctx.engines.nnscaler.options import PivotNameError
-from longctx.errors import CheckpointMismatch, EngineError, LayerNameError, one_line
+from longctx.engines.nnscaler.model import WrappedModel
+from longctx.engines.nnscaler.options import GENERATED_FOLDER, PivotNameError, instance_name
+from longctx.errors import CheckpointMismatch, CompiledError, EngineError, LayerNameError, one_line
 from longctx.huggingface.build import DTYPES, build_model, load_config
 from longctx.huggingface.weights import check_weights, find_weights
-from longctx.options import Job
-from longctx.runtime import checkpoint
+from longctx.options import Job, say_complete
+from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.metrics import check_log
-from longctx.runtime.trainer import announce, count_steps, say_complete
+from longctx.runtime.resume import check_same_model, find_resume
+from longctx.runtime.trainer import announce, count_steps
+
+# The files of a folder of generated code.
+GENERATED_FILES = re.compile(r"gencode\d+\.py|graph\.ckp|forward_args\.pkl|\w+\.pt(\.\d+)?")
 
 
 def ensure_compiled(job: Job) -> Path:
     """Traces, partitions and writes one gencode<rank>.py a rank, unless equal ones are there; returns their folder."""
     check_gpu()
     check_model(job)
-    folder = _training().compile_plan(job)
+    folder = generated_folder(job)
+    check_generated(folder)
+    _training().compile_plan(job)
     print(f"compile: {folder} has a gencode<rank>.py for each of {job.runtime_ngpus} rank(s)", flush=True)
     return folder
 
 
 def run(job: Job) -> None:
     """Trains: checks first all that can be checked without a process group, which nnScaler then starts."""
-    if not torchrun.started_this():
-        raise EngineError(
-            "it needs torchrun; start with torchrun --nproc_per_node=1 train.py ..., or choose the torch engine"
-        )
     check_gpu()
     parameters = check_model(job)
+    check_generated(generated_folder(job))
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, load_config(job.model_id).vocab_size)
-    resume = checkpoint.find_resume(job, len(rows), FORMATS)
+    resume = find_resume(job, len(rows), FORMATS)
     if resume:
         check_resume(resume, job, parameters, len(rows))
     check_log(job.log_folder, resume is not None)
     announce(job, len(rows), resume)
     position = resume.state.position if resume else Position()
     if position.step >= count_steps(len(rows), position, job):
-        say_complete(position)
+        say_complete(position.step)
     else:
         _training().train(job, rows, parameters, resume)
 
@@ -57,6 +61,12 @@ def _training():
     from longctx.engines.nnscaler import training
 
     return training
+
+
+def generated_folder(job: Job) -> Path:
+    """Where nnScaler puts the code: a folder after the module and the class of the model, and the job's name."""
+    model = WrappedModel
+    return job.compiled_dir.joinpath(GENERATED_FOLDER, *model.__module__.split("."), model.__name__, instance_name(job))
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -69,6 +79,13 @@ def check_gpu() -> None:
         raise EngineError(
             f"it needs a GPU, to compile too, and there is none ({one_line(error)}); choose the torch engine"
         ) from error
+
+
+def check_generated(folder: Path) -> None:
+    """Raises a CompiledError for a file that nnScaler, which empties the folder to compile anew, did not write."""
+    for file in folder.iterdir() if folder.is_dir() else ():
+        if file.is_file() and not GENERATED_FILES.fullmatch(file.name):
+            raise CompiledError(f"{file} is none that nnscaler wrote, and compiling would remove it; move it")
 
 
 def check_model(job: Job) -> Parameters:
@@ -91,9 +108,9 @@ def check_model(job: Job) -> Parameters:
     return parameters
 
 
-def check_resume(resume: checkpoint.Checkpoint, job: Job, parameters: Parameters, n_rows: int) -> None:
+def check_resume(resume: Checkpoint, job: Job, parameters: Parameters, n_rows: int) -> None:
     """Raises a CheckpointError for a checkpoint of another model, precision or number of rows a step."""
-    checkpoint.check_same_model(resume, parameters)
+    check_same_model(resume, parameters)
     stored = job.precision if resume.merged else stored_precision(resume.path)
     if stored != job.precision:
         raise CheckpointMismatch(

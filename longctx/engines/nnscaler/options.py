@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from longctx import torchrun
 from longctx.command_line import Cause, option, value_as_text
 from longctx.errors import EngineError, LayerNameError, UserError
 
@@ -66,6 +67,11 @@ def choose_engine(asked: str) -> tuple[str, str]:
     return "nnscaler", "since it is installed and works with this PyTorch"
 
 
+def instance_name(job: "Job") -> str:
+    """The job's name as nnScaler takes it: a part of a module's name, where a dot would begin another."""
+    return job.name.replace(".", "_")
+
+
 def _why_it_can_not_be_imported() -> str | None:
     if importlib.util.find_spec("nnscaler") is None:
         return "nnscaler is not installed"
@@ -73,6 +79,14 @@ def _why_it_can_not_be_imported() -> str | None:
         newest = ".".join(map(str, NEWEST_TORCH))
         return f"nnscaler works with PyTorch up to {newest} and here is {torch.__version__}"
     return None
+
+
+def check_torchrun(job: "Job") -> None:
+    if job.engine == "nnscaler" and job.run_mode == "run" and not torchrun.started_this():
+        raise UserError(
+            "--engine nnscaler: it needs torchrun; start with torchrun --nproc_per_node=1 train.py ..., or choose "
+            "--engine torch"
+        )
 
 
 def check_policy(job: "Job") -> None:

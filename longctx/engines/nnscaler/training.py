@@ -20,6 +20,7 @@ from nnscaler.cli.trainer_args import (
     ResumeOptions,
     TrainerArgs,
 )
+from nnscaler.graph.tracer.wrap_utils import LeafWrapInfo, Location, default_autowrap_leaf_function
 from nnscaler.parallel import ComputeConfig
 from nnscaler.runtime.f16_optimizer import MixedPrecisionAdamW
 
@@ -30,8 +31,9 @@ from longctx.engines.nnscaler.checkpoints import Parameters, as_builtin, as_nnsc
 from longctx.engines.nnscaler.data import EpochOrder, Samples, dummy_sample, only_sample
 from longctx.engines.nnscaler.hook import StepHook, aggregate_outputs
 from longctx.engines.nnscaler.model import WrappedModel
-from longctx.engines.nnscaler.options import GENERATED_FOLDER
+from longctx.engines.nnscaler.options import instance_name
 from longctx.errors import UserError
+from longctx.huggingface import attention as huggingface_attention
 from longctx.huggingface.build import load_config
 from longctx.huggingface.weights import find_weights
 from longctx.options import Job
@@ -39,12 +41,10 @@ from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.trainer import BETAS
 
 
-def compile_plan(job: Job) -> Path:
-    """Traces, partitions and writes the code, unless equal code is there. Returns its folder."""
+def compile_plan(job: Job) -> None:
+    """Traces, partitions and writes the code, unless equal code is there."""
     register_ops()
     run_trainer(trainer_args(job))
-    model = WrappedModel
-    return Path(job.compiled_dir, GENERATED_FOLDER, *model.__module__.split("."), model.__name__, instance_name(job))
 
 
 def train(job: Job, rows: Rows, parameters: Parameters, resume: Checkpoint | None) -> None:
@@ -66,15 +66,16 @@ def run_trainer(train_args: TrainerArgs) -> None:
         raise
 
 
-def instance_name(job: Job) -> str:
-    """The job's name as nnScaler takes it: a part of a module's name, where a dot would begin another."""
-    return job.name.replace(".", "_")
-
-
 def register_ops() -> None:
-    """Hands over our ops with their annotations, which are in nnScaler's notation."""
+    """Hands over our ops with their annotations, which are in nnScaler's notation.
+
+    nnScaler's tracer finds an op by its name in the file of a module's forward. Attention is called from elsewhere, by
+    a function that transformers calls, so the tracer is told that place.
+    """
     for op in REGISTERED_OPS.values():
         nnscaler.register_op(op.annotation)(op.fn)
+    place = Location(huggingface_attention, huggingface_attention.attention.__name__)
+    default_autowrap_leaf_function[huggingface_attention.attention] = LeafWrapInfo([place], is_force_trace=True)
 
 
 def trainer_args(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from longctx import atomic as files
+from longctx import atomic
 from longctx.atomic import HOST, publish_folder, whole_file, whole_folder, why_not_writable
 
 ROOT = Path(__file__).parent.parent
@@ -100,7 +100,7 @@ def test_a_process_that_comes_between_the_two_renames_keeps_its_place(tmp_path, 
             subprocess.run([sys.executable, "-c", WRITE, str(path)], check=True, cwd=ROOT)
         rename(source, target)
 
-    monkeypatch.setattr(files.os, "rename", rename_late)
+    monkeypatch.setattr(atomic.os, "rename", rename_late)
     with whole_folder(path, ours=("old", "new")) as aside:
         (aside / "ours").write_text("")
     assert os.listdir(path) == ["theirs"]
@@ -118,7 +118,7 @@ def test_a_folder_that_was_being_replaced_stays_until_its_place_is_taken(tmp_pat
         rename(source, target)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(files.os, "rename", killed_before_the_second)
+        patch.setattr(atomic.os, "rename", killed_before_the_second)
         (tmp_path / "new").mkdir()
         publish_folder(tmp_path / "new", path)
     [kept] = tmp_path.glob(".folder.old-*")

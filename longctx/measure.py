@@ -1,0 +1,203 @@
+"""Measures this machine's speeds, as a profile that train.py's --hardware takes.
+
+    torchrun --nproc_per_node 8 -m longctx.measure --output profile.json
+
+It times large products, a copy through memory, and every collective over every number of ranks that divides the whole.
+One process alone measures no collectives; its profile has the links of compiler/hardware.py's table.
+"""
+
+import argparse
+import json
+import os
+import platform
+import re
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+from longctx.atomic import whole_file
+from longctx.compiler.hardware import HARDWARE, Hardware, Link, Timing, identify
+from longctx.errors import UserError, run_script
+from longctx.runtime.collectives import all_gather_single, reduce_scatter_single
+from longctx.runtime.parallel import process_group
+
+# Measuring. Every rank takes part, and the slowest rank's time counts: the others would wait for it.
+
+POINT_S = 0.1  # spent on one size of a measurement; the next size, four times as long or eight, may take that once
+LARGEST_PRODUCT = 8192
+SMALLEST_COLLECTIVE, LARGEST_COLLECTIVE = 2**14, 2**30  # bytes
+PROFILE_FIELDS = ("machine", "torch", "ranks", "hardware")
+KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+
+
+def measure(device: torch.device) -> dict:
+    """Measures this machine with all ranks of the default group; returns the profile, which every rank has."""
+    n_ranks = dist.get_world_size()
+    group_sizes = [size for size in range(2, n_ranks + 1) if n_ranks % size == 0]
+    rates, timings = {}, []
+    with tqdm(total=3 + len(KINDS) * len(group_sizes), unit="measurement", disable=dist.get_rank() != 0) as bar:
+        for dtype in (torch.bfloat16, torch.float32):
+            bar.set_description(f"products in {str(dtype).removeprefix('torch.')}")
+            rates[dtype] = _matrix_rate(dtype, device)
+            bar.update()
+        bar.set_description("memory")
+        bandwidth = _copy_bandwidth(device)
+        bar.update()
+        for size in group_sizes:
+            group = dist.new_subgroups(size)[0]  # all groups of this size work at once, as plan groups do
+            for kind in KINDS:
+                bar.set_description(f"{kind} over {size}")
+                timings.append(_time_collective(kind, group, device))
+                bar.update()
+    hardware = _measured_hardware(device, rates, bandwidth, tuple(timings))
+    facts = (hardware.name, torch.__version__, n_ranks, asdict(hardware))
+    return dict(zip(PROFILE_FIELDS, facts, strict=True))
+
+
+def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
+    """FLOP/s of square products, at the size that has most."""
+    best, n = 0.0, 256
+    while True:
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))  # not zeros: GPUs run those faster
+        seconds = _seconds(partial(torch.mm, a, b, out=torch.empty_like(a)), device)
+        best = max(best, 2 * n**3 / seconds)
+        if n == LARGEST_PRODUCT or 8 * seconds > POINT_S:
+            return best
+        n *= 2
+
+
+def _copy_bandwidth(device: torch.device) -> float:
+    """Bytes/s, read and written, of a copy far larger than any cache."""
+    source = torch.ones(2**30 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device)
+    return 2 * source.nbytes / _seconds(partial(torch.empty_like(source).copy_, source), device)
+
+
+def _time_collective(kind: str, group: dist.ProcessGroup, device: torch.device) -> Timing:
+    """Times a collective at sizes four times apart, as long as they fit in POINT_S."""
+    n_ranks, sizes, seconds = group.size(), [], []
+    target = SMALLEST_COLLECTIVE
+    while not seconds or (4 * seconds[-1] <= POINT_S and target <= LARGEST_COLLECTIVE):
+        n_each = -(-target // (4 * n_ranks**2))  # floats that a rank has for each other one
+        seconds.append(_seconds(_collective(kind, n_each, group, device), device))
+        sizes.append(4 * n_ranks**2 * n_each)
+        target = 4 * sizes[-1]
+    # More bytes never take less time: where they seemed to, it was noise.
+    return Timing(kind, n_ranks, tuple(sizes), tuple(np.maximum.accumulate(seconds).tolist()))
+
+
+def _collective(kind: str, n_each: int, group: dist.ProcessGroup, device: torch.device) -> Callable[[], object]:
+    """A call of the collective on a whole tensor of n_ranks^2 * n_each floats, its buffers made beforehand."""
+    whole = torch.zeros(group.size() ** 2 * n_each, device=device)
+    part = torch.zeros(group.size() * n_each, device=device)
+    return {
+        "all_gather": partial(all_gather_single, whole, part, group=group),
+        "reduce_scatter": partial(reduce_scatter_single, part, whole, group=group),
+        "all_reduce": partial(dist.all_reduce, whole, group=group),
+        "all_to_all": partial(dist.all_to_all_single, torch.empty_like(part), part, group=group),
+    }[kind]
+
+
+def _seconds(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call: the mean of a batch, the best of three, on the slowest rank; as many calls on every rank."""
+    call()
+    repeats = min(max(int(POINT_S / 3 / _batch_seconds(call, 1, device)), 1), 1000)
+    return min(_batch_seconds(call, repeats, device) for _ in range(3)) / repeats
+
+
+def _batch_seconds(call: Callable[[], object], repeats: int, device: torch.device) -> float:
+    synchronize = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    synchronize()
+    start = time.perf_counter()
+    for _ in range(repeats):
+        call()
+    synchronize()
+    seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64, device=device)
+    dist.all_reduce(seconds, dist.ReduceOp.MAX)
+    return seconds.item()
+
+
+def _measured_hardware(
+    device: torch.device, rates: dict[torch.dtype, float], bandwidth: float, timings: tuple[Timing, ...]
+) -> Hardware:
+    """The table's entry for this device with what was measured in place; a known peak stays, since MFU counts by it."""
+    known = identify(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    table = known or HARDWARE["h100" if device.type == "cuda" else "cpu"]
+    peak = known.matrix_flops if known else rates[torch.bfloat16]
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        name, memory_bytes, n_devices = properties.name, properties.total_memory, torch.cuda.device_count()
+    else:
+        memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here
+        name, n_devices = _cpu_name(), max(ranks_here, os.cpu_count() or 1)
+    hardware = replace(
+        table,
+        name=name,
+        matrix_flops=peak,
+        matrix_efficiency=rates[torch.bfloat16] / peak,
+        float32_flops=rates[torch.float32],
+        memory_bandwidth=bandwidth,
+        memory_efficiency=1.0,
+        memory_bytes=memory_bytes,
+        devices_per_node=n_devices,
+        timings=timings,
+    )
+    gathers = [timing for timing in timings if timing.kind == "all_gather"]
+    inside, across = ([t for t in gathers if (t.n_ranks > ranks_here) == is_across] for is_across in (False, True))
+    if inside:
+        link = _fit_link(inside[-1], 1)
+        hardware = replace(hardware, node_link=link, launch_latency=link.latency)
+    if across:
+        hardware = replace(hardware, network=_fit_link(across[-1], ranks_here))
+    return hardware
+
+
+def _fit_link(gather: Timing, n_rings: int) -> Link:
+    """The link that explains a measured all-gather, for numbers of ranks that were not: see _modelled_seconds."""
+    n = gather.n_ranks
+    bandwidth = gather.whole_bytes[-1] * (n - 1) / n / n_rings / gather.seconds[-1]
+    return Link(bandwidth, bandwidth, 1.0, gather.seconds[0] / n)  # n - 1 steps and the launch
+
+
+def _cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    found = re.search(r"model name\s*: (.*)", info.read_text()) if info.is_file() else None
+    return found[1] if found else platform.machine()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m longctx.measure", description="Measures this machine's speeds.")
+    parser.add_argument("--output", type=Path, required=True, help="the profile to write, which --hardware takes")
+    output = parser.parse_args().output
+    check_output(output)
+    with process_group() as device:
+        profile = measure(device)
+        if dist.get_rank() == 0:
+            with whole_file(output) as aside:
+                aside.write_text(json.dumps(profile, indent=2) + "\n")
+
+
+def check_output(output: Path) -> None:
+    """Raises a UserError for an output that can't be written, or that would replace what this program did not write."""
+    if output.is_dir() or not os.access(output.absolute().parent, os.W_OK):
+        raise UserError(f"--output {output}: no file can be written there; name one in a folder that can be")
+    if output.exists() and not is_profile(output):
+        raise UserError(f"--output {output}: it is there already, and is no profile; name another file")
+
+
+def is_profile(file: Path) -> bool:
+    try:
+        return set(json.loads(file.read_text())) == set(PROFILE_FIELDS)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,135 @@
+"""plan.json says what it depends on, and a compiled folder is used again only while none of that has changed."""
+
+import importlib.util
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from families import small_config
+
+from longctx import sources
+from longctx.compiled import (
+    CODE,
+    PLAN,
+    GeneratedModule,
+    PlanFile,
+    fingerprint,
+    read_decisions,
+    read_fingerprint,
+    read_plan_file,
+    write_plan_file,
+)
+from longctx.compiler.ops import REGISTERED_OPS, register_op
+from longctx.engines.builtin import cache
+from longctx.errors import CompiledError, DecisionsError
+from longctx.options import parse_job
+
+ROOT = Path(__file__).parent.parent
+
+
+def plan_file(**inputs) -> PlanFile:
+    module = GeneratedModule("Llama", "model.layers", ("none", "layer"), {"w": 1}, {"w": [2, 4]}, 3.0, 2.0)
+    return PlanFile(inputs, {"boundary": "S1"}, module, {"time": {}, "memory": {}})
+
+
+def test_a_plan_file_is_read_as_it_was_written(tmp_path):
+    write_plan_file(tmp_path, plan_file(sequence_length=8))
+    assert read_plan_file(tmp_path) == plan_file(sequence_length=8)
+    assert read_decisions(tmp_path / PLAN) == {"boundary": "S1"}
+
+
+def test_a_compiled_folder_has_a_fingerprint_only_with_its_code(tmp_path):
+    write_plan_file(tmp_path, plan_file(sequence_length=8))
+    assert read_fingerprint(tmp_path) is None
+    (tmp_path / CODE).write_text("")
+    assert read_fingerprint(tmp_path) == fingerprint({"sequence_length": 8})
+    assert read_fingerprint(tmp_path) != fingerprint({"sequence_length": 9})
+
+
+@pytest.mark.parametrize("content", ["", "{", "3", "{}", '{"fingerprint": "1", "inputs": {}, "decisions": {}}'])
+def test_a_damaged_plan_file_is_named_as_such(tmp_path, content):
+    (tmp_path / PLAN).write_text(content)
+    with pytest.raises(CompiledError, match=f"{tmp_path}/plan.json is missing or damaged; remove the folder"):
+        read_plan_file(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "3", "{}"])
+def test_decisions_of_something_else_are_refused(tmp_path, content):
+    (tmp_path / "plan.json").write_text(content)
+    with pytest.raises(DecisionsError, match="it is no plan.json that compile wrote"):
+        read_decisions(tmp_path / "plan.json")
+
+
+# --- what a compiled folder depends on -------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def job(tmp_path):
+    small_config("llama").save_pretrained(tmp_path / "model")
+    words = ["--model_id", str(tmp_path / "model"), "--compiled_dir", str(tmp_path / "compiled"), "--engine", "torch"]
+    return parse_job([*words, "--run_mode", "compile", "--sequence_length", "32"])
+
+
+@pytest.fixture
+def load_op(tmp_path, monkeypatch):
+    """Registers `op` of a module of the user's with this source, as the import in their train.py would."""
+    before = dict(REGISTERED_OPS)
+
+    def load(source: str) -> None:
+        (tmp_path / "their_op.py").write_text(source)
+        spec = importlib.util.spec_from_file_location("their_op", tmp_path / "their_op.py")
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "their_op", module)
+        spec.loader.exec_module(module)
+        register_op("b l^ -> b l^")(module.op)
+
+    yield load
+    REGISTERED_OPS.clear()
+    REGISTERED_OPS.update(before)
+
+
+def is_compiled_again(job, capsys) -> bool:
+    cache.ensure_compiled(job)
+    return "up to date" not in capsys.readouterr().out
+
+
+def test_a_changed_default_of_a_users_op_makes_a_compiled_folder_out_of_date(job, load_op, capsys):
+    load_op("def op(x, slope=0.1):\n    return x * slope\n")
+    assert is_compiled_again(job, capsys)
+    assert not is_compiled_again(job, capsys)
+    load_op("def op(x, slope=0.2):\n    return x * slope\n")
+    assert is_compiled_again(job, capsys)
+
+
+def test_a_changed_default_of_the_loss_makes_a_compiled_folder_out_of_date(job, load_op):
+    loss = (ROOT / "chunk_linear_cross_entropy.py").read_text()
+    assert "CHUNK_SIZE = 1024" in loss
+    load_op(loss + "\n\nop = chunk_linear_cross_entropy\n")
+    before = cache.plan_inputs(job)
+    load_op(loss.replace("CHUNK_SIZE = 1024", "CHUNK_SIZE = 2048") + "\n\nop = chunk_linear_cross_entropy\n")
+    assert fingerprint(cache.plan_inputs(job)) != fingerprint(before)
+
+
+def test_a_fingerprint_covers_the_file_of_the_loss_that_train_registers():
+    [ours] = [hashes for name, hashes in sources.hash_registered_ops().items() if "chunk_linear" in name]
+    assert ours[1] == sources.hash_files([ROOT / "chunk_linear_cross_entropy.py"])
+
+
+def test_a_fingerprint_covers_what_makes_the_code_and_what_the_code_calls_and_not_what_trains_it():
+    covered = {str(file.relative_to(ROOT / "longctx")) for file in cache.compiler_sources()}
+    assert {"compiler/codegen.py", "kernels/attention.py", "huggingface/build.py", "runtime/collectives.py"} <= covered
+    assert not {"runtime/trainer.py", "runtime/metrics.py", "options.py", "errors.py"} & covered
+
+
+def test_an_option_that_only_training_heeds_leaves_a_compiled_folder_up_to_date(job):
+    later = replace(job, learning_rate=1.0, max_epochs=9, checkpoint_dir=Path("elsewhere"))
+    assert cache.plan_inputs(later) == cache.plan_inputs(job)
+    assert cache.plan_inputs(replace(job, gpu_mem_constraint=65.0)) != cache.plan_inputs(job)
+
+
+def test_inputs_are_the_same_read_back_from_plan_json(job, capsys):
+    cache.ensure_compiled(job)
+    stored = read_plan_file(job.compiled_folder).inputs
+    assert stored == json.loads(json.dumps(cache.plan_inputs(job)))
