@@ -173,19 +173,19 @@ def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaq
     for spec, node in zip(
         exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
     ):
-        value = node.meta["val"]
+        value, path = node.meta["val"], spec.target
         if spec.kind.name == "PARAMETER":
-            name = canonical[id(by_name[spec.target])].removeprefix("model.")
+            parameter = by_name[path]
+            name = canonical[id(parameter)].removeprefix("model.")
             if name not in parameters:
-                parameter = by_name[spec.target]
                 parameters[name] = _tensor(name, value, parameter.requires_grad, "parameter")
             env[node] = parameters[name]
         elif spec.kind.name == "USER_INPUT":
             env[node] = _tensor(node.name, value, False, "input")
             inputs.append(env[node])
         else:
-            env[node] = _tensor(spec.target.rsplit(".", 1)[-1], value, False, "constant")
-            constants[env[node]] = values[spec.target]
+            env[node] = _tensor(path.rsplit(".", 1)[-1], value, False, "constant")
+            constants[env[node]] = values[path]
     ops: list[Op] = []
     (output,) = _convert(exported.graph_module, env, ops, opaque)
     return _Flat(tuple(inputs), output, parameters, constants, ops)
@@ -214,7 +214,7 @@ def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opa
             env[node] = args[0][args[1]]
         elif aten.is_check(target):
             continue
-        elif target.startswith(("aten.", "annotated.")):
+        elif target in opaque or aten.is_aten(target):
             env[node] = _append_op(target, args, kwargs, node, ops, opaque)
         else:
             raise ModelError(f"it uses {target}, which the compiler does not know how to generate")
@@ -296,7 +296,7 @@ def _check_learned_positions(flat: _Flat, class_name: str) -> None:
         """The value, if it is the same whatever the tokens are."""
         if tensor in flat.constants:
             return flat.constants[tensor]
-        if tensor not in makers or len(makers[tensor].outputs) > 1 or not aten.is_aten(makers[tensor]):
+        if tensor not in makers or len(makers[tensor].outputs) > 1 or not aten.is_aten(makers[tensor].target):
             return None
         op = makers[tensor]
         known = {t: value_of(t) for t in op.inputs}

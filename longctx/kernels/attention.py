@@ -133,15 +133,10 @@ def keep_attention() -> tuple:
 @cache
 def attention_kernels() -> list[Callable]:
     """The operators of the fused attention kernels, PyTorch's and flash-attn's, that there are here."""
-    names = [
-        f"aten._scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")
-    ]
-    names += ["aten._scaled_dot_product_flash_attention_for_cpu", "flash_attn._flash_attn_forward"]
-    kernels = []
-    for namespace, name in (name.split(".") for name in names):
-        packet = getattr(getattr(torch.ops, namespace), name, None)
-        kernels += [packet.default] if packet is not None else []
-    return kernels
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    packets = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds]
+    packets.append(getattr(torch.ops.flash_attn, "_flash_attn_forward", None))
+    return [packet.default for packet in packets if packet is not None]
 
 
 # --- what the compiler knows of it -----------------------------------------------------------------------------------

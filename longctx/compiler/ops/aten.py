@@ -275,8 +275,9 @@ ATEN: dict[str, OpSpec] = {
 UNKNOWN = OpSpec("unknown", p.replicated, py.overload)  # computed whole by every rank, and everything saved
 
 
-def is_aten(op: Op) -> bool:
-    return op.target.startswith("aten.")
+def is_aten(target: str) -> bool:
+    """Whether an op's target, or a traced node's, is one of PyTorch's own operators."""
+    return target.startswith("aten.")
 
 
 def spec_of_aten(op: Op) -> OpSpec:
