@@ -51,7 +51,7 @@ def registered(monkeypatch, function, annotation: str, **rules) -> None:
     register_op(annotation, **rules)(function)
 
 
-def test_a_users_product_is_priced_as_pytorchs_own_is(monkeypatch):
+def test_a_registered_matrix_product_is_priced_as_pytorchs_own_is(monkeypatch):
     registered(monkeypatch, product, "b l k+, n k+ -> b l n")
     op = called(product, X, WEIGHT)
     assert spec_of(op).flops(op).forward == 2 * T * D * N
@@ -59,7 +59,7 @@ def test_a_users_product_is_priced_as_pytorchs_own_is(monkeypatch):
     assert {p.dim for p in legal_partitions(op, 2)} == {None, "l", "k", "n"}
 
 
-def test_a_users_function_saves_what_autograd_saves_of_it(monkeypatch):
+def test_a_registered_function_is_said_to_save_what_autograd_saves_of_it(monkeypatch):
     registered(monkeypatch, gated_product, "b l k^, n k^, n k^ -> b l n")
     op = called(gated_product, X, WEIGHT, UP)
     assert saved_tensors(op) == [X, WEIGHT, UP]
@@ -70,13 +70,13 @@ def test_a_users_function_saves_what_autograd_saves_of_it(monkeypatch):
     assert spec_of(op).flops(op).backward == 4 * (2 * T * D * N)
 
 
-def test_what_is_counted_of_a_function_follows_the_shapes_of_each_call(monkeypatch):
+def test_the_flops_and_bytes_counted_of_a_registered_function_follow_the_shapes_of_each_call(monkeypatch):
     registered(monkeypatch, product, "b l k+, n k+ -> b l n")
     half = Tensor("x", (1, T // 2, D), torch.bfloat16, True)
     assert spec_of(called(product, half, WEIGHT)).flops(called(product, half, WEIGHT)).forward == T * D * N
 
 
-def test_a_rule_that_is_given_takes_the_place_of_the_default(monkeypatch):
+def test_a_rule_given_to_register_op_takes_the_place_of_the_default(monkeypatch):
     registered(monkeypatch, priced_product, "b l k+, n k+ -> b l n", efficiency=0.5)
     forward, backward = seconds(called(priced_product, X, WEIGHT))
     as_linear = seconds(linear())
