@@ -75,16 +75,16 @@ def test_the_peak_memory_is_predicted_within_a_tenth_for_heads_whose_width_is_no
 def test_what_a_layer_saves_is_the_sum_over_its_ops_and_less_the_more_it_recomputes(tmp_path):
     compiled = compile_family(tmp_path, "llama")
     (kind,) = compiled.graph.kinds
-    kept = {}
+    saved = {}
     for policy in Recompute:
-        made = [item for shares in memory.kept_by_op(kind.ops, policy).values() for item in shares.items()]
-        kept[policy] = sum(share * nbytes(tensor) for tensor, share in made)
+        made = [item for shares in memory.saved_by_op(kind.ops, policy).values() for item in shares.items()]
+        saved[policy] = sum(share * nbytes(tensor) for tensor, share in made)
     width = LENGTH * 2  # bytes of one feature of all tokens
     logsumexp, rstd = 2 * width * 8, 2 * width
-    assert kept[Recompute.EVERYTHING] == 0
-    assert kept[Recompute.ALL_BUT_ATTENTION] == 256 * width + logsumexp
+    assert saved[Recompute.EVERYTHING] == 0
+    assert saved[Recompute.ALL_BUT_ATTENTION] == 256 * width + logsumexp
     # Two norms' outputs, the residual, q and attention's output; k and v; gate, silu(gate), up and their product.
-    assert kept[Recompute.NOTHING] == (5 * 256 + 2 * 64 + 4 * 768) * width + logsumexp + 2 * rstd
+    assert saved[Recompute.NOTHING] == (5 * 256 + 2 * 64 + 4 * 768) * width + logsumexp + 2 * rstd
 
 
 # --- operators -----------------------------------------------------------------------------------------------------
