@@ -689,7 +689,7 @@ def test_more_layers_of_a_kind_change_no_decision_and_make_no_larger_program(sho
     programs = []
 
     def record(costs, **arguments):
-        programs.append((len(costs), arguments["constraints"].A.shape, tuple(arguments["integrality"])))
+        programs.append((len(costs), arguments["constraints"][0].shape, tuple(arguments["integrality"])))
         return milp(costs, **arguments)
 
     milp = linear_program.milp
