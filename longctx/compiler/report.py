@@ -1,4 +1,4 @@
-"""Plan -> what a person reads: the lines that compile prints, and report.md."""
+"""Writes of a plan what a person reads: the lines that compile prints, and report.md."""
 
 from collections.abc import Sequence
 from math import prod
@@ -76,7 +76,7 @@ def _say_policies(plan: Plan) -> str:
 
 
 def _say_efficiencies(graph: Graph) -> str:
-    """A sentence for each operator whose products are priced below the rate of large ones."""
+    """A sentence for each operator whose matrix products are assumed to be slower than large ones are."""
     specs = {spec.name: spec for spec in map(spec_of, graph.all_ops()) if spec.efficiency != 1.0}
     return "".join(
         f" {name.capitalize()} counts at {spec.efficiency:.0%} of the rate of large products{spec.efficiency_note}."
@@ -85,6 +85,7 @@ def _say_efficiencies(graph: Graph) -> str:
 
 
 def unknown_operators(graph: Graph) -> list[str]:
+    """The targets of the operators that have no OpSpec, and that every rank therefore computes whole."""
     return sorted({op.target for op in graph.all_ops() if not is_known(op)})
 
 
@@ -136,7 +137,7 @@ def _memory_section(memory: MemoryPrediction, setting: Setting) -> str:
 
 
 def _operator_sections(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
-    """The operators of the root and of each layer kind: partition, time, and what is resharded before each."""
+    """A table of operators for the root and for each layer kind: partition, time, and the reshards before each."""
     own = localize(graph, plan.assignment)
     sections = [_operator_table(f"{graph.class_name}, once", graph.body, own.body, plan, setting)]
     for number, (kind, own_kind) in enumerate(zip(graph.kinds, own.kinds, strict=True)):
@@ -152,7 +153,10 @@ def _operator_sections(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
 def _operator_table(
     title: str, ops: Sequence[Op | LayerCall], own: Sequence[Op | LayerCall], plan: Plan, setting: Setting
 ) -> str:
-    """`ops` are the model's, `own` the same on one rank, with reshards between them and slices and casts of weights."""
+    """A table of the operators `ops` of the model. `own` are those of one rank.
+
+    `own` has the same operators in the same order, with reshards, and slices and casts of weights, between them.
+    """
     rows: list[str] = []
     reshards: list[str] = []
     coming, last = iter(ops), None
@@ -172,7 +176,7 @@ def _operator_table(
 
 
 def _say_item(item: Op | LayerCall, plan: Plan, setting: Setting) -> str:
-    """An op's module, operator, partition and times; layers have tables of their own."""
+    """The module, operator, partition and times of an op. A call of a layer has none, since its kind has a table."""
     if isinstance(item, LayerCall):
         return "| the layers | | |"
     partition = plan.assignment.partitions[item]
@@ -191,7 +195,7 @@ def _say_reshard(reshard: Op, setting: Setting) -> str:
 
 
 def _alternatives_section(graph: Graph, plan: Plan, setting: Setting) -> str:
-    """The best plans that differ in one decision."""
+    """How much longer a micro-batch takes under the best plans that differ from this one in one decision."""
     chosen = plan.assignment.partitions
     asked: list[tuple[str, Fixed]] = []
     for kind in graph.kinds[:1]:
@@ -221,7 +225,7 @@ def _alternatives_section(graph: Graph, plan: Plan, setting: Setting) -> str:
 
 
 def _lengths_section(graph: Graph, plan: Plan, setting: Setting, sequence_length: int) -> str:
-    """What the same partitions need at half and at twice the length, where each layer keeps what fits there."""
+    """What the same partitions need at half and at twice the length, with the best recompute policies for each."""
     rows = []
     for length in (sequence_length // 2, sequence_length * 2):
         text = "the length is also another size of the model: compile at that length to know"
