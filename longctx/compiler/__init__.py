@@ -5,8 +5,8 @@
     annotation.py       the grammar of annotations
     placement.py        Shard, Replicate, Partial; legal partitions; the reshard between two placements
     hardware.py         speeds of devices and links; cost.py: seconds of an operator and of a reshard
-    planner.py          the fastest plan that fits (plan.py: what a plan is): program.py states it as an integer program,
-                        which linear_program.py solves; memory.py walks the plan's own graph
+    planner.py          the fastest plan that fits (plan.py: what a plan is): program.py states it as an integer
+                        program, which linear_program.py solves; memory.py walks the plan's own graph
     localize.py         the graph that one rank computes, reshards among its operators
     codegen.py          that graph as Python
     prediction.py       seconds and bytes of a plan; report.py, resize.py: what a person reads of it
