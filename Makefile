@@ -1,17 +1,20 @@
 PYTHON ?= python3
 VENV_BIN := .venv/bin
 
-.PHONY: demo test examples format clean
+.PHONY: demo test check examples format clean
 .DEFAULT_GOAL := test
 
 # Trains a small Llama-3 from books to a merged model; prints each command as it runs it.
 demo: .venv
 	PATH="$(CURDIR)/$(VENV_BIN):$$PATH" bash examples/shakespeare/demo.sh
 
-test: .venv
+test: check
+	$(VENV_BIN)/python -m pytest -q
+
+check: .venv
 	$(VENV_BIN)/ruff check .
 	$(VENV_BIN)/ruff format --check .
-	$(VENV_BIN)/python -m pytest -q
+	$(VENV_BIN)/pyright
 
 # Writes what compile makes of Llama-3-8B anew, for visitors to look at; a test holds it to what compile writes.
 examples: .venv

@@ -26,7 +26,7 @@ import huggingface_hub
 import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longctx.atomic import whole_folder, why_not_writable
 from longctx.command_line import Cause, naming_options
@@ -89,12 +89,13 @@ def check(args: argparse.Namespace) -> None:
     for option in ("data_path_or_name", "tokenizer_path_or_name"):
         name = getattr(args, option)
         try:
-            os.path.exists(name) or huggingface_hub.utils.validate_repo_id(name)
+            if not os.path.exists(name):
+                huggingface_hub.utils.validate_repo_id(name)
         except huggingface_hub.errors.HFValidationError as error:
             raise UserError(f"--{option} {name}: there is no such file or folder") from error
 
 
-def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer with bos and eos, from the hub or a local folder; raises UserError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
@@ -108,7 +109,7 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
-def write_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+def write_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict:
     """Writes the rows, and corpus.json beside them, to --save_path, whole or not at all; returns corpus.json's facts.
 
     Raises:
@@ -123,7 +124,7 @@ def write_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -
     return corpus
 
 
-def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase) -> dict:
+def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the rows are made from and with, to be recorded beside them."""
     return {
         "data": args.data_path_or_name,

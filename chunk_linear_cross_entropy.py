@@ -24,16 +24,17 @@ multiplied as it is, with float32 sums. Elsewhere PyTorch's operators do it, and
 first: on a CPU, PyTorch rounds the sums of half-precision products, and many CPUs take longer for those products.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.autograd.function import FunctionCtx
 
 try:
     import triton
-    import triton.language as tl
+    import triton.language
 except ImportError:  # PyTorch for CPUs comes without it.
-    triton = None
+    triton: Any = None
 
 CHUNK_SIZE = 1024  # At most this many tokens' logits are held at a time, unless the caller gives another number.
 _STRIP_NUMEL = 1 << 20  # This many logits stay in a CPU's cache while several operators pass over them.
@@ -105,7 +106,7 @@ def _check_inputs(hidden: Tensor, weight: Tensor, labels: Tensor, chunk_size: in
         raise ValueError(f"logit_softcap must be positive, or 0 for no cap, but is {logit_softcap}.")
 
 
-@torch.compiler.disable
+@torch.compiler.disable()
 def _outside_compiled_graphs(
     hidden: Tensor, weight: Tensor, labels: Tensor, padding_idx: int, chunk_size: int, logit_softcap: float
 ) -> Tensor:
@@ -140,24 +141,24 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: FunctionCtx, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, *options: float
+        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, rows: Tensor, chunk_size: int, logit_softcap: float
     ) -> Tensor:
-        """The losses [b, l], as by _losses. The options are chunk_size and logit_softcap."""
+        """The losses [b, l], as by _losses."""
         to_hidden, to_weight = ctx.needs_input_grad[:2]
         # float16 could not hold a gradient before it is scaled.
         dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
         grad_hidden = hidden.new_zeros(hidden.shape, dtype=dtype) if to_hidden else None
         grad_weight = weight.new_empty(weight.shape, dtype=_sum_dtype(weight)) if to_weight else None
-        losses = _losses(hidden, weight, labels, rows, *options, None, grad_hidden, grad_weight)
+        losses = _losses(hidden, weight, labels, rows, chunk_size, logit_softcap, None, grad_hidden, grad_weight)
         # The inputs serve only to make the weight's gradient again. Whatever is kept goes through save_for_backward,
         # where activation checkpointing and offloading can reach it.
         inputs = (hidden, weight, labels) if to_weight else (None, None, None)
         ctx.save_for_backward(*inputs, rows, grad_hidden, grad_weight)
-        ctx.dtype, ctx.options = hidden.dtype, options
+        ctx.dtype, ctx.chunk_size, ctx.logit_softcap = hidden.dtype, chunk_size, logit_softcap
         return losses
 
     @staticmethod
-    def backward(ctx: FunctionCtx, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
         """The gradients of hidden and weight for those of the losses [b, l]."""
         if torch.is_grad_enabled():  # That is so under create_graph=True.
             raise RuntimeError("chunk_linear_cross_entropy has no second derivative: create_graph must be False.")
@@ -173,7 +174,8 @@ class _ChunkLinearCrossEntropy(torch.autograd.Function):
         elif grad_weight is not None:
             matter = row_grads != 0
             grad_weight = grad_weight if _saved_tensors_are_spent() else torch.empty_like(grad_weight)
-            _losses(hidden, weight, labels, rows[matter], *ctx.options, row_grads[matter], None, grad_weight)
+            options = ctx.chunk_size, ctx.logit_softcap
+            _losses(hidden, weight, labels, rows[matter], *options, row_grads[matter], None, grad_weight)
             grad_weight = grad_weight.to(ctx.dtype)
         return grad_hidden, grad_weight, None, None, None, None
 
@@ -189,7 +191,8 @@ def _is_uniform(grad_losses: Tensor, row_grads: Tensor) -> bool:
 
 def _saved_tensors_are_spent() -> bool:
     """Whether autograd frees saved tensors after the present backward pass, which then may overwrite them."""
-    keeps = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    functions = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]  (PyTorch's stub lacks the module.)
+    keeps = getattr(functions, "_get_current_graph_task_keep_graph", None)
     return keeps is not None and not keeps()
 
 
@@ -237,8 +240,8 @@ def _losses(
     for chunk, (index, grads) in enumerate(parts):
         h, memory = hidden[index].to(operands), buffer[: len(index)]
         x = _multiply(h, weight.t(), out=memory[:, :n])
-        dx = memory.view(operands)[:, :n] if wants_gradient else None
-        flat_losses[index] = softmax_pass(x, dx, flat_labels[index], grads, logit_softcap)
+        dx = memory.view(operands)[:, :n]
+        flat_losses[index] = softmax_pass(x, dx if wants_gradient else None, flat_labels[index], grads, logit_softcap)
         if grad_hidden is not None:
             grad_hidden[index] = _multiply(dx, weight, out=torch.empty_like(h, dtype=sums)).to(grad_hidden.dtype)
         if grad_weight is not None:
@@ -314,6 +317,7 @@ def _triton_softmax_pass(
 
 
 if triton is not None:
+    tl = triton.language
     _BLOCK = tl.constexpr(4096)
 
     @triton.jit

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import huggingface_hub
 import torch
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from longctx.atomic import whole_folder, why_not_writable
 from longctx.errors import UserError, one_line, run_script
@@ -169,7 +175,7 @@ def cut_layer_lists(values: dict, layers: int, kept: int) -> None:
 
 def scale_heads(values: dict, config: PreTrainedConfig, sizes: dict[str, int]) -> None:
     """Makes num_key_value_heads and head_dim follow the number of heads and hidden_size, unless independent of them."""
-    heads = sizes.get("num_attention_heads", config.num_attention_heads)
+    heads = sizes.get("num_attention_heads") or config.num_attention_heads
     kv_heads = getattr(config, "num_key_value_heads", None)
     if kv_heads and "num_key_value_heads" not in sizes:
         kv_heads, rest = divmod(heads * kv_heads, config.num_attention_heads)
@@ -185,7 +191,7 @@ def scale_heads(values: dict, config: PreTrainedConfig, sizes: dict[str, int]) -
     # classes only store the quotient that they have computed.
     independent = getattr(type(config), "head_dim", None) is not None
     if head_dim and not independent and head_dim * config.num_attention_heads == config.hidden_size:
-        hidden_size = sizes.get("hidden_size", config.hidden_size)
+        hidden_size = sizes.get("hidden_size") or config.hidden_size
         if hidden_size % heads:
             raise UserError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
         values["head_dim"] = hidden_size // heads
@@ -205,7 +211,7 @@ def check_heads(config: PreTrainedConfig) -> None:
         raise UserError(f"rotary embeddings turn pairs, and each head has {rotated} dimensions to turn, an odd number")
 
 
-def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> torch.nn.Module:
+def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
     """Builds the model and runs it on two tokens, so that sizes that don't fit each other raise UserError here."""
     torch.manual_seed(seed)
     try:

@@ -51,6 +51,7 @@ def compare(name: str, data: str, tokenizer: str, folder: str) -> None:
 def measure(command: list[str]) -> tuple[float, float]:
     """Runs a Python script; returns the tokens/s that it prints (0 if it prints none) and its peak memory in GiB."""
     process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None, "it is a pipe"
     printed = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status != 0:

@@ -122,7 +122,7 @@ def machine_name(python: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--torch_python", default=sys.executable, help="the Python that the built-in engine runs on")
     parser.add_argument("--nnscaler_python", default=sys.executable, help="the Python that has nnscaler")
     parser.add_argument("--pas_policy", help="nnScaler's (default: autodist on GPUs, tp without)")

@@ -19,7 +19,7 @@ import re
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -43,7 +43,7 @@ class Peer:
     seconds: list[float] = dataclasses.field(default_factory=list)  # scaled to all tokens
     disturbance: float = 0.0  # the most that other processes took of the CPUs in those seconds
     peak_bytes: int = 0  # above the inputs and their gradients
-    errors: tuple[float, float, float] = ()  # of the loss, the hidden states' gradient and the weight's
+    errors: Sequence[float] = ()  # of the loss, the hidden states' gradient and the weight's
 
 
 def ours(hidden, weight, labels, chunk_size):
@@ -140,7 +140,7 @@ def run_undisturbed(peer, hidden, weight, labels, attempts=2):
         others_before = cpu_seconds_of_others()
         seconds, _ = run(peer, hidden, weight, labels)
         others = cpu_seconds_of_others() - others_before
-        runs.append((max(0.0, others) / (seconds * os.cpu_count()), seconds))
+        runs.append((max(0.0, others) / (seconds * (os.cpu_count() or 1)), seconds))
     disturbance, seconds = min(runs)
     peer.seconds.append(seconds)
     peer.disturbance = max(peer.disturbance, disturbance)
@@ -178,12 +178,10 @@ def measure_peak_and_errors(peer, hidden, weight, labels):
     before, _ = memory_in_use(reset_peak=True)
     seconds, loss = run(peer, hidden, weight, labels)
     _, peak = memory_in_use()
-    peer.peak_bytes = peak - before - sum(x.grad.numel() * x.grad.element_size() for x in (hidden, weight))
+    gradients = [x.grad for x in (hidden, weight)]
+    peer.peak_bytes = peak - before - sum(x.numel() * x.element_size() for x in gradients)
     exact = float64_results(hidden, weight, labels)
-    peer.errors = [
-        ((a.double() - b).norm() / b.norm()).item()
-        for a, b in zip((loss, hidden.grad, weight.grad), exact, strict=True)
-    ]
+    peer.errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip((loss, *gradients), exact, strict=True)]
     return seconds
 
 

@@ -61,7 +61,7 @@ KINDS = {  # a row of the table: the fields of a MemoryPrediction, the tracker's
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--compiled", type=Path, help="a folder that train.py --run_mode compile wrote")
     compiled = parser.parse_args().compiled
     with tempfile.TemporaryDirectory() as folder:
@@ -180,15 +180,15 @@ def count(compiled: Path, facts: PlanFile) -> dict[_FSDPRefType, int]:
         tokens, labels = (torch.zeros(1, inputs["sequence_length"], dtype=torch.long) for _ in range(2))
         tracker = FSDPMemTracker(module, optimizer)
         tracker.track_inputs((tokens, labels))
-        resident = [module.get_parameter(name) for name in sharded.plan_sharded]
-        for parameter in resident:  # the tracker finds FSDP's only
+        plan_sharded = [module.get_parameter(name) for name in sharded.plan_sharded]
+        for parameter in plan_sharded:  # the tracker finds FSDP's only
             tracker._update_and_maybe_create_winfos(parameter, _FSDPRefType.SHARDED_PARAM)
         with tracker, _KernelWorkspace():
             for _ in range(2):
                 module(tokens, labels).backward()
                 tracker.reset_mod_stats()
-                for parameter in resident:
-                    tracker._update_and_maybe_create_winfos(parameter.grad, _FSDPRefType.SHARDED_GRAD)
+                for gradient in (p.grad for p in plan_sharded if p.grad is not None):
+                    tracker._update_and_maybe_create_winfos(gradient, _FSDPRefType.SHARDED_GRAD)
             parallel.reduce_plan_sharded_gradients(sharded)
         peak = tracker.get_tracker_snapshot("peak")[CPU]
     return {kind: size for kind, size in peak.items() if isinstance(kind, _FSDPRefType)}

@@ -24,6 +24,4 @@ def hash_registered_ops() -> dict[str, list[str]]:
 
     Generated code leaves out arguments that have their default value: with another default it would do something else.
     """
-    return {
-        op.name: [op.fingerprint(), hash_files([Path(inspect.getsourcefile(op.fn))])] for op in REGISTERED_OPS.values()
-    }
+    return {op.name: [op.fingerprint(), hash_files([Path(inspect.getfile(op.fn))])] for op in REGISTERED_OPS.values()}

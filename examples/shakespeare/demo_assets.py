@@ -93,7 +93,7 @@ def plays_folder() -> Path:
 def package_folder(module: str, package: str) -> Path:
     """Where a package is installed, found without importing it: the dependencies of these two are not installed."""
     spec = importlib.util.find_spec(module)
-    if spec is None:
+    if spec is None or spec.submodule_search_locations is None:
         raise UserError(
             f"the package {package} is not installed: pip install --no-deps -r examples/shakespeare/requirements.txt"
         )

@@ -202,18 +202,20 @@ def _in_one_statement(op: Op, user: Op) -> bool:
 def _match_targets(body: _Body, users: dict[Tensor, list[Op | LayerCall]]) -> None:
     """Finds for each value the variable it is in the source: the results of a statement, in order, are its targets."""
     groups: dict[tuple, list[Op]] = {}
+    targets: dict[tuple, tuple[str, ...]] = {}
     for op in body.statements:
         if isinstance(op, Op) and op.statement and op.statement.targets:
             groups.setdefault(_source_place(op), []).append(op)
+            targets[_source_place(op)] = op.statement.targets
     for place, ops in groups.items():
         within = {id(op) for op in (*ops, *body.inlined.values()) if _source_place(op) == place}
         results = [t for op in ops for t in op.outputs if any(id(u) not in within for u in users.get(t, [None]))]
-        targets = ops[0].statement.targets
-        body.targets |= dict(zip(results[-len(targets) :], targets, strict=False))
+        body.targets |= dict(zip(results[-len(targets[place]) :], targets[place], strict=False))
 
 
-def _source_place(op: Op) -> tuple | None:
-    return (op.module.rsplit(".", 1)[0], op.statement.place) if op.statement else None
+def _source_place(op: Op) -> tuple:
+    """The module and the statement that an op came from; empty if it came from none."""
+    return (op.module.rsplit(".", 1)[0], op.statement.place) if op.statement else ()
 
 
 def _candidates(op: Op, tensor: Tensor, body: _Body) -> list[str]:
@@ -241,16 +243,19 @@ def _inlined_modules(op: Op, body: _Body) -> list[str]:
     return names
 
 
-def _write_op(index: int, body: _Body) -> list[str]:
-    """`name = expression  # shape`, then a `del` of large values that nothing after it reads, or the return."""
-    op = body.statements[index]
+def _write_op(op: Op, index: int, body: _Body) -> list[str]:
+    """`name = expression  # shape`, then a `del` of large values that nothing after it reads, or the return.
+
+    The op is the body's statement `index`.
+    """
     right = expression(op, Values(body.refer, body.device)).text
     dead = [t for t in dict.fromkeys(body.reads(op)) if t in body.names and body.last_use[t] == index]
     left = [body.choose_name(t, _candidates(op, t, body), index) for t in op.outputs]
     if index + 1 == len(body.statements) and op.outputs == body.results and op.statement and not op.statement.targets:
         return [f"return {right}"]
     shape = f"# {list(op.outputs[0].shape)}"
-    lines = [f"# {_describe_reshard(op)}", ""] if op.note else [""]
+    resharding = spec_of(op).resharding
+    lines = [f"# {_describe_reshard(op, resharding.comment)}", ""] if resharding else [""]
     lines[-1] = f"{', '.join(left)} = {right}"
     if len(lines[-1]) + len(shape) + 10 <= LINE:
         lines[-1] += f"  {shape}"
@@ -262,12 +267,11 @@ def _write_op(index: int, body: _Body) -> list[str]:
     return lines
 
 
-def _describe_reshard(op: Op) -> str:
+def _describe_reshard(op: Op, comment: str) -> str:
     """What moves between the ranks, how many bytes of it a rank holds, and why."""
     before, after = (say_bytes(nbytes(t)) for t in (op.inputs[0], op.outputs[0]))
     gradient = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
-    comment = spec_of(op).resharding.comment.format(before=before, after=after, gradient=gradient)
-    return f"{comment}: {op.note}"
+    return f"{comment.format(before=before, after=after, gradient=gradient)}: {op.note}"
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------
@@ -284,11 +288,12 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
     body = _start_body(graph, kind, constants, f"{arguments[0]}.device")
     body.names = dict(zip(kind.inputs, arguments, strict=True))
     lines, section = [], None
-    for index, op in enumerate(body.statements):
+    ops = [op for op in body.statements if isinstance(op, Op)]  # all of them: no layer calls another
+    for index, op in enumerate(ops):
         if section not in (None, op.module.split(".")[0]):
             lines.append("")
         section = op.module.split(".")[0]
-        lines += _write_op(index, body)
+        lines += _write_op(op, index, body)
     which = _ranges([call.index for call in graph.layer_calls if call.kind == number])
     return _class(
         kind.class_name, f"{graph.layers_path}: {which}.", _parameter_tree(kind), kind.inputs, arguments, lines
@@ -305,12 +310,13 @@ def _root_class(graph: Graph, plan: Plan, constants: dict) -> tuple[str, dict[Te
     lines: list[str] = []
     index = 0
     while index < len(body.statements):
-        if isinstance(body.statements[index], LayerCall):
-            run = _run_of_layers(body, index, plan)
+        statement = body.statements[index]
+        if isinstance(statement, LayerCall):
+            run = _run_of_layers(statement, index, body, plan)
             lines += _write_run(run, index, graph, plan, body)
             index += len(run)
         else:
-            lines += _write_op(index, body)
+            lines += _write_op(statement, index, body)
             index += 1
     tree = _parameter_tree(graph)
     if graph.kinds:
@@ -320,14 +326,17 @@ def _root_class(graph: Graph, plan: Plan, constants: dict) -> tuple[str, dict[Te
     return _class(graph.class_name, says, tree, graph.inputs, arguments, lines), body.names
 
 
-def _run_of_layers(body: _Body, first: int, plan: Plan) -> list[LayerCall]:
-    """The calls from statement `first` on that one loop can make: each takes what the last gave, all else the same."""
-    run = [body.statements[first]]
+def _run_of_layers(first_call: LayerCall, first: int, body: _Body, plan: Plan) -> list[LayerCall]:
+    """The calls that one loop can make, from `first_call` on, which is statement `first`.
+
+    Each takes the output of the call before it; their other inputs and their recompute policies are the same.
+    """
+    run = [first_call]
     for call in body.statements[first + 1 :]:
         last = run[-1]
-        if not isinstance(call, LayerCall) or len(last.outputs) > 1 or call.index != last.index + 1:
+        if not isinstance(call, LayerCall) or len(last.outputs) != 1 or call.index != last.index + 1:
             break
-        same = call.inputs == (last.outputs[0], *run[0].inputs[1:]) and call.inputs[1:] == run[0].inputs[1:]
+        same = call.inputs == (last.outputs[0], *first_call.inputs[1:])
         read_later = body.last_use[last.outputs[0]] > first + len(run)
         if not same or read_later or plan.recompute[call.index] != plan.recompute[last.index]:
             break

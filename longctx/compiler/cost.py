@@ -57,12 +57,12 @@ def _traffic(op: Op, partition: Partition, plan_size: int) -> float:
 
 def reshard_seconds(tensor: Tensor, reshard: Reshard | None, plan_size: int, hardware: Hardware) -> Seconds:
     """The time of a reshard of a tensor; nothing hides it, since the next op waits for it."""
-    if reshard is None or plan_size == 1:
+    resharding = RESHARDS[f"{COLLECTIVES}.{reshard.function}"].resharding if reshard else None
+    if resharding is None or plan_size == 1:
         return Seconds()
-    what = RESHARDS[f"{COLLECTIVES}.{reshard.function}"].resharding
     forward, backward = (
         collective_seconds(hardware, kind, bytes_of(tensor), plan_size) if kind else 0.0
-        for kind in (what.forward, what.backward)
+        for kind in (resharding.forward, resharding.backward)
     )
     return Seconds(forward, backward if tensor.requires_grad else 0.0)
 

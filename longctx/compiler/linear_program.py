@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, milp
+from scipy.optimize import Bounds, milp
 from scipy.sparse import coo_array
 
 from longctx.errors import SolverError
@@ -84,8 +84,8 @@ class LinearProgram:
         result = milp(
             costs * scale,
             integrality=np.array(self.integer, int),
-            bounds=Bounds(0.0, np.array(self.upper)),
-            constraints=LinearConstraint(matrix, [low for _, low, _ in rows], [up for _, _, up in rows]),
+            bounds=Bounds(0.0, np.array(self.upper)),  # pyright: ignore[reportArgumentType]  (scipy takes arrays)
+            constraints=(matrix, [low for _, low, _ in rows], [up for _, _, up in rows]),
             options={"mip_rel_gap": RELATIVE_GAP, "time_limit": SOLVER_SECONDS},
         )
         if result.x is not None:

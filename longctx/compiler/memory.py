@@ -21,7 +21,7 @@ Autograd's saved tensors are those of torch 2.13 on a GPU with fused attention a
 what is predicted here.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
@@ -169,8 +169,8 @@ class _Body:
 def steps(
     items: Sequence[Op | LayerCall],
     results: Sequence[Tensor],
-    kept: Mapping[LayerCall, Kept] | None = None,
-    plan_sharded: Collection[Tensor] = (),
+    kept: Mapping[LayerCall, Kept],
+    plan_sharded: Collection[Tensor],
 ) -> list[Step]:
     """The steps of a body's forward pass, then those of its backward pass.
 
@@ -198,14 +198,16 @@ def _live(item: Op | LayerCall, shares: Shares) -> Live:
 def _forward_steps(body: _Body, live: Live) -> Iterator[Step]:
     """Values live until their last use; those that are saved stay."""
     storage = body.storage
-    touched = [{storage.get(t) for t in (*item.inputs, *item.outputs)} & set(storage) for item in body.items]
+    touched = [
+        {storage[t] for t in (*item.inputs, *item.outputs) if t in storage} & set(storage) for item in body.items
+    ]
     last_use = {tensor: index for index, tensors in enumerate(touched) for tensor in tensors}
     stay = {t for tensors in body.saves.values() for t in tensors} | {storage.get(t, t) for t in body.results}
     kept_by_layers = {t for item in body.items if isinstance(item, LayerCall) for t in body.saves[item]}
     for index, item in enumerate(body.items):
         for tensor in item.outputs:
             if storage[tensor] is tensor:
-                live["saved" if tensor in kept_by_layers else "transient", tensor] += 1.0
+                live["saved" if tensor in kept_by_layers else "transient", tensor] += 1
         if isinstance(item, Op):
             live.update(body.extras[item])
             yield Step(item, "forward", live + _live(item, spec_of(item).workspace(item, "forward")))
@@ -220,14 +222,14 @@ def _forward_steps(body: _Body, live: Live) -> Iterator[Step]:
 def _drop(live: Live, tensor: Tensor) -> None:
     """Takes a value's own bytes out; shares of them stand for something else."""
     key = next(key for key in (("saved", tensor), ("transient", tensor)) if live[key] > 1 - 1e-9)  # shares are rounded
-    live[key] -= 1.0
+    live[key] -= 1
 
 
 def _backward_steps(body: _Body, live: Live) -> Iterator[Step]:
     """Each op makes its inputs' gradients, then drops its outputs', and what it was the first to save."""
     storage = body.storage
     first_saver = {tensor: item for item in reversed(body.items) for tensor in body.saves[item]}
-    for tensor in {storage.get(t) for t in body.results} & set(storage) - set(first_saver):
+    for tensor in {storage[t] for t in body.results if t in storage} & set(storage) - set(first_saver):
         _drop(live, tensor)
     # Value -> what its gradient's memory was made for, an op and its input; None if it is the caller's. A gradient that
     # is a view of another, or the same, has that one's.
@@ -263,8 +265,9 @@ def _made_gradients(item: Op | LayerCall, gradients: Mapping[Tensor, tuple | Non
     made: dict[Tensor, tuple | None] = {}
     for tensor in item.inputs:
         if tensor.requires_grad:
-            same = isinstance(item, Op) and tensor.kind != "parameter"
-            same = same and spec_of(item).shares_gradient(tensor, incoming)
+            same = (
+                isinstance(item, Op) and tensor.kind != "parameter" and spec_of(item).shares_gradient(tensor, incoming)
+            )
             made[tensor] = gradients[incoming] if same else (item, tensor)
     return made
 
@@ -333,8 +336,8 @@ def predict(
     moments = list(_moments(graph, recompute, plan_sharded, root, kinds))
     moment, live = max(moments, key=lambda moment: sum(moment[1].values()))
     fields = ("gathered", "weight_gradients", "reduce_scatter", "saved", "transient", "loss")
-    live = {name: live[name] for name in fields}
-    return MemoryPrediction(masters=masters, gradients=masters, optimizer=2 * masters, moment=moment, **live)
+    by_kind = {name: live.get(name, 0.0) for name in fields}
+    return MemoryPrediction(masters=masters, gradients=masters, optimizer=2 * masters, moment=moment, **by_kind)
 
 
 def _moments(
@@ -343,7 +346,7 @@ def _moments(
     plan_sharded: Collection[Tensor],
     root: _Weights,
     kinds: Sequence[_Weights],
-) -> Iterator[tuple[str, Counter]]:
+) -> Iterator[tuple[str, dict[str, float]]]:
     """What each step of a micro-batch is, and its bytes by kind, persistent ones left out."""
     calls = graph.layer_calls
     by_policy = {(call.kind, recompute[call.index]): graph.kinds[call.kind] for call in calls}
@@ -363,7 +366,8 @@ def _moments(
         if isinstance(step.item, LayerCall):
             i, below_layers = step.item.index, backward
             phase = "both" if backward and recompute[i] is not Recompute.NOTHING else step.phase
-            live.update(inside[step.item.kind][phase])
+            for kind, size in inside[step.item.kind][phase].items():
+                live[kind] += size
             live["gathered"] += layers[i].gathered + layers[i - 1 if backward and i else i].buffer
             live["reduce_scatter"] += layers[i + 1].reduced if backward and i + 1 < len(layers) else 0.0
             yield f"{step.phase} of layer {i}", live
@@ -372,28 +376,29 @@ def _moments(
                 live["gathered"] += layers[-1].buffer
             yield f"{step.phase} of {spec_of(step.item).name}", live
     end = {"weight_gradients": root.gathered, "reduce_scatter": root.reduced, "transient": root.shard}
-    yield "reduce-scatter of embedding and head", Counter(end)
+    yield "reduce-scatter of embedding and head", end
 
 
 def _made_inside(kind: LayerKind, policy: Recompute) -> Shares:
-    total: Counter = Counter()
+    total: defaultdict[Tensor, float] = defaultdict(float)
     for shares in kept_by_op(kind.ops, policy).values():
-        total.update(shares)
+        for tensor, share in shares.items():
+            total[tensor] += share
     return total
 
 
-def _largest_steps(kind: LayerKind, plan_sharded: Collection[Tensor]) -> dict[str, Counter]:
+def _largest_steps(kind: LayerKind, plan_sharded: Collection[Tensor]) -> dict[str, dict[str, float]]:
     """Bytes by kind of a layer's largest step: forward, backward, and both, which is backward with recomputation."""
-    sizes = [(step.phase, _bytes(step.live)) for step in steps(kind.ops, kind.outputs, plan_sharded=plan_sharded)]
+    sizes = [(step.phase, _bytes(step.live)) for step in steps(kind.ops, kind.outputs, {}, plan_sharded)]
     return {
         phase: max((live for p, live in sizes if phase in (p, "both")), key=lambda live: sum(live.values()))
         for phase in ("forward", "backward", "both")
     }
 
 
-def _bytes(live: Live) -> Counter:
+def _bytes(live: Live) -> defaultdict[str, float]:
     """Bytes by kind."""
-    total: Counter = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     for (kind, tensor), share in live.items():
         total[kind] += share * nbytes(tensor)
     return total

@@ -96,28 +96,31 @@ def partitions(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None],
     marks = {dim.name: dim.reduce for dims in entries for factors in dims for dim in factors}
     legal = [whole]
     for name, mark in marks.items():
-        places = [_sharded_dim(name, dims) for dims in (*entries, *outputs)]
-        if mark == "^" or name not in known or known[name] % plan_size or None in places or plan_size == 1:
+        if mark == "^" or name not in known or known[name] % plan_size or plan_size == 1:
             continue
-        elsewhere = PARTIAL if mark == "+" else REPLICATE
-        inputs = tuple(REPLICATE if place == ABSENT else Shard(place) for place in places[: len(entries)])
-        results = tuple(elsewhere if place == ABSENT else Shard(place) for place in places[len(entries) :])
-        legal.append(Partition(name, inputs, results))
+        if all(_can_be_sharded(name, dims) for dims in (*entries, *outputs)):
+            elsewhere = PARTIAL if mark == "+" else REPLICATE
+            inputs = tuple(_placement(name, dims, REPLICATE) for dims in entries)
+            results = tuple(_placement(name, dims, elsewhere) for dims in outputs)
+            legal.append(Partition(name, inputs, results))
     return legal
 
 
-ABSENT = -1
+def _dims_with(name: str, dims: tuple[tuple[Dim, ...], ...]) -> list[int]:
+    """The dimensions of a tensor that have `name` among their factors."""
+    return [place for place, factors in enumerate(dims) if name in {dim.name for dim in factors}]
 
 
-def _sharded_dim(name: str, dims: tuple[tuple[Dim, ...], ...]) -> int | None:
-    """The dimension of a tensor that partitioning along `name` shards.
+def _can_be_sharded(name: str, dims: tuple[tuple[Dim, ...], ...]) -> bool:
+    """Whether a tensor has `name` in one dimension at most, and there as the outermost factor."""
+    found = _dims_with(name, dims)
+    return len(found) <= 1 and all(dims[place][0].name == name for place in found)
 
-    ABSENT if the tensor doesn't have `name`, None if it has it where it can't be sharded.
-    """
-    found = [place for place, factors in enumerate(dims) if name in {dim.name for dim in factors}]
-    if not found:
-        return ABSENT
-    return found[0] if len(found) == 1 and dims[found[0]][0].name == name else None
+
+def _placement(name: str, dims: tuple[tuple[Dim, ...], ...], elsewhere: Placement) -> Placement:
+    """A tensor's placement under a partition along `name`; `elsewhere` if no dimension of the tensor has that name."""
+    found = _dims_with(name, dims)
+    return Shard(found[0]) if found else elsewhere
 
 
 # --- reshards --------------------------------------------------------------------------------------------------------

@@ -100,6 +100,7 @@ class Program(LinearProgram):
         self.plan_size = setting.plan_size
         self.x: dict[Op, list[tuple[Partition, int]]] = {}
         self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
+        self.recomputing: list[tuple[int, int]] = []  # m and a of each layer kind
         self.persistent: Expression = {}
         self.kept: Expression = {}  # saved from the forward to the backward, all layers
         self.build()
@@ -155,6 +156,7 @@ class Program(LinearProgram):
         calls = [call for call in self.graph.layer_calls if call.kind == number]
         m = self.variable(upper=len(calls), integer=True)
         a = self.variable(upper=len(calls), integer=True)
+        self.recomputing.append((m, a))
         self.row({m: 1.0, a: -1.0}, lower=0)
         self.fix_policy(kind, m, a, len(calls))
         scope = _Scope(kind, len(calls), m, a)
@@ -163,7 +165,7 @@ class Program(LinearProgram):
         for op in kind.ops:
             self.add_op(op, scope)
         for place, tensor in enumerate(kind.outputs):
-            chosen = self.boundary if place == 0 else {REPLICATE: ALWAYS}
+            chosen: dict[Placement, Expression] = self.boundary if place == 0 else {REPLICATE: ALWAYS}
             scope.flows[tensor].demands.append(_demands_of(chosen, tensor))
         self.add_weights(scope)
         return scope
@@ -226,9 +228,9 @@ class Program(LinearProgram):
     def tie_products(self, op: Op, scope: _Scope) -> None:
         """The products of an op's x with m add up to m. The rows imply it, and said aloud it brings the relaxation
         that the solver starts from far closer."""
-        for layers in {scope.recomputed, scope.attention_recomputed} - {None}:
-            products = [self.products.get((x, layers)) for _, x in self.x[op]]
-            if None not in products:
+        for layers in {v for v in (scope.recomputed, scope.attention_recomputed) if v is not None}:
+            products = [self.products[x, layers] for _, x in self.x[op] if (x, layers) in self.products]
+            if len(products) == len(self.x[op]):
                 self.row({layers: -1.0, **dict.fromkeys(products, 1.0)}, 0, 0)
 
     def add_demands(self, op: Op, scope: _Scope) -> None:
@@ -322,14 +324,12 @@ class Program(LinearProgram):
 
     def add_saved(self, op: Op, scope: _Scope) -> None:
         """Bytes that the op's backward keeps, unless its layer recomputes them."""
-        if scope.recomputed is None:
-            return
         for tensor in saved_activations(op):
-            if tensor in scope.saved_once or tensor in scope.owner.inputs:
-                continue
-            scope.saved_once.add(tensor)
             kept_by_policy = tensor in op.outputs and spec_of(op).selective_recompute is not None
             layers = scope.attention_recomputed if kept_by_policy else scope.recomputed
+            if layers is None or tensor in scope.saved_once or tensor in scope.owner.inputs:
+                continue
+            scope.saved_once.add(tensor)
             for partition, x in self.x[op]:
                 size = bytes_of(tensor, _placement_of(tensor, op, partition), self.plan_size) / GB
                 scope.saved[x] = scope.saved.get(x, 0.0) + size
@@ -339,12 +339,12 @@ class Program(LinearProgram):
     def add_memory(self) -> None:
         """peak >= persistent + kept + the larger of a layer's backward and the root's operators, the loss above all."""
         moments = []
-        for scope in self.scopes[1:]:
-            widest = self.largest(*(self.at_work(op) for op in scope.owner.ops))
+        for kind, scope in zip(self.graph.kinds, self.scopes[1:], strict=True):
+            widest = self.largest(*(self.at_work(op) for op in kind.ops))
             self.costs[widest] = TIE_BREAK_SECONDS
             moments.append(total(scope.saved, {widest: 1.0}, scope.gathered))
             for placement, chosen in self.boundary.items():
-                size = bytes_of(scope.owner.inputs[0], placement, self.plan_size) / GB
+                size = bytes_of(kind.inputs[0], placement, self.plan_size) / GB
                 self.kept = total(self.kept, scaled(chosen, scope.times * size))
         root_ops = [item for item in self.graph.body if isinstance(item, Op)]
         moments += [total(self.at_work(op), self.made_in_forward(op)) for op in root_ops]
@@ -400,11 +400,11 @@ class Program(LinearProgram):
     def policies(self, values: np.ndarray) -> tuple[Recompute, ...]:
         """Each layer's: the first a of a kind recompute everything, the next m - a all but attention."""
         policies: dict[int, Recompute] = {}
-        for number, scope in enumerate(self.scopes[1:]):
-            m, a = round(values[scope.recomputed]), round(values[scope.attention_recomputed])
-            of_kind = [Recompute.EVERYTHING] * a + [Recompute.ALL_BUT_ATTENTION] * (m - a)
-            of_kind += [Recompute.NOTHING] * (scope.times - m)
+        for number, variables in enumerate(self.recomputing):
+            m, a = (round(values[variable]) for variable in variables)
             layers = [call.index for call in self.graph.layer_calls if call.kind == number]
+            of_kind = [Recompute.EVERYTHING] * a + [Recompute.ALL_BUT_ATTENTION] * (m - a)
+            of_kind += [Recompute.NOTHING] * (len(layers) - m)
             policies |= dict(zip(layers, of_kind, strict=True))
         return tuple(policies[index] for index in sorted(policies))
 

@@ -12,7 +12,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from io import StringIO
 from pathlib import Path
@@ -43,6 +43,8 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     Raises:
         ModelError: torch.export can't trace the model, or what it gives is not the whole of the model.
     """
+    model = module.get_submodule("model")
+    class_name = type(model).__name__
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
     module.to("meta")  # one device for all; the buffers' values are in `buffers`
     with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
@@ -52,11 +54,10 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
         except UserError:
             raise
         except Exception as error:
-            reason = one_line(error)
-            raise ModelError(f"torch.export can't trace {type(module.model).__name__}: {reason}") from error
+            raise ModelError(f"torch.export can't trace {class_name}: {one_line(error)}") from error
     flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
-    _check_learned_positions(flat, type(module.model).__name__)
-    return _fold_layers(flat, type(module.model).__name__, *_decoder_layers(module.model))
+    _check_learned_positions(flat, class_name)
+    return _fold_layers(flat, class_name, *_decoder_layers(model))
 
 
 @contextmanager
@@ -149,21 +150,23 @@ def _decoder_layers(model: nn.Module) -> tuple[str, dict[int, str]]:
 # --- ATen nodes -> ops -----------------------------------------------------------------------------------------------
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Flat:
     """The traced graph before its layers are folded; an op's `module` is the full path here."""
 
     inputs: tuple[Tensor, ...]
-    output: Tensor | None = None
-    parameters: dict[str, Tensor] = field(default_factory=dict)
-    constants: dict[Tensor, torch.Tensor] = field(default_factory=dict)
-    ops: list[Op] = field(default_factory=list)
+    output: Tensor
+    parameters: dict[str, Tensor]
+    constants: dict[Tensor, torch.Tensor]
+    ops: list[Op]
 
 
 def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaque: dict[str, _Opaque]) -> _Flat:
     """Nested graphs inlined, devices replaced, parameters and constants resolved, identities dropped."""
     env: dict[fx.Node, Any] = {}
-    flat = _Flat(inputs=())
+    inputs: list[Tensor] = []
+    parameters: dict[str, Tensor] = {}
+    constants: dict[Tensor, torch.Tensor] = {}
     canonical = {id(p): name for name, p in module.named_parameters()}  # a tied weight has the name it has first
     by_name = dict(module.named_parameters(remove_duplicate=False))
     values = {**exported.constants, **buffers}
@@ -173,18 +176,19 @@ def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaq
         value = node.meta["val"]
         if spec.kind.name == "PARAMETER":
             name = canonical[id(by_name[spec.target])].removeprefix("model.")
-            if name not in flat.parameters:
+            if name not in parameters:
                 parameter = by_name[spec.target]
-                flat.parameters[name] = _tensor(name, value, parameter.requires_grad, "parameter")
-            env[node] = flat.parameters[name]
+                parameters[name] = _tensor(name, value, parameter.requires_grad, "parameter")
+            env[node] = parameters[name]
         elif spec.kind.name == "USER_INPUT":
             env[node] = _tensor(node.name, value, False, "input")
-            flat.inputs += (env[node],)
+            inputs.append(env[node])
         else:
             env[node] = _tensor(spec.target.rsplit(".", 1)[-1], value, False, "constant")
-            flat.constants[env[node]] = values[spec.target]
-    (flat.output,) = _convert(exported.graph_module, env, flat.ops, opaque)
-    return flat
+            constants[env[node]] = values[spec.target]
+    ops: list[Op] = []
+    (output,) = _convert(exported.graph_module, env, ops, opaque)
+    return _Flat(tuple(inputs), output, parameters, constants, ops)
 
 
 def _tensor(name: str, value: torch.Tensor, requires_grad: bool, kind: str = "activation") -> Tensor:
@@ -270,19 +274,18 @@ def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | No
 
 def _without_dead_ops(flat: _Flat) -> _Flat:
     used = {flat.output}
-    kept = []
+    live = []
     for op in reversed(flat.ops):
         if used & set(op.outputs):
-            kept.append(op)
+            live.append(op)
             used.update(op.inputs)
-    flat.ops = kept[::-1]
-    flat.constants = {t: value for t, value in flat.constants.items() if t in used}
-    if lost := [t.name for t, value in flat.constants.items() if value.is_meta]:
+    constants = {t: value for t, value in flat.constants.items() if t in used}
+    if lost := [t.name for t, value in constants.items() if value.is_meta]:
         raise ModelError(
             f"its forward makes a tensor of numbers ({lost[0]}), whose values tracing loses; train "
             "a model that keeps them in a buffer"
         )
-    return flat
+    return replace(flat, ops=live[::-1], constants=constants)
 
 
 def _check_learned_positions(flat: _Flat, class_name: str) -> None:
@@ -340,7 +343,7 @@ def _statements(file: str) -> dict[int, Statement]:
             assigned = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
             names = assigned.elts if isinstance(assigned, ast.Tuple) else [assigned]
             targets = tuple(n.id for n in names if isinstance(n, ast.Name))
-            for line in range(node.lineno, node.end_lineno + 1):
+            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
                 lines[line] = Statement((file, node.lineno), targets)
     return lines
 

@@ -8,7 +8,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import datasets
 import pyarrow as pa
@@ -83,24 +83,29 @@ def load_saved_dataset(name: str) -> datasets.Dataset:
     if isinstance(dataset, datasets.Dataset):
         return dataset
     if "train" not in dataset:
-        raise DocumentsError(f"it has no split named train, only {', '.join(dataset)}")
+        raise DocumentsError(f"it has no split named train, only {', '.join(map(str, dataset))}")
     return dataset["train"]
 
 
 def dataset_documents(dataset: datasets.Dataset, text_key: str) -> tuple[Documents, int]:
     check_column(dataset.features.arrow_schema, text_key)
     tables = dataset.select_columns(text_key).with_format("arrow").iter(ROWS_READ)
-    texts = (text for table in tables for text in table.column(0).to_pylist())
+    texts = (text for table in tables for text in _first_column(table))
     return (document for text in texts for document in row_documents(text, 1)), len(dataset)
+
+
+def _first_column(table: Any) -> list[str | None]:
+    return table.column(0).to_pylist()
 
 
 def read_text(file: Path, _: str) -> Documents:
     try:
-        with open(file, encoding="utf-8-sig", newline="") as stream:  # newline="" keeps line ends as they are
+        # newline="" keeps line ends as they are.
+        with open(file, "rb") as raw, io.TextIOWrapper(raw, encoding="utf-8-sig", newline="") as stream:
             done = 0
             for document in pieces(stream):
-                yield document, stream.buffer.tell() - done
-                done = stream.buffer.tell()
+                yield document, raw.tell() - done
+                done = raw.tell()
     except UnicodeDecodeError as error:
         raise DocumentsError(f"not UTF-8: {error.reason}") from error
 
@@ -161,7 +166,8 @@ def row_documents(text: str | None, share: int) -> Documents:
         yield text or "", share
     else:
         for piece in pieces(io.StringIO(text, newline="")):
-            yield piece, share if piece.last else 0
+            is_last = isinstance(piece, str) or piece.last
+            yield piece, share if is_last else 0
 
 
 def pieces(stream: TextIO) -> Iterator[str | Piece]:

@@ -51,9 +51,9 @@ def check_rows(dataset: Any) -> None:
         raise RowsError(
             f"its 'input_ids' are of type {column.type}, not lists of token ids; make it with bookcorpus.py"
         )
-    lengths = pc.fill_null(pc.list_value_length(column), 0)
+    lengths = pc.fill_null(pc.call_function("list_value_length", [column]), 0)
     first = lengths[0].as_py()
-    row = pc.index(pc.not_equal(lengths, first), True).as_py()
+    row = pc.index(pc.call_function("not_equal", [lengths, lengths[0]]), True).as_py()
     if row >= 0:
         raise RowsError(
             f"row {row} has {lengths[row]} tokens and row 0 has {first}, and the plan is compiled for one length; "

@@ -13,7 +13,7 @@ from multiprocessing import connection, get_context, parent_process
 
 import numpy as np
 from tokenizers import Tokenizer
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerFast
 
 from longctx.data.documents import OVERLAP, PIECE, Documents, Piece
 
@@ -45,7 +45,7 @@ class Tokens:
     share: int = 0
 
 
-def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, num_proc: int) -> Iterator[Tokens]:
+def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast, num_proc: int) -> Iterator[Tokens]:
     """Yields the tokens of all documents in order, which are the same for any `num_proc`.
 
     Empty documents are counted and left out: bos + eos alone would teach a model to end a text before it begins.
@@ -54,7 +54,8 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, num_proc:
     backend.no_truncation()  # some tokenizer.json files set a length beyond which text is cut off
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    initargs = (backend, tokenizer.bos_token_id, tokenizer.eos_token_id)
+    bos, eos = (getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos"))
+    initargs = (backend, bos, eos)
     use_tokenizer(*initargs)
     encoded = encode_in_order(batches(documents), num_proc, initargs)
     for batch, ids, starts in encoded:
@@ -62,7 +63,7 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerBase, num_proc:
             empty = batch.texts.count("")
             yield Tokens(ids, len(batch.texts) - empty, empty, batch.share)
         else:
-            yield from join_pieces(batch, ids, starts, encoded)
+            yield from join_pieces(batch.piece, batch.share, ids, starts, encoded)
 
 
 def batches(documents: Documents) -> Iterator[Batch]:
@@ -107,13 +108,19 @@ def start_worker(backend: Tokenizer, bos: int, eos: int) -> None:
 
 def end_with_parent() -> None:
     """Waits for the parent process to end, and then ends this one, which would otherwise outlive a killed parent."""
-    connection.wait([parent_process().sentinel])
+    parent = parent_process()
+    assert parent is not None, "a worker has a parent"
+    connection.wait([parent.sentinel])
     os._exit(1)
 
 
-def use_tokenizer(*tokenizer_bos_eos: Tokenizer | int) -> None:
-    global tokenizer_in_use  # one for the process: to send it with each batch would cost more than the batch itself
-    tokenizer_in_use = tokenizer_bos_eos
+# The tokenizer of this process, with bos and eos: to send it with each batch would cost more than the batch itself.
+tokenizer_in_use: tuple[Tokenizer, int, int]
+
+
+def use_tokenizer(backend: Tokenizer, bos: int, eos: int) -> None:
+    global tokenizer_in_use
+    tokenizer_in_use = backend, bos, eos
 
 
 def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
@@ -133,10 +140,13 @@ def encode_piece(text: str) -> tuple[np.ndarray, np.ndarray]:
     return np.fromiter(encoding.ids, np.int32), np.maximum.accumulate(starts)
 
 
-def join_pieces(batch: Batch, ids: np.ndarray, starts: np.ndarray, following: Iterator[tuple]) -> Iterator[Tokens]:
+def join_pieces(
+    piece: Piece, share: int, ids: np.ndarray, starts: np.ndarray, following: Iterator[tuple]
+) -> Iterator[Tokens]:
     """Yields the tokens of one long document as if it had been tokenized whole.
 
-    `batch`, `ids` and `starts` are those of its first piece, and `following` yields those of the next ones.
+    `piece`, `share`, `ids` and `starts` are those of its first piece, and `following` yields (batch, ids, starts) of
+    the next ones.
 
     What a tokenizer does at one place depends on few characters around it, so the tokens of a piece are wrong only near
     its ends. Where two neighbours agree on every token in the middle half of their overlap, the document's tokens are
@@ -144,25 +154,26 @@ def join_pieces(batch: Batch, ids: np.ndarray, starts: np.ndarray, following: It
     proves nothing, since a run of one character may be divided in several ways. Without agreement, the pieces are
     joined and tokenized again as one; the text doubles each time, so that the time stays nearly linear in its length.
     """
-    text, begin, low, high = batch.piece.text, 0, OVERLAP // 4, OVERLAP * 3 // 4
-    yield Tokens(np.array([tokenizer_in_use[1]], np.int32), share=batch.share)
-    while not batch.piece.last:
+    text, begin, low, high = piece.text, 0, OVERLAP // 4, OVERLAP * 3 // 4
+    yield Tokens(np.array([tokenizer_in_use[1]], np.int32), share=share)
+    while not piece.last:
         offset = len(text) - OVERLAP  # of the next piece in this one
         batch, next_ids, next_starts = next(following)
-        share = batch.share
+        piece, share = batch.piece, batch.share
         here = slice(*np.searchsorted(starts, [offset + low, offset + high]))
         there = slice(*np.searchsorted(next_starts, [low, high]))
         agree = np.array_equal(ids[here], next_ids[there])
         agree = agree and np.array_equal(starts[here] - offset, next_starts[there])
         if agree and len(np.unique(ids[here])) >= DIFFERENT_TOKENS:
             yield Tokens(ids[np.searchsorted(starts, begin) : here.start], share=share)
-            text, begin, ids, starts = batch.piece.text, low, next_ids, next_starts
+            text, begin, ids, starts = piece.text, low, next_ids, next_starts
             continue
         long = 2 * len(text)
-        text += batch.piece.text[OVERLAP:]
-        while len(text) < long and not batch.piece.last:
+        text += piece.text[OVERLAP:]
+        while len(text) < long and not piece.last:
             batch, _, _ = next(following)
-            text, share = text + batch.piece.text[OVERLAP:], share + batch.share
+            piece = batch.piece
+            text, share = text + piece.text[OVERLAP:], share + batch.share
         ids, starts = encode_piece(text)
         yield Tokens(ids[:0], share=share)
     end = np.array([tokenizer_in_use[2]], np.int32)

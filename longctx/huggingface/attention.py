@@ -13,7 +13,7 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longctx.errors import KernelError, ModelError
-from longctx.kernels.attention import attention, flash_attn_func
+from longctx.kernels.attention import HAS_FLASH_ATTN, attention
 
 REGISTERED_NAME = "annotated"  # what models are told as attn_implementation
 
@@ -24,7 +24,7 @@ def register_attention(implementation: str) -> None:
     Raises:
         KernelError: the implementation needs a package that is not installed.
     """
-    if implementation == "flash_attention_2" and flash_attn_func is None:
+    if implementation == "flash_attention_2" and not HAS_FLASH_ATTN:
         raise KernelError(
             "the package flash-attn is not installed; install it (pip install flash-attn --no-build-isolation) or "
             "choose sdpa"

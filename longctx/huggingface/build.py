@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.data.rows import IGNORE_INDEX
@@ -28,7 +28,7 @@ class CausalLMLoss(nn.Module):
     token after tokens[:, i], or IGNORE_INDEX.
     """
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: PreTrainedModel):
         super().__init__()
         self.model = model
         self.head = read_head(model)
@@ -36,6 +36,7 @@ class CausalLMLoss(nn.Module):
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         hidden_states = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
         lm_head = self.model.get_output_embeddings()
+        assert lm_head is not None, "read_head refuses a model without"
         weight = lm_head.weight
         if self.head.scale != 1.0:
             hidden_states = hidden_states * self.head.scale
@@ -109,10 +110,10 @@ def parameters_on_meta() -> Iterator[None]:
     """
     register_parameter = nn.Module.register_parameter
 
-    def register_on_meta(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        if parameter is not None and not parameter.is_meta:  # one on meta stays the same object: it may be tied
-            parameter = nn.Parameter(parameter.to("meta"), requires_grad=parameter.requires_grad)
-        register_parameter(module, name, parameter)
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:  # one on meta stays the same object: it may be tied
+            param = nn.Parameter(param.to("meta"), requires_grad=param.requires_grad)
+        register_parameter(self, name, param)
 
     nn.Module.register_parameter = register_on_meta
     try:

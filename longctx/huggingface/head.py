@@ -7,8 +7,8 @@ that is not known would silently be ignored. So the head is run once, on meta te
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 from longctx.errors import ModelError
@@ -33,7 +33,7 @@ class HeadOp:
     number: float | None = None
 
 
-def read_head(model: nn.Module) -> Head:
+def read_head(model: PreTrainedModel) -> Head:
     """Reads what a model on meta does between its decoder and its logits.
 
     Raises:
@@ -43,25 +43,30 @@ def read_head(model: nn.Module) -> Head:
     names = [op.name for op in ops]
     if names.count("linear") != 1 or names[0] != "linear":
         raise _head_error(model, names)
-    scale, at = 1.0, 1
-    while at < len(ops) and names[at : at + 2] != ["div", "tanh"] and names[at] in ("mul", "div") and ops[at].number:
-        scale = scale * ops[at].number if names[at] == "mul" else scale / ops[at].number
-        at += 1
-    if at == len(ops):
+    scale, rest = 1.0, ops[1:]
+    while rest and rest[0].name in ("mul", "div") and (number := rest[0].number) and not _is_softcap(rest):
+        scale = scale * number if rest[0].name == "mul" else scale / number
+        rest = rest[1:]
+    if not rest:
         return Head(scale)
-    if names[at:] == ["div", "tanh", "mul"] and ops[at].number and ops[at].number == ops[at + 2].number:
-        return Head(scale, logit_softcap=ops[at].number)
+    if len(rest) == 3 and _is_softcap(rest) and (number := rest[0].number) and number == rest[2].number:
+        return Head(scale, logit_softcap=number)
     raise _head_error(model, names)
 
 
-def _head_error(model: nn.Module, names: list[str]) -> ModelError:
+def _is_softcap(ops: list[HeadOp]) -> bool:
+    """Whether the operators begin as softcap * tanh(logits / softcap) does."""
+    return [op.name for op in ops[:3]] == ["div", "tanh", "mul"]
+
+
+def _head_error(model: PreTrainedModel, names: list[str]) -> ModelError:
     return ModelError(
         f"the head of {type(model).__name__} computes {' -> '.join(names)}, and this program's loss can only do a "
         "linear layer, then a scale, then a soft-cap; choose a model with such a head"
     )
 
 
-def _head_ops(model: nn.Module) -> list[HeadOp]:
+def _head_ops(model: PreTrainedModel) -> list[HeadOp]:
     """The operators of the model's forward outside its decoder, in order."""
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
     if lm_head is None or decoder is model:

@@ -8,6 +8,7 @@ doesn't say whether the weight is an offset from 1. Hence each candidate is run 
 
 import copy
 import types
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -19,34 +20,39 @@ LARGEST_EPS = 1e-2  # a larger float attribute is something else
 
 def route_rms_norms(model: nn.Module) -> None:
     """Gives every module that computes an RMSNorm a forward that calls `rms_norm`."""
-
-    def forward(self, hidden_states):
-        return rms_norm(hidden_states, self.weight, *self.rms_norm_arguments)
-
     tried: dict[tuple, tuple | None] = {}
     for module in model.modules():
         if not _may_be_rms_norm(module):
             continue
         settings = tuple(sorted((k, v) for k, v in vars(module).items() if isinstance(v, (bool, int, float))))
-        key = (type(module), module.weight.shape, settings)
+        key = (type(module), module.get_parameter("weight").shape, settings)
         if key not in tried:
             tried[key] = _rms_norm_arguments(module)
-        if tried[key] is not None:
-            module.rms_norm_arguments = tried[key]
-            module.forward = types.MethodType(forward, module)
+        if (arguments := tried[key]) is not None:
+            module.forward = types.MethodType(_forward_with(arguments), module)
+
+
+def _forward_with(arguments: tuple) -> Callable:
+    """A module's forward that calls `rms_norm` with the module's weight and these arguments."""
+
+    def forward(self, hidden_states):
+        return rms_norm(hidden_states, self.weight, *arguments)
+
+    return forward
 
 
 def _may_be_rms_norm(module: nn.Module) -> bool:
     """Whether it is worth trying: a norm by its class's name, with one weight of one dimension and no bias."""
-    names = [name for name, _ in module.named_parameters()]
-    return "norm" in type(module).__name__.lower() and names == ["weight"] and module.weight.ndim == 1
+    parameters = dict(module.named_parameters())
+    return "norm" in type(module).__name__.lower() and list(parameters) == ["weight"] and parameters["weight"].ndim == 1
 
 
 def _rms_norm_arguments(module: nn.Module) -> tuple | None:
     """The (eps,) or (eps, offset) with which `rms_norm` computes what `module` does; None if there are none."""
     generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(module.weight.shape, generator=generator)
-    x = 1e-2 * torch.randn(4, *module.weight.shape, generator=generator)  # so small that a wrong eps shows
+    shape = module.get_parameter("weight").shape
+    weight = torch.randn(shape, generator=generator)
+    x = 1e-2 * torch.randn(4, *shape, generator=generator)  # so small that a wrong eps shows
     real = copy.copy(module)
     real.__dict__ = {**vars(module), "_parameters": {"weight": nn.Parameter(weight)}}  # the module's own is on meta
     for eps in {value for value in vars(module).values() if isinstance(value, float) and value < LARGEST_EPS}:

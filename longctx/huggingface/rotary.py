@@ -20,4 +20,5 @@ def settle_rotary_tables(model: nn.Module, sequence_length: int) -> None:
                 module(torch.empty(0), last, *([layer_type] if layer_type else []))  # chooses, and stores its choice
                 settled[layer_type] = "default"  # whose frequencies transformers never changes
         if settled != by_layer:
-            module.rope_type = settled if isinstance(kinds, dict) else settled[()]
+            rope_type = settled if isinstance(kinds, dict) else settled[()]
+            module.rope_type = rope_type  # pyright: ignore[reportArgumentType]  (a module takes any attribute)

@@ -5,6 +5,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -55,7 +56,8 @@ def find_weights(model_id: str, config: PreTrainedConfig) -> dict[str, StoredTen
 
 def _parameter_name(stored: str, config: PreTrainedConfig) -> str:
     """The parameter's name in transformers; files may have an older one, as GPT-NeoX's have embed_out for lm_head."""
-    for key in (AutoModelForCausalLM._model_mapping[type(config)].__name__, config.model_type):
+    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
+    for key in (model_class.__name__, config.model_type):
         for transform in get_checkpoint_conversion_mapping(key) or ():
             if type(transform).__name__ == "WeightRenaming":
                 stored, _ = transform.rename_source_key(stored)

@@ -6,6 +6,7 @@ keeps, workspace. A new kernel is a branch of `attention`, and what differs with
 
 from collections.abc import Callable
 from functools import cache
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ from longctx.compiler.ops.registered import arguments_of, register_op
 from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, SelectiveRecompute, Shares
 
 try:
-    from flash_attn import flash_attn_func
+    import flash_attn
 except ImportError:
-    flash_attn_func = None
+    flash_attn: Any = None
+HAS_FLASH_ATTN = flash_attn is not None
 
 QUERY_BLOCK = 1024  # rows of scores held at a time where no fused kernel does the job
 # Causal attention with heads of 128 reaches some 640 TFLOP/s forward and 550 backward on an H100 with FlashAttention-3,
@@ -53,11 +55,13 @@ def attention(
         implementation: 'auto' takes flash-attn where it is installed and applies, else PyTorch's fused kernels, and
             blocks of queries where those can't (a soft-cap, a window); the others force one.
     """
-    fused = flash_attn_func is not None and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
+    fused = HAS_FLASH_ATTN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if implementation == "flash_attention_2" or (implementation == "auto" and fused):
         q, k, v = (x.transpose(1, 2) for x in (query, key, value))
         window_size = (window - 1, 0) if window else (-1, -1)
-        return flash_attn_func(q, k, v, dropout, scale, causal=True, window_size=window_size, softcap=softcap)
+        return flash_attn.flash_attn_func(
+            q, k, v, dropout, scale, causal=True, window_size=window_size, softcap=softcap
+        )
     window = window if window < query.shape[2] else 0  # a window over everything is none
     if implementation == "eager" or softcap or window:
         return _blockwise_attention(query, key, value, scale, window, softcap, dropout, implementation == "eager")

@@ -52,6 +52,7 @@ def process_group() -> Iterator[torch.device]:
 def load_generated(folder: Path, class_name: str) -> nn.Module:
     """The module that a compiled folder's gencode.py defines, its parameters on meta."""
     spec = importlib.util.spec_from_file_location("gencode", folder / "gencode.py")
+    assert spec is not None and spec.loader is not None, "Python has a loader for every .py file"
     gencode = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gencode)
     with torch.device("meta"):
@@ -138,12 +139,12 @@ def shard_with_fsdp(
     ignored = {module.get_parameter(name) for name in plan_sharded}
     # Inputs are not cast: the generated code has the model's own casts, and cos and sin may be float32 by design.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
-    layers = module.get_submodule(layers_path) if layers_path else []
+    layers = module.get_submodule(layers_path).children() if layers_path else ()
     for part in (*layers, module):
-        fully_shard(part, mesh=ranks, mp_policy=policy, ignored_params=ignored)
+        sharded = fully_shard(part, mesh=ranks, mp_policy=policy, ignored_params=ignored)
         # The loss is a sum over tokens, so gradients are summed; the trainer divides by the number of tokens.
-        part.set_gradient_divide_factor(1.0)
-        part.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
+        sharded.set_gradient_divide_factor(1.0)
+        sharded.set_force_sum_reduction_for_comms(True)  # gloo has no other reduction
 
 
 def reduce_plan_sharded_gradients(model: ParallelModel) -> None:

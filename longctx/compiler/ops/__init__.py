@@ -8,6 +8,7 @@ partitions.py   annotations that many of PyTorch's operators share
 python.py       the forms in which operators are written
 """
 
+from longctx.compiler import placement
 from longctx.compiler.annotation import Annotation, Entry, parse
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.ops import aten
@@ -15,7 +16,6 @@ from longctx.compiler.ops.python import Expression, Values, overload
 from longctx.compiler.ops.registered import REGISTERED_OPS, RegisteredOp, arguments_of, register_op, target_of
 from longctx.compiler.ops.reshards import COLLECTIVES, RESHARDS
 from longctx.compiler.ops.spec import Flops, OpSpec, Shares, View
-from longctx.compiler.placement import Partition, partitions
 
 __all__ = [
     "COLLECTIVES",
@@ -66,9 +66,9 @@ def _registered_annotation(op: Op) -> Annotation:
     return Annotation(annotation.text, inputs, annotation.outputs)
 
 
-def legal_partitions(op: Op, plan_size: int) -> list[Partition]:
+def legal_partitions(op: Op, plan_size: int) -> list[placement.Partition]:
     """The legal partitions of an op over the ranks of a plan, the one that every rank computes whole first."""
-    return partitions(annotation_of(op), [t.shape for t in op.inputs], plan_size)
+    return placement.partitions(annotation_of(op), [t.shape for t in op.inputs], plan_size)
 
 
 def expression(op: Op, values: Values) -> Expression:
