@@ -1,0 +1,13 @@
+"""The machinery behind the scripts, in rooms.
+
+    data/           documents, tokens, rows, and the order in which training takes them
+    huggingface/    a model as it is trained: built, wrapped, its weights, its FLOPs
+    compiler/       model -> plan -> Python; knows nothing of processes, real devices or data
+    kernels/        functions that generated code calls (attention, RMSNorm), and what the compiler knows of them
+    runtime/        what a rank does: collectives, FSDP2, training, metrics, checkpoints; knows nothing of planning
+    engines/        builtin/ joins these; nnscaler/ does the job with upstream nnScaler
+
+Between the rooms: options.py (train.py's options, one typed `Job`), command_line.py, errors.py (errors of the domain),
+atomic.py (files and folders that appear whole or not at all), compiled.py (the compiled folder, all that passes from
+compiler/ to runtime/), sources.py, torchrun.py, and measure.py (a command that measures a machine's speeds).
+"""

@@ -59,7 +59,7 @@ def format_code(text: str) -> str:
 
 
 def _imports(graph: Graph, plan: Plan) -> str:
-    names = [op.target for op in graph.all_ops() if not is_aten(op.target)]
+    names = [op.target for op in graph.all_ops() if not is_aten(op)]
     if Recompute.ALL_BUT_ATTENTION in plan.recompute:
         names += _selective_contexts(graph.all_ops())
     by_module: dict[str, set[str]] = {}
@@ -169,7 +169,7 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
     items = owner.body if isinstance(owner, Graph) else owner.ops
     results = (owner.output,) if isinstance(owner, Graph) else owner.outputs
     reserved = {"torch", "F", "nn", "checkpoint", "module", "self", "layer"} | {name for name, _ in constants.values()}
-    reserved |= {spec_of(op).name for op in graph.all_ops() if not is_aten(op.target)}
+    reserved |= {spec_of(op).name for op in graph.all_ops() if not is_aten(op)}
     body = _Body(device, reserved, constants, {t: f"self.{name}" for name, t in owner.parameters.items()}, results)
 
     users: dict[Tensor, list[Op | LayerCall]] = {}

@@ -218,7 +218,7 @@ def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opa
             env[node] = args[0][args[1]]
         elif aten.is_check(target):
             continue
-        elif target in opaque or aten.is_aten(target):
+        elif target in opaque or aten.is_operator(target):
             env[node] = _append_op(target, args, kwargs, node, ops, opaque)
         else:
             raise ModelError(f"it uses {target}, which the compiler does not know how to generate")

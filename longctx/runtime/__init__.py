@@ -1,0 +1,8 @@
+"""What a rank does with generated code. Nothing here imports the compiler: what a run has to know is in compiled.py.
+
+collectives.py      the reshards between placements, which generated code calls
+parallel.py         ranks, their mesh, FSDP2 over the generated module, weights read by slices
+trainer.py          the training loop: learning rate, gradients, clipping, a loss that is not finite
+metrics.py          progress bar, TensorBoard, metrics.jsonl; throughput and MFU
+checkpoint.py       sharded checkpoints, whole or not at all; resume.py: what a run goes on from; merge.py: one file
+"""

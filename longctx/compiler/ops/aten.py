@@ -275,9 +275,13 @@ ATEN: dict[str, OpSpec] = {
 UNKNOWN = OpSpec("unknown", p.replicated, py.overload)  # computed whole by every rank, and everything saved
 
 
-def is_aten(target: str) -> bool:
-    """Whether an op's target, or a traced node's, is one of PyTorch's own operators."""
+def is_operator(target: str) -> bool:
+    """Whether a traced call is one of PyTorch's operators."""
     return target.startswith("aten.")
+
+
+def is_aten(op: Op) -> bool:
+    return is_operator(op.target)
 
 
 def spec_of_aten(op: Op) -> OpSpec:
