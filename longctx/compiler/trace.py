@@ -308,7 +308,7 @@ def _check_learned_positions(flat: _Flat, class_name: str) -> None:
         """The tensor's value, if it does not depend on the tokens; None if it does."""
         if tensor in flat.constants:
             return flat.constants[tensor]
-        if tensor not in makers or len(makers[tensor].outputs) > 1 or not aten.is_aten(makers[tensor].target):
+        if tensor not in makers or len(makers[tensor].outputs) > 1 or not aten.is_aten(makers[tensor]):
             return None
         op = makers[tensor]
         known = {t: value_of(t) for t in op.inputs}
