@@ -52,6 +52,7 @@ def measure(device: torch.device) -> dict:
         bar.update()
         for size in group_sizes:
             group = dist.new_subgroups(size)[0]  # all groups of this size work at once, as plan groups do
+            assert isinstance(group, dist.ProcessGroup), "every rank is in a group of each size"
             for kind in KINDS:
                 bar.set_description(f"{kind} over {size}")
                 timings.append(_time_collective(kind, group, device))
