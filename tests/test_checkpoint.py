@@ -192,21 +192,26 @@ def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
     assert sorted(os.listdir(tmp_path)) == [".mine", "0000-000001", "last"]
 
 
-def save_beside_the_users_on_rank(folder: Path) -> None:
-    (folder / "0000-000001").mkdir()
-    (folder / "0000-000001" / "thesis.tex").write_text("years of work")
-    with pytest.raises(
-        CheckpointFolderError, match="0000-000001 has a checkpoint's name and is none that this program"
-    ):
+def save_beside_the_users_on_rank(folder: Path, name: str) -> None:
+    (folder / name).mkdir()
+    (folder / name / "thesis.tex").write_text("years of work")
+    with pytest.raises(CheckpointFolderError, match=f"/{name} is "):
         save_on_rank(folder, 1)
 
 
-def test_a_save_never_replaces_a_folder_that_came_into_its_place_while_training(tmp_path):
-    run_ranks(1, save_beside_the_users_on_rank, tmp_path)
-    assert [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")] == [
-        "0000-000001",
-        "0000-000001/thesis.tex",
-    ]
+@pytest.mark.parametrize(("name", "saved_as"), [("0000-000001", ".0000-000001.writing"), ("last", "0000-000001")])
+def test_what_came_into_a_checkpoints_place_while_training_stays_and_the_checkpoint_is_whole(tmp_path, name, saved_as):
+    run_ranks(1, save_beside_the_users_on_rank, tmp_path, name)
+    assert sorted(os.listdir(tmp_path)) == sorted([name, saved_as])
+    assert (tmp_path / name / "thesis.tex").read_text() == "years of work"
+    assert checkpoint.read_state(tmp_path / saved_as).position.step == 1
+
+
+def test_a_save_is_not_kept_from_its_place_by_what_is_in_another(tmp_path):
+    (tmp_path / "0000-000002").mkdir()
+    (tmp_path / "0000-000002" / "thesis.tex").write_text("years of work")
+    run_ranks(1, save_on_rank, tmp_path, 1)
+    assert sorted(os.listdir(tmp_path)) == ["0000-000001", "0000-000002", "last"]
 
 
 def save_large_on_rank(folder: Path) -> None:

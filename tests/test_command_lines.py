@@ -109,16 +109,28 @@ def test_a_folder_of_the_users_is_never_replaced_by_a_compiled_one(job, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "here"]
 
 
-@pytest.mark.parametrize("name", ["0000-000001", "0001-000500"])
-def test_a_folder_of_the_users_is_never_replaced_by_a_checkpoint(job, tmp_path, name):
-    kept = tmp_path / "checkpoints" / name / "thesis.tex"
+def test_a_folder_of_the_users_is_never_replaced_by_a_checkpoint(job, tmp_path):
+    kept = tmp_path / "checkpoints" / "0002-000002" / "thesis.tex"  # after the last of two steps, each of them an epoch
     kept.parent.mkdir(parents=True)
     kept.write_text("years of work")
     fresh = {"compiled_dir": tmp_path / "compiled", "checkpoint_dir": tmp_path / "checkpoints"}
-    sentence = f"--checkpoint_dir .*: .*/{name} has a checkpoint's name and is none that this program wrote; move it"
+    sentence = "--checkpoint_dir .*: .*/0002-000002 has the name of a checkpoint that this run would save, and is none"
     refused(job, sentence, **fresh)
     assert kept.read_text() == "years of work"
     assert not (tmp_path / "compiled").exists()
+
+
+def test_folders_that_no_checkpoint_of_the_run_would_replace_do_not_keep_it_from_training(job, tmp_path):
+    shutil.copytree(job / "checkpoints", tmp_path / "checkpoints", symlinks=True)
+    shutil.copytree(tmp_path / "checkpoints" / "0001-000001", tmp_path / "checkpoints" / "0002-000002")
+    (tmp_path / "checkpoints" / "0002-000002" / "checkpoint.json").unlink()  # of this program's, and damaged
+    kept = tmp_path / "checkpoints" / "0001-000500" / "thesis.tex"
+    kept.parent.mkdir()
+    kept.write_text("years of work")
+    train.main(arguments(job, checkpoint_dir=tmp_path / "checkpoints", log_dir=tmp_path / "runs"))
+    assert kept.read_text() == "years of work"
+    assert (tmp_path / "checkpoints" / "last" / "checkpoint.json").is_file()
+    assert os.readlink(tmp_path / "checkpoints" / "last") == "0002-000002"
 
 
 @pytest.mark.parametrize("make", [Path.mkdir, Path.touch])

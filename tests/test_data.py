@@ -7,7 +7,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from longctx.data import rows as stored
-from longctx.data.order import Position, advance, epoch_order, micro_batches, rows_per_step, step_rows, steps_per_epoch
+from longctx.data.order import (
+    Position,
+    advance,
+    epoch_order,
+    micro_batches,
+    position_after,
+    rows_per_step,
+    step_rows,
+    steps_per_epoch,
+)
 from longctx.errors import RowsError
 
 
@@ -80,3 +89,10 @@ def test_a_folder_without_rows_to_train_on_is_refused_in_one_sentence(tmp_path):
     assert refused("absent") == "no such folder; make it with bookcorpus.py"
     assert refused("empty").startswith("it is no dataset that bookcorpus.py wrote (")
     assert refused("short") == "its rows have 1 tokens, and it takes 2 to predict one; make it again with longer rows"
+
+
+@given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(0, 20))
+def test_the_position_after_a_number_of_steps_is_that_of_taking_them_one_by_one(n_rows, before, now, first, steps):
+    _, start = all_rows(n_rows, 1, before, 0, Position(), first)
+    _, position = all_rows(n_rows, 1, now, 0, start, steps)
+    assert position_after(start.step + steps, n_rows, now, start) == position

@@ -54,10 +54,17 @@ def advance(position: Position, rows: list[int], n_rows: int) -> Position:
     return Position(position.step + 1, position.epoch, row)
 
 
-def position_after(step: int, n_rows: int, per_step: int) -> Position:
-    """The position after `step` steps of `per_step` rows each (the last of an epoch takes what is left)."""
-    epoch, steps = divmod(step, steps_per_epoch(n_rows, per_step))
-    return Position(step, epoch, steps * per_step)
+def position_after(step: int, n_rows: int, per_step: int, start: Position | None = None) -> Position:
+    """The position after `step` steps in all, those from `start` on of `per_step` rows each.
+
+    The last step of an epoch takes what is left.
+    """
+    start = start or Position()
+    steps, rest_of_epoch = step - start.step, steps_per_epoch(n_rows - start.row, per_step)
+    if steps < rest_of_epoch:
+        return Position(step, start.epoch, start.row + steps * per_step)
+    epochs, steps = divmod(steps - rest_of_epoch, steps_per_epoch(n_rows, per_step))
+    return Position(step, start.epoch + 1 + epochs, steps * per_step)
 
 
 def micro_batches(rows: list[int], data_parallel_size: int, data_parallel_rank: int) -> list[int | None]:

@@ -7,7 +7,7 @@ FORMATS: checkpoint.Formats = {
     "torch": checkpoint.CheckpointFormat(
         mark=checkpoint.STATE,
         read_state=checkpoint.read_state,
-        check_folder=checkpoint.check_checkpoint_dir,
+        check_folder=checkpoint.check_last,
         merge=merge.merge,
         as_builtin=lambda merged: merged,
         exports_shards=True,

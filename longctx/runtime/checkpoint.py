@@ -19,7 +19,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -38,8 +38,7 @@ VERSION = 1  # of what checkpoint.json holds
 LAST = "last"
 STATE = "checkpoint.json"
 STATE_ENTRY, HF_ENTRY = "state", "hf"  # of a merged file
-TO_BE_SAVED = re.compile(r"\d{4,}-\d{6,}")  # the names that save gives
-LEFTOVER = re.compile(r"\.\d+-\d+\.(writing|old-.+)")
+FILES = re.compile(rf"__\d+_\d+\.distcp|\.metadata|{re.escape(STATE)}|hf")  # all that a checkpoint folder holds
 
 
 @dataclass(frozen=True)
@@ -97,11 +96,28 @@ class CheckpointFormat:
 Formats = Mapping[str, CheckpointFormat]  # by the name of the engine
 
 
-def parameter_shapes(model: ParallelModel) -> dict[str, list[int]]:
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+# --- names ---------------------------------------------------------------------------------------------------------
+
+_WHOLE = re.compile(r"(\d+-\d+)|\.(\d+-\d+)\.old-.+")  # other engines write fewer digits
+_LEFTOVER = re.compile(r"\.\d+-\d+\.(writing|old-.+)")  # of a save that was killed
+
+
+def folder_name(position: Position) -> str:
+    """The name of the checkpoint of this position: `<epoch>-<step>`."""
+    return f"{position.epoch:04d}-{position.step:06d}"
+
+
+def name_when_saved(name: str) -> str | None:
+    """The name that a whole checkpoint folder was saved by, also of one that was being replaced; else None."""
+    match = _WHOLE.fullmatch(name)
+    return match and (match[1] or match[2])
 
 
 # --- saving --------------------------------------------------------------------------------------------------------
+
+
+def parameter_shapes(model: ParallelModel) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def save(
@@ -117,12 +133,12 @@ def save(
         save_hf_files: writes the model's configuration and tokenizer to a folder; rank 0 calls it.
 
     Raises:
-        CheckpointFolderError: something that this program did not write has come into the checkpoint's place.
+        CheckpointFolderError: something that this program did not write has come into the place of the checkpoint or
+            of `last`. The checkpoint is whole then too, and the error says where.
     """
-    path = checkpoint_dir / f"{state.position.epoch:04d}-{state.position.step:06d}"
+    path = checkpoint_dir / folder_name(state.position)
     aside = checkpoint_dir / f".{path.name}.writing"
     if dist.get_rank() == 0:
-        check_checkpoint_dir(checkpoint_dir)
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
@@ -133,7 +149,13 @@ def save(
         files = {str(f.relative_to(aside)): f.stat().st_size for f in sorted(aside.rglob("*")) if f.is_file()}
         manifest = {**state.to_json(), "files": {name: {"bytes": size} for name, size in files.items()}}
         (aside / STATE).write_text(json.dumps(manifest))
+        if not _is_replaceable(path):
+            raise CheckpointFolderError(
+                f"{path} is in the way, which this program did not write; the checkpoint that was to be there is whole "
+                f"in {aside}: move what is in the way, and rename {aside.name} to {path.name}"
+            )
         publish_folder(aside, path)
+        check_last(checkpoint_dir)
         _point_last(checkpoint_dir, path.name)
         _remove_leftovers(checkpoint_dir)
     dist.barrier()
@@ -166,21 +188,33 @@ def _point_last(checkpoint_dir: Path, name: str) -> None:
 def _remove_leftovers(checkpoint_dir: Path) -> None:
     """Removes what killed saves have left. Only once `last` is whole: until then it may be all that there is."""
     for folder in checkpoint_dir.iterdir():
-        if LEFTOVER.fullmatch(folder.name):
+        if _LEFTOVER.fullmatch(folder.name):
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def check_checkpoint_dir(folder: Path) -> None:
-    """Raises a CheckpointFolderError for what a save would replace though this program did not write it."""
+def check_last(folder: Path) -> None:
+    """Raises a CheckpointFolderError if what is called `last` in a folder of checkpoints is not a link."""
     if os.path.lexists(folder / LAST) and not (folder / LAST).is_symlink():
         raise CheckpointFolderError(
             f"{folder / LAST} is no link to a checkpoint, as this program makes it; move it, or name another folder"
         )
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if TO_BE_SAVED.fullmatch(path.name) and not (path / STATE).is_file():
+
+
+def check_places(folder: Path, positions: Iterable[Position]) -> None:
+    """Raises a CheckpointFolderError if a checkpoint of one of these positions would replace somebody's files."""
+    for path in map(folder.joinpath, map(folder_name, positions)):
+        if not _is_replaceable(path):
             raise CheckpointFolderError(
-                f"{path} has a checkpoint's name and is none that this program wrote; move it, or name another folder"
+                f"{path} has the name of a checkpoint that this run would save, and is none that this program wrote; "
+                "move it, or name another folder"
             )
+
+
+def _is_replaceable(path: Path) -> bool:
+    """Whether there is nothing at `path`, or a checkpoint of this program's, though it may have lost files."""
+    if not os.path.lexists(path):
+        return True
+    return path.is_dir() and not path.is_symlink() and all(FILES.fullmatch(file.name) for file in path.iterdir())
 
 
 # --- reading -------------------------------------------------------------------------------------------------------

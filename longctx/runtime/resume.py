@@ -1,16 +1,19 @@
 """What a run goes on from: the checkpoint that is named, or the last whole one, whatever a kill has left of others."""
 
 import os
-import re
-from collections.abc import Callable
 from pathlib import Path
 
 from longctx import torchrun
 from longctx.errors import CheckpointError, CheckpointFolderError, CheckpointMismatch, OtherEngine
 from longctx.options import Job
-from longctx.runtime.checkpoint import LAST, Checkpoint, CheckpointFormat, Formats, read
-
-SAVED = re.compile(r"(\d+)-(\d+)|\.(\d+)-(\d+)\.old-.+")  # names of whole folders: epoch and step
+from longctx.runtime.checkpoint import (
+    LAST,
+    Checkpoint,
+    CheckpointFormat,
+    Formats,
+    name_when_saved,
+    read,
+)
 
 
 def find_resume(job: Job, n_rows: int, formats: Formats) -> Checkpoint | None:
@@ -92,28 +95,26 @@ def _checkpoint_in(folder: Path, form: CheckpointFormat) -> Path | None:
     """
     if (folder / form.mark).is_file():
         return folder
-    found = sorted(_saved_in(folder), key=_by_steps(folder), reverse=True)
+    found = _newest_first(folder)
     if (folder / LAST / form.mark).is_file():
         found.insert(0, (folder / LAST / form.mark).resolve().parent)
     found = [path for path in found if (path / form.mark).is_file()]
     return next((path for path in found if _is_whole(path, form)), found[0] if found else None)
 
 
-def _saved_in(folder: Path) -> list[Path]:
-    """Every folder that has the name of a whole checkpoint, and those that were being replaced."""
+def _newest_first(folder: Path) -> list[Path]:
+    """Every folder that has the name of a whole checkpoint, and those that were being replaced, by their steps.
+
+    What stands in for the one that `last` names comes before all others.
+    """
     folder = folder.resolve()
-    return [path for path in folder.iterdir() if SAVED.fullmatch(path.name)] if folder.is_dir() else []
-
-
-def _by_steps(folder: Path) -> Callable[[Path], tuple]:
-    """What to sort checkpoints by: what stands in for the one that `last` names comes after all others."""
     last = os.readlink(folder / LAST) if (folder / LAST).is_symlink() else None
-
-    def key(path: Path) -> tuple:
-        epoch, step = re.findall(r"\d+", path.name)[:2]
-        return f"{epoch}-{step}" == last, int(step), int(epoch), not path.name.startswith(".")
-
-    return key
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if name := name_when_saved(path.name):
+            epoch, step = map(int, name.split("-"))
+            found.append((name == last, step, epoch, path.name == name, path))
+    return [path for *_, path in sorted(found, reverse=True)]
 
 
 def _is_whole(path: Path, form: CheckpointFormat) -> bool:

@@ -11,7 +11,15 @@ import torch.distributed as dist
 from torch.distributed.tensor import DTensor
 
 from longctx import torchrun
-from longctx.data.order import Position, advance, epoch_order, micro_batches, step_rows, steps_per_epoch
+from longctx.data.order import (
+    Position,
+    advance,
+    epoch_order,
+    micro_batches,
+    position_after,
+    step_rows,
+    steps_per_epoch,
+)
 from longctx.data.rows import IGNORE_INDEX, Rows
 from longctx.errors import TrainingError
 from longctx.options import Job, say_complete
@@ -73,7 +81,7 @@ def train(
                         flops=flops,
                     )
                 )
-            if position.step % job.checkpoint_interval == 0 or position.step == total_steps:
+            if is_saved(position.step, total_steps, job):
                 path = save_checkpoint(model, optimizer, position, job, len(rows), save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
@@ -201,6 +209,19 @@ def count_steps(n_rows: int, position: Position, job: Job) -> int:
     if epochs_left > 0:
         steps += rest_of_epoch + (epochs_left - 1) * steps_per_epoch(n_rows, job.rows_per_step)
     return min(steps, job.max_train_steps) if job.max_train_steps else steps
+
+
+def is_saved(step: int, total_steps: int, job: Job) -> bool:
+    """Whether a checkpoint is saved after this step."""
+    return step % job.checkpoint_interval == 0 or step == total_steps
+
+
+def check_checkpoint_places(job: Job, n_rows: int, start: Position) -> None:
+    """Raises a CheckpointFolderError if a checkpoint of a run from `start` on would replace somebody's files."""
+    total_steps = count_steps(n_rows, start, job)
+    steps = (step for step in range(start.step + 1, total_steps + 1) if is_saved(step, total_steps, job))
+    positions = (position_after(step, n_rows, job.rows_per_step, start) for step in steps)
+    checkpoint.check_places(job.checkpoint_dir, positions)
 
 
 def learning_rate(step: int, total_steps: int, job: Job) -> float:

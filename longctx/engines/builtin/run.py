@@ -5,6 +5,7 @@ from pathlib import Path
 
 from longctx import compiled
 from longctx.compiler import hardware
+from longctx.data.order import Position
 from longctx.data.rows import Rows, open_dataset
 from longctx.engines.builtin.cache import ensure_compiled
 from longctx.engines.checkpoints import FORMATS
@@ -14,7 +15,7 @@ from longctx.options import Job
 from longctx.runtime import parallel
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
-from longctx.runtime.trainer import announce, train
+from longctx.runtime.trainer import announce, check_checkpoint_places, train
 
 
 def run(job: Job) -> None:
@@ -23,6 +24,7 @@ def run(job: Job) -> None:
     config = load_config(job.model_id)
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, config.vocab_size)
     resume = find_resume(job, len(rows), FORMATS)
+    check_checkpoint_places(job, len(rows), resume.state.position if resume else Position())
     check_log(job.log_folder, resume is not None)
     weights = None if job.random_init or resume else find_weights(job.model_id, config)
     folder = ensure_compiled(job)
