@@ -8,7 +8,8 @@ unless what is compiled is up to date.
 
 Where to look, in longctx/:
 
-    the options, and their checks              options.py: Job, CHECKS
+    the options                                job.py: Options, Job
+    their checks, and errors that name them    options.py: CHECKS, CAUSES
     the engines                                engines/table.py: ENGINES
     the compiler, from model to code           engines/builtin/compile.py: compile_plan
     what makes compiled code out of date       engines/builtin/cache.py: plan_inputs
@@ -16,7 +17,7 @@ Where to look, in longctx/:
     new hardware                               compiler/hardware.py: HARDWARE
     a run, from weights to training            engines/builtin/run.py: run
     how weights are read                       runtime/parallel.py: load_safetensors
-    precision; fp8 would go beside bf16        huggingface/build.py: DTYPES; runtime/parallel.py: parallelize
+    precision; fp8 would go beside bf16        job.py: DTYPES; runtime/parallel.py: parallelize
     the training loop                          runtime/trainer.py: train
     the learning rate                          runtime/trainer.py: learning_rate
     a loss that is not finite (NaN)            runtime/trainer.py: check_finite
@@ -53,7 +54,13 @@ def main(argv: list[str] | None = None) -> None:
         if job.run_mode == "compile":
             engine.ensure_compiled(job)
         else:
-            engine.run(job)
+            say_if_complete(*engine.run(job))
+
+
+def say_if_complete(steps_before: int, steps: int) -> None:
+    """Rank 0 prints that there was no step left to take."""
+    if steps_before == steps and torchrun.rank() == 0:
+        print(f"run: training is complete after step {steps}; raise --max_epochs or --max_train_steps to go on")
 
 
 if __name__ == "__main__":

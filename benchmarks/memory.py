@@ -38,9 +38,9 @@ from longctx.compiler import codegen, memory
 from longctx.compiler.ir import Graph
 from longctx.compiler.plan import Plan
 from longctx.engines import builtin
-from longctx.huggingface import build
+from longctx.job import DTYPES, Job
 from longctx.kernels import attention
-from longctx.options import Job, parse_job
+from longctx.options import parse_job
 from longctx.runtime import parallel, trainer
 
 CPU = torch.device("cpu")
@@ -142,7 +142,7 @@ def predict(compiled: Compiled, facts: PlanFile) -> memory.MemoryPrediction:
 def compare(folder: Path, compiled: Compiled) -> str:
     """A Markdown table of what is predicted and what is counted for a compiled folder, in GB."""
     facts = read_plan_file(folder)
-    inputs, recompute = facts.inputs, facts.module.recompute
+    inputs, recompute = facts.inputs, facts.decisions.recompute
     predicted, counted = predict(compiled, facts), count(folder, facts)
     policies = ", ".join(f"{recompute.count(p)} {p}" for p in dict.fromkeys(recompute))
     lines = [
@@ -173,10 +173,12 @@ def count(compiled: Path, facts: PlanFile) -> dict[_FSDPRefType, int]:
         module = parallel.load_generated(compiled, facts.module.class_name)
         stack.enter_context(_gpu_kernels(module))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
-        dtype = build.DTYPES[inputs["precision"]]
+        dtype = DTYPES[inputs["precision"]]
         parts = (facts.module.layers_path, CPU, dtype, inputs["plan_ngpus"], facts.module.plan_sharded)
         sharded = parallel.parallelize(module, *parts)
-        optimizer = trainer.make_optimizer(sharded, Job(model_id=""))  # no size depends on the rates
+        optimizer = trainer.make_optimizer(
+            sharded, Job(model_id="", sequence_length=1, runtime_ngpus=1, name="")
+        )  # no size depends on the rates
         tokens, labels = (torch.zeros(1, inputs["sequence_length"], dtype=torch.long) for _ in range(2))
         tracker = FSDPMemTracker(module, optimizer)
         tracker.track_inputs((tokens, labels))

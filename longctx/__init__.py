@@ -7,7 +7,8 @@
     runtime/        what a rank does: collectives, FSDP2, training, metrics, checkpoints; knows nothing of planning
     engines/        builtin/ joins these; nnscaler/ does the job with upstream nnScaler
 
-Between the rooms: options.py (train.py's options, one typed `Job`), command_line.py, errors.py (errors of the domain),
-atomic.py (files and folders that appear whole or not at all), compiled.py (the compiled folder, all that passes from
-compiler/ to runtime/), sources.py, torchrun.py, and measure.py (a command that measures a machine's speeds).
+Between the rooms: job.py (train.py's options, and the typed `Job` that they amount to), options.py (reads and checks
+them), command_line.py, errors.py (errors of the domain), atomic.py (files and folders that appear whole or not at all),
+compiled.py (the compiled folder, all that passes from compiler/ to runtime/), flops.py, sources.py, torchrun.py, and
+measure.py (a command that measures a machine's speeds).
 """

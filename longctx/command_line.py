@@ -16,7 +16,7 @@ import argparse
 import dataclasses
 import types
 import typing
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,7 +73,7 @@ def _add_options(parser: Any, job_type: type) -> None:
         elif field.metadata:
             parser.add_argument(
                 f"--{field.name}",
-                type=_FROM_TEXT[kind],
+                type=_reader(field, kind),
                 choices=field.metadata["choices"],
                 help=_help(field),
                 **({"required": True} if field.default is dataclasses.MISSING else {"default": field.default}),
@@ -111,6 +111,17 @@ def _fields(job_type: type) -> list[tuple[dataclasses.Field, type]]:
     """The fields of a dataclass, and their types: of `X | None` it is X."""
     hints = typing.get_type_hints(job_type)
     return [(field, _without_none(hints[field.name])) for field in dataclasses.fields(job_type)]
+
+
+def _reader(field: dataclasses.Field, kind: Any) -> Callable[[str], Any]:
+    """What makes the option's value of its text. '', as of a shell variable that is not set, gives no path or string.
+
+    A tuple of no names is another thing than none given.
+    """
+    read = _FROM_TEXT[kind]
+    if field.default is None and kind in (str, Path):
+        return lambda text: read(text) if text else None
+    return read
 
 
 def _without_none(kind: Any) -> Any:

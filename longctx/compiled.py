@@ -23,7 +23,6 @@ class GeneratedModule:
 
     class_name: str
     layers_path: str  # the module's list of layers; "" if it has none
-    recompute: tuple[str, ...]  # each layer's recompute policy
     plan_sharded: dict[str, int]  # plan-sharded weights, and the dimension that each is split along
     parameters: dict[str, list[int]]  # every weight's whole shape
     forward_flops: float  # of one row, attention counted whole
@@ -31,17 +30,37 @@ class GeneratedModule:
 
 
 @dataclass(frozen=True)
-class PlanFile:
-    """plan.json.
+class Decisions:
+    """What the planner chose. Another compile can take over all but what layers recompute, which depends on the length.
 
-    `inputs` is the cache key: all that the plan and the code depend on. `decisions` is what the planner chose, which
-    another compile can take over. `module` is what run relies on. `predicted` is for people: seconds and bytes.
+    Attributes:
+        boundary: the placement of the hidden states between layers.
+        ops: for each class in gencode.py the target of every op in order, and the dimension of its annotation along
+            which it is partitioned; None if every rank computes it whole.
+        recompute: what each layer recomputes.
     """
 
-    inputs: dict[str, Any]
-    decisions: dict[str, Any]
+    boundary: str
+    ops: dict[str, list[tuple[str, str | None]]]
+    recompute: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """What is predicted of one micro-batch on one rank, for people to read."""
+
+    time: dict[str, float]  # seconds, by what takes them
+    memory: dict[str, float | str]  # bytes at the peak, by kind; and 'moment', when that is
+
+
+@dataclass(frozen=True)
+class PlanFile:
+    """plan.json."""
+
+    inputs: dict[str, Any]  # the cache key: all that the plan and the code depend on, by name, as JSON
+    decisions: Decisions
     module: GeneratedModule
-    predicted: dict[str, Any]
+    predicted: Predicted
 
 
 def fingerprint(inputs: dict[str, Any]) -> str:
@@ -62,10 +81,19 @@ def read_plan_file(folder: Path) -> PlanFile:
     """
     try:
         facts = json.loads((folder / PLAN).read_text())
-        module = GeneratedModule(**{**facts["module"], "recompute": tuple(facts["module"]["recompute"])})
-        return PlanFile(facts["inputs"], facts["decisions"], module, facts["predicted"])
+        return PlanFile(
+            facts["inputs"],
+            _decisions(facts["decisions"]),
+            GeneratedModule(**facts["module"]),
+            Predicted(**facts["predicted"]),
+        )
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CompiledError(f"{folder / PLAN} is missing or damaged; remove the folder {folder}") from error
+
+
+def _decisions(facts: dict[str, Any]) -> Decisions:
+    ops = {name: [(target, dim) for target, dim in ops] for name, ops in facts["ops"].items()}
+    return Decisions(facts["boundary"], ops, tuple(facts["recompute"]))
 
 
 def read_fingerprint(folder: Path) -> str | None:
@@ -79,10 +107,10 @@ def read_fingerprint(folder: Path) -> str | None:
 
 
 def read_decisions(path: Path) -> dict[str, Any]:
-    """The decisions in a plan.json.
+    """The decisions in a plan.json, as JSON; a person may have edited them, and the planner checks them.
 
     Raises:
-        DecisionsError: it is none.
+        DecisionsError: the file is not a plan.json.
     """
     try:
         return json.loads(path.read_text())["decisions"]

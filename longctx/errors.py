@@ -72,6 +72,10 @@ class CompiledError(UserError):
     """A compiled folder can't be made or used."""
 
 
+class CompiledFolderError(CompiledError):
+    """A folder can't be compiled to without harm to what is there."""
+
+
 class CheckpointError(UserError):
     """A checkpoint or merged file is missing, damaged, or of another model."""
 

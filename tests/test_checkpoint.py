@@ -20,7 +20,7 @@ from longctx import atomic
 from longctx.data.order import Position
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import CheckpointError, CheckpointFolderError, NoRoom, UserError
-from longctx.options import Job
+from longctx.job import Job
 from longctx.runtime import checkpoint, merge, parallel, resume, trainer
 
 ROOT = Path(__file__).parent.parent
@@ -159,7 +159,9 @@ def save_on_rank(folder: Path, plan_ngpus: int, step: int = 1) -> None:
 
 def small_model(device: torch.device, plan_ngpus: int, width: int = 8) -> tuple:
     model = parallel.parallelize(nn.Linear(width, width), "", device, torch.float32, plan_ngpus)
-    return model, trainer.make_optimizer(model, Job(model_id="linear"))
+    return model, trainer.make_optimizer(
+        model, Job(model_id="linear", sequence_length=1, runtime_ngpus=1, name="linear")
+    )
 
 
 def write_hf_files(folder: Path) -> None:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -16,6 +17,7 @@ from safetensors.torch import load_file, save_file
 import ckpt_merger
 import train
 from longctx.data.rows import load_row, open_dataset
+from longctx.engines.table import ENGINES
 from longctx.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -91,12 +93,12 @@ def refused(job: Path, sentence: str, **changes) -> None:
         ),
     ],
 )
-def test_one_sentence_names_the_option(job, tmp_path, sentence, changes):
+def test_an_option_that_can_not_be_used_is_refused_in_one_sentence_that_names_it(job, tmp_path, sentence, changes):
     refused(job, sentence, **{"compiled_dir": tmp_path, **changes})
     assert not list(tmp_path.iterdir())  # nothing half-written
 
 
-@pytest.mark.parametrize("name", ["data", "../data", ".", "", "..", "{absolute}/data", "data/inner"])
+@pytest.mark.parametrize("name", ["data", "../data", ".", "..", "{absolute}/data", "data/inner"])
 def test_a_folder_of_the_users_is_never_replaced_by_a_compiled_one(job, tmp_path, name):
     (tmp_path / "here" / "data").mkdir(parents=True)
     (tmp_path / "data").mkdir()
@@ -104,7 +106,8 @@ def test_a_folder_of_the_users_is_never_replaced_by_a_compiled_one(job, tmp_path
     for file in kept:
         file.write_text("years of work")
     ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 16, "compiled_dir": tmp_path / "here"}
-    refused(job, "--name .*; name another|--name .*plain name", name=name.format(absolute=tmp_path), **ask)
+    sentence = "--compiled_dir .*; name another folder, or another --name|--name .*plain name"
+    refused(job, sentence, name=name.format(absolute=tmp_path), **ask)
     assert [file.read_text() for file in kept] == ["years of work"] * 3
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "here"]
 
@@ -114,8 +117,8 @@ def test_a_folder_of_the_users_is_never_replaced_by_a_checkpoint(job, tmp_path):
     kept.parent.mkdir(parents=True)
     kept.write_text("years of work")
     fresh = {"compiled_dir": tmp_path / "compiled", "checkpoint_dir": tmp_path / "checkpoints"}
-    sentence = "--checkpoint_dir .*: .*/0002-000002 has the name of a checkpoint that this run would save, and is none"
-    refused(job, sentence, **fresh)
+    sentence = "this run would save, but this program did not write it; move it, or name another folder$"
+    refused(job, f"--checkpoint_dir .*: .*/0002-000002 has the name of a checkpoint that {sentence}", **fresh)
     assert kept.read_text() == "years of work"
     assert not (tmp_path / "compiled").exists()
 
@@ -147,7 +150,9 @@ def test_a_resumed_run_never_drops_lines_of_the_users_from_metrics_jsonl(job, tm
     notes.parent.mkdir(parents=True)
     notes.write_text("years of work\n")
     ask = {"name": "mine", "log_dir": tmp_path / "runs", "compiled_dir": tmp_path / "compiled", "max_train_steps": 2}
-    refused(job, "--log_dir .*: line 1 of .*/metrics.jsonl is none that a run wrote, and resuming would lose it", **ask)
+    refused(
+        job, "--log_dir .*: line 1 of .*/metrics.jsonl is not one that a run wrote, and resuming would lose it", **ask
+    )
     assert notes.read_text() == "years of work\n"
     assert not (tmp_path / "compiled").exists()
 
@@ -191,7 +196,8 @@ def test_a_folder_that_can_not_be_written_to_is_refused_before_anything_is_done(
     (tmp_path / "file").write_text("")
     places = {name: tmp_path / name for name in ("compiled_dir", "checkpoint_dir", "log_dir")}
     compiled = []
-    monkeypatch.setattr("longctx.engines.builtin.ensure_compiled", lambda *args: compiled.append(args))
+    engine = replace(ENGINES["torch"], ensure_compiled=lambda *args: compiled.append(args))
+    monkeypatch.setitem(ENGINES, "torch", engine)
     monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != tmp_path / "locked")  # root may do everything
     (tmp_path / "locked").mkdir()
     for place, problem in (
@@ -206,6 +212,30 @@ def test_a_folder_that_can_not_be_written_to_is_refused_before_anything_is_done(
         else:
             refused(job, f"--{option} {place}: .*{problem}; name another folder", **ask)
             assert not compiled
+
+
+def test_a_compiled_folder_that_is_up_to_date_may_hold_files_of_others(job, tmp_path, capsys):
+    ask = {"run_mode": "compile", "compiled_dir": tmp_path}
+    train.main(arguments(job, name="mine", **ask))
+    (tmp_path / "mine" / ".nfs0001").write_text("")
+    train.main(arguments(job, name="mine", **ask))
+    assert "mine is up to date, reusing it" in capsys.readouterr().out
+    sentence = (
+        "--compiled_dir .*/mine: it is there already, and holds '.nfs0001', which this program did not write; name"
+    )
+    refused(job, sentence, name="mine", **{**ask, "precision": "bf16"})
+
+
+def test_an_option_whose_text_is_empty_counts_as_not_given(job, tmp_path):
+    ask = {"run_mode": "compile", "compiled_dir": tmp_path, "sequence_length": 16, "dataset_path": ""}
+    empty = dict.fromkeys(("name", "resume_path", "hardware", "plan"), "")
+    train.main(arguments(job, **ask, **empty))
+    assert (tmp_path / "model-16-1of1" / "plan.json").is_file()
+    refused(job, "--dataset_path: it is missing; make rows", dataset_path="")
+
+
+def test_wrong_ranks_are_refused_before_the_rows_are_opened(job, tmp_path):
+    refused(job, "--runtime_ngpus 2: there are 1 processes", runtime_ngpus=2, dataset_path="nowhere")
 
 
 def test_a_compiled_folder_that_is_up_to_date_may_be_read_only(job, tmp_path, monkeypatch):
@@ -373,7 +403,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(j
         ("--hf_dir .*: it is there already", {"hf_dir": "link_to_nothing"}),
     ],
 )
-def test_the_merger_refuses_in_one_sentence(job, sentence, options):
+def test_ckpt_merger_refuses_an_option_that_can_not_be_used_in_one_sentence(job, sentence, options):
     options = {"ckpt_dir": "checkpoints", **options}
     (job / "link_to_nothing").unlink(missing_ok=True)
     (job / "link_to_nothing").symlink_to("nowhere")
@@ -381,7 +411,7 @@ def test_the_merger_refuses_in_one_sentence(job, sentence, options):
         ckpt_merger.main([word for k, v in options.items() for word in (f"--{k}", str(job / v))])
 
 
-def test_exit_status_is_2_and_there_is_one_line_and_no_traceback(job):
+def test_a_refused_command_ends_with_status_2_and_one_line_on_stderr_and_no_traceback(job):
     command = [sys.executable, str(ROOT / "train.py"), *arguments(job, dataset_path="nowhere")]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 2
@@ -389,7 +419,7 @@ def test_exit_status_is_2_and_there_is_one_line_and_no_traceback(job):
     assert result.stdout == ""
 
 
-def test_under_torchrun_one_rank_says_it(job):
+def test_under_torchrun_only_one_rank_prints_why_a_command_is_refused(job):
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     command = [*start, str(ROOT / "train.py"), *arguments(job, plan_ngpus=3, runtime_ngpus=3)]
     result = subprocess.run(command, capture_output=True, text=True)

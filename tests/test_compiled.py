@@ -1,7 +1,9 @@
 """plan.json says what it depends on, and a compiled folder is used again only while none of that has changed."""
 
+import functools
 import importlib.util
 import json
+import operator
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -13,8 +15,10 @@ from longctx import sources
 from longctx.compiled import (
     CODE,
     PLAN,
+    Decisions,
     GeneratedModule,
     PlanFile,
+    Predicted,
     fingerprint,
     read_decisions,
     read_fingerprint,
@@ -30,14 +34,16 @@ ROOT = Path(__file__).parent.parent
 
 
 def plan_file(**inputs) -> PlanFile:
-    module = GeneratedModule("Llama", "model.layers", ("none", "layer"), {"w": 1}, {"w": [2, 4]}, 3.0, 2.0)
-    return PlanFile(inputs, {"boundary": "S1"}, module, {"time": {}, "memory": {}})
+    decisions = Decisions("S1", {"Llama": [("aten.add.Tensor", "l"), ("aten.view.default", None)]}, ("none", "layer"))
+    module = GeneratedModule("Llama", "model.layers", {"w": 1}, {"w": [2, 4]}, 3.0, 2.0)
+    predicted = Predicted({"compute": 0.5}, {"saved": 1e9, "moment": "loss"})
+    return PlanFile(inputs, decisions, module, predicted)
 
 
 def test_a_plan_file_is_read_as_it_was_written(tmp_path):
     write_plan_file(tmp_path, plan_file(sequence_length=8))
     assert read_plan_file(tmp_path) == plan_file(sequence_length=8)
-    assert read_decisions(tmp_path / PLAN) == {"boundary": "S1"}
+    assert read_decisions(tmp_path / PLAN)["boundary"] == "S1"
 
 
 def test_a_compiled_folder_has_a_fingerprint_only_with_its_code(tmp_path):
@@ -77,13 +83,13 @@ def load_op(tmp_path, monkeypatch):
     """Registers `op` of a module of the user's with this source, as the import in their train.py would."""
     before = dict(REGISTERED_OPS)
 
-    def load(source: str) -> None:
+    def load(source: str, **rules) -> None:
         (tmp_path / "their_op.py").write_text(source)
         spec = importlib.util.spec_from_file_location("their_op", tmp_path / "their_op.py")
         module = importlib.util.module_from_spec(spec)
         monkeypatch.setitem(sys.modules, "their_op", module)
         spec.loader.exec_module(module)
-        register_op("b l^ -> b l^")(module.op)
+        register_op("b l^ -> b l^", **rules)(module.op)
 
     yield load
     REGISTERED_OPS.clear()
@@ -103,6 +109,43 @@ def test_a_changed_default_of_a_users_op_makes_a_compiled_folder_out_of_date(job
     assert is_compiled_again(job, capsys)
 
 
+OP = "def op(x):\n    return x\n"
+
+
+def test_a_changed_rule_of_a_users_op_makes_a_compiled_folder_out_of_date(job, load_op):
+    load_op(OP, efficiency=0.5)
+    before = fingerprint(cache.plan_inputs(job))
+    load_op(OP, efficiency=0.5)
+    assert fingerprint(cache.plan_inputs(job)) == before
+    load_op(OP, efficiency=0.9)
+    assert fingerprint(cache.plan_inputs(job)) != before
+
+
+def rule_in(file: Path, source: str):
+    """The function `rule` of a file with this source."""
+    file.write_text(source)
+    names = {}
+    exec(compile(source, str(file), "exec"), names)
+    return names["rule"]
+
+
+@pytest.mark.parametrize(
+    "wrap", [lambda rule: rule, functools.partial, functools.cache], ids=["as_is", "partial", "cached"]
+)
+def test_a_changed_file_of_a_users_rule_makes_a_compiled_folder_out_of_date(job, load_op, tmp_path, wrap):
+    fingerprints = []
+    for share in ("1.0", "2.0"):
+        load_op(OP, workspace=wrap(rule_in(tmp_path / "rules.py", f"def rule(op, phase):\n    return {share}\n")))
+        fingerprints.append(fingerprint(cache.plan_inputs(job)))
+    assert fingerprints[0] != fingerprints[1]
+
+
+@pytest.mark.parametrize("rule", [bool, len, str.lower, operator.itemgetter(0)])
+def test_a_rule_that_is_built_into_python_has_a_fingerprint_though_it_has_no_file(job, load_op, rule):
+    load_op(OP, draws_random=rule)
+    assert fingerprint(cache.plan_inputs(job)) == fingerprint(cache.plan_inputs(job))
+
+
 def test_a_changed_default_of_the_loss_makes_a_compiled_folder_out_of_date(job, load_op):
     loss = (ROOT / "chunk_linear_cross_entropy.py").read_text()
     assert "CHUNK_SIZE = 1024" in loss
@@ -113,13 +156,14 @@ def test_a_changed_default_of_the_loss_makes_a_compiled_folder_out_of_date(job, 
 
 
 def test_a_fingerprint_covers_the_file_of_the_loss_that_train_registers():
-    [ours] = [hashes for name, hashes in sources.hash_registered_ops().items() if "chunk_linear" in name]
-    assert ours[1] == sources.hash_files([ROOT / "chunk_linear_cross_entropy.py"])
+    [(_, function, _)] = [facts for name, facts in sources.hash_registered_ops().items() if "chunk_linear" in name]
+    assert function[-1] == sources.hash_files([ROOT / "chunk_linear_cross_entropy.py"])
 
 
 def test_a_fingerprint_covers_what_makes_the_code_and_what_the_code_calls_and_not_what_trains_it():
     covered = {str(file.relative_to(ROOT / "longctx")) for file in cache.compiler_sources()}
     assert {"compiler/codegen.py", "kernels/attention.py", "huggingface/build.py", "runtime/collectives.py"} <= covered
+    assert "compiled.py" in covered  # which says what plan.json holds
     assert not {"runtime/trainer.py", "runtime/metrics.py", "options.py", "errors.py"} & covered
 
 

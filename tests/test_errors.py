@@ -9,7 +9,8 @@ from longctx import errors
 from longctx.command_line import naming_options
 from longctx.engines.nnscaler.options import NnscalerOptions, PivotNameError
 from longctx.errors import UserError, run_script
-from longctx.options import Job, causes
+from longctx.job import Options
+from longctx.options import causes
 
 
 def said(capsys, error: Exception) -> str:
@@ -31,12 +32,12 @@ def test_what_the_system_refuses_is_one_sentence(capsys):
     assert said(capsys, PermissionError("two\nlines")) == "two lines"
 
 
-def test_a_sentence_of_ours_is_printed_whole(capsys):
+def test_the_sentence_of_a_user_error_is_printed_however_long_it_is(capsys):
     sentence = "--option: " + "word " * 100 + "end."
     assert said(capsys, UserError(sentence)) == sentence
 
 
-def test_a_bug_keeps_its_traceback():
+def test_an_exception_that_is_no_user_error_keeps_its_traceback():
     def main() -> None:
         raise KeyError("bug")
 
@@ -49,8 +50,8 @@ def test_a_bug_keeps_its_traceback():
 
 def sentence_of(error: UserError, **options) -> str:
     """What a person reads of an error that is raised below train.py."""
-    job = Job(**{"model_id": "./llama", **options})
-    with pytest.raises(UserError) as raised, naming_options(job, causes(job)):
+    given = Options(**{"model_id": "./llama", **options})
+    with pytest.raises(UserError) as raised, naming_options(given, causes(given)):
         raise error
     return str(raised.value)
 
@@ -110,7 +111,7 @@ OF_NO_OPTION = {"UserError", "AnnotationError", "SolverError", "NoRoom", "Docume
 
 
 def test_train_knows_the_option_of_every_error_of_the_domain():
-    known = causes(Job(model_id="./llama"))
+    known = causes(Options(model_id="./llama"))
     kinds = [kind for kind in vars(errors).values() if isinstance(kind, type) and issubclass(kind, UserError)]
     unknown = {kind.__name__ for kind in kinds if not any(base in known for base in kind.__mro__)}
     assert unknown == OF_NO_OPTION

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from functools import cache
@@ -16,7 +17,7 @@ OPS = PACKAGE / "compiler" / "ops"
 
 # A room of the package -> the modules of the repository that it may import.
 MAY_IMPORT = {
-    "compiler": ("longctx.compiler", "longctx.errors"),
+    "compiler": ("longctx.compiler", "longctx.errors", "longctx.flops"),
     "compiler/ops": (
         "longctx.compiler.ops",
         "longctx.compiler.annotation",
@@ -36,7 +37,9 @@ MAY_IMPORT = {
     "runtime": (
         "longctx.runtime",
         "longctx.data",
-        "longctx.options",
+        "longctx.job",
+        "longctx.compiled",
+        "longctx.flops",
         "longctx.errors",
         "longctx.atomic",
         "longctx.torchrun",
@@ -52,12 +55,19 @@ MAY_USE = {
 }
 
 # These name options: they declare them, or they are programs with a command line of their own.
-NAME_OPTIONS = ("options.py", "command_line.py", "engines/nnscaler/options.py", "measure.py")
+NAME_OPTIONS = ("job.py", "options.py", "command_line.py", "engines/nnscaler/options.py", "measure.py")
 OF_OTHER_PROGRAMS = {"--no-build-isolation", "--nproc_per_node", "--isolated", "--line-length"}  # pip, torchrun, ruff
 IN_GENERATED_CODE = {"compiler/codegen.py names --run_mode"}  # its docstring says by which command it was written
 
-# These name the engine nnscaler: its own room, the tables of the engines, and the options.
-NAME_NNSCALER = ("engines/nnscaler/", "engines/table.py", "engines/checkpoints.py", "options.py")
+# These name the engine nnscaler: its own room, the names and tables of the engines, and the options.
+NAME_NNSCALER = (
+    "engines/nnscaler/",
+    "engines/__init__.py",
+    "engines/table.py",
+    "engines/checkpoints.py",
+    "job.py",
+    "options.py",
+)
 
 
 def relative(file: Path) -> str:
@@ -130,6 +140,11 @@ def test_a_room_uses_no_other_libraries_than_it_may(place):
     allowed = (*sys.stdlib_module_names, *MAY_USE[place], "longctx", "chunk_linear_cross_entropy")
     for file in files_in(place):
         assert not [module for module in imports(file) if not is_within(module, allowed)], file
+
+
+def test_a_rank_can_be_told_its_job_without_transformers():
+    program = "import sys, longctx.job; assert 'transformers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
 
 
 def test_the_loss_can_be_lifted_out_of_the_repository_as_one_file():

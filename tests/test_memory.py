@@ -40,8 +40,8 @@ def recomputing(compiled: benchmark.Compiled, *policies: Recompute) -> benchmark
     folder = compiled.folder.with_name("-".join(policy.name for policy in policies))
     folder.mkdir()
     facts = read_plan_file(compiled.folder)
-    values = tuple(policy.value for policy in policies)
-    write_plan_file(folder, dataclasses.replace(facts, module=dataclasses.replace(facts.module, recompute=values)))
+    decisions = dataclasses.replace(facts.decisions, recompute=tuple(policy.value for policy in policies))
+    write_plan_file(folder, dataclasses.replace(facts, decisions=decisions))
     (folder / "gencode.py").write_text(codegen.generate(compiled.graph, plan, "Recomputing otherwise."))
     return benchmark.Compiled(folder, compiled.graph, plan)
 

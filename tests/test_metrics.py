@@ -5,16 +5,18 @@ from pathlib import Path
 
 import pytest
 
+from longctx.data.order import Position
 from longctx.errors import LogError
-from longctx.runtime.metrics import FlopCount, check_log, metrics_log, step_metrics
+from longctx.job import Job
+from longctx.runtime.metrics import FlopCount, Step, check_log, metrics_log, step_metrics
 
 
 def log_steps(folder: Path, first_step: int, last_step: int) -> None:
+    job = Job(model_id="any", sequence_length=8, runtime_ngpus=1, name="any")
     with metrics_log(folder, first_step, last_step) as log:
-        for step in range(first_step + 1, last_step + 1):
-            numbers = {"epoch": 0, "loss": 1.0, "grad_norm": 1.0, "learning_rate": 1.0, "rows": 1, "seconds": 1.0}
-            numbers |= {"sequence_length": 8, "world_size": 1, "flops": FlopCount(1.0, 1.0, None)}
-            log.write(step_metrics(step=step, **numbers))
+        for step in range(first_step, last_step):
+            taken = Step(Position(step), rows=[0], learning_rate=1.0, loss=1.0, grad_norm=1.0, seconds=1.0)
+            log.write(step_metrics(taken, job, FlopCount(1.0, 1.0, None)))
 
 
 def steps_in(file: Path) -> list[int]:
@@ -48,7 +50,7 @@ def test_a_run_that_starts_anew_keeps_the_metrics_of_those_before_it(tmp_path):
 @pytest.mark.parametrize("theirs", ["years of work\n", '{"loss": 1.0}\n', '{"step": "one"}\n', "[]\n", "\n"])
 def test_lines_that_no_run_wrote_are_refused_before_a_run_is_resumed_and_kept_in_any_case(tmp_path, theirs):
     (tmp_path / "metrics.jsonl").write_text(theirs)
-    with pytest.raises(LogError, match="line 1 of .*metrics.jsonl is none that a run wrote, .*; move the file"):
+    with pytest.raises(LogError, match="line 1 of .*metrics.jsonl is not one that a run wrote, .*; move the file"):
         check_log(tmp_path, resuming=True)
     log_steps(tmp_path, 4, 5)
     assert (tmp_path / "metrics.jsonl").read_text().startswith(theirs)
@@ -66,3 +68,12 @@ def test_a_folder_called_metrics_jsonl_is_refused(tmp_path, resuming):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(LogError, match="metrics.jsonl is no file"):
         check_log(tmp_path, resuming)
+
+
+def test_mfu_counts_three_forward_passes_of_every_row_against_the_peak_of_all_ranks():
+    job = Job(model_id="any", sequence_length=8, runtime_ngpus=4, name="any")
+    taken = Step(Position(), rows=[0, 1], learning_rate=1.0, loss=1.0, grad_norm=1.0, seconds=2.0)
+    metrics = step_metrics(taken, job, FlopCount(whole=40.0, causal=30.0, peak_per_s=100.0))
+    assert metrics.mfu == 3 * 2 * 40 / (4 * 2 * 100)
+    assert metrics.mfu_causal == 3 * 2 * 30 / (4 * 2 * 100)
+    assert metrics.tokens_per_s_per_gpu == 2 * 8 / 2 / 4

@@ -11,7 +11,6 @@ import os
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +29,8 @@ from longctx.engines.nnscaler.checkpoints import as_builtin
 from longctx.engines.nnscaler.engine import check_generated
 from longctx.engines.nnscaler.options import check_policy, choose_engine
 from longctx.errors import CheckpointFolderError, CompiledError, UserError
-from longctx.options import Job, causes, check_engine_options
+from longctx.job import Job, Options
+from longctx.options import causes, check_engine_options
 from longctx.runtime import checkpoint, merge, resume
 
 ROOT = Path(__file__).parent.parent
@@ -91,7 +91,8 @@ def test_nnscaler_is_refused_where_it_can_not_work(machine, installed, version, 
 
 def job_of(engine: str, *words: str) -> Job:
     """The job that these options ask for, of the engine, unchecked."""
-    return replace(parse(Job, ["--model_id", "any", *words], ""), engine=engine)
+    options = parse(Options, ["--model_id", "any", *words], "")
+    return Job(**{**vars(options), "engine": engine, "sequence_length": LENGTH, "runtime_ngpus": 1, "name": "any"})
 
 
 @pytest.mark.parametrize(
@@ -127,7 +128,7 @@ def test_an_option_that_means_nothing_to_the_engine_is_refused(engine, option):
         ("--pas_policy dp --plan_ngpus 2", "--plan_ngpus 2: --pas_policy dp takes 1"),
     ],
 )
-def test_what_a_policy_does_not_take_is_refused(words, sentence):
+def test_options_that_nnscalers_policy_has_no_use_for_are_refused(words, sentence):
     with pytest.raises(UserError, match=sentence):
         check_policy(job_of("nnscaler", *words.split()))
 
@@ -135,7 +136,7 @@ def test_what_a_policy_does_not_take_is_refused(words, sentence):
 @pytest.mark.parametrize(
     "words", ["--pas_policy hybrid --pipeline_nstages 2", "--pipeline_pivots A", "--pipeline_nstages auto"]
 )
-def test_what_a_policy_takes_is_taken(words):
+def test_options_that_nnscalers_policy_has_a_use_for_are_accepted(words):
     check_policy(job_of("nnscaler", *words.split()))
 
 

@@ -67,7 +67,7 @@ def run(folder: Path, command: str, *more: str) -> str:
     return result.stdout
 
 
-def test_the_job_on_eight_ranks(folder):
+def test_the_reference_programs_commands_train_and_merge_on_eight_ranks(folder):
     run(folder, BOOKCORPUS.format(rows="./bookcorpus_llama3_128K", length=128))
     assert "wrote compiled/" in run(folder, COMPILE)
     assert "is up to date, reusing it" in run(folder, RUN, "--max_train_steps", "2")
@@ -76,7 +76,7 @@ def test_the_job_on_eight_ranks(folder):
     assert json.loads(merged["state"])["position"]["step"] == 2
 
 
-def test_the_small_job_on_two_ranks(folder):
+def test_the_reference_programs_commands_for_a_small_model_train_on_two_ranks(folder):
     run(folder, BOOKCORPUS.format(rows="./bookcorpus_llama3_4K", length=64))
     assert "num_hidden_layers 4" in run(folder, MINI)
     run(folder, DEBUG, "--max_train_steps", "2", "--checkpoint_dir", "./debug_checkpoints")

@@ -1,10 +1,11 @@
 """Every engine's way of storing checkpoints, by the engine's name: each engine tells its own from the others'."""
 
+from longctx.engines import NNSCALER, TORCH
 from longctx.engines.nnscaler import checkpoints as nnscaler
 from longctx.runtime import checkpoint, merge
 
 FORMATS: checkpoint.Formats = {
-    "torch": checkpoint.CheckpointFormat(
+    TORCH: checkpoint.CheckpointFormat(
         mark=checkpoint.STATE,
         read_state=checkpoint.read_state,
         check_folder=checkpoint.check_last,
@@ -12,5 +13,5 @@ FORMATS: checkpoint.Formats = {
         as_builtin=lambda merged: merged,
         exports_shards=True,
     ),
-    "nnscaler": nnscaler.FORMAT,
+    NNSCALER: nnscaler.FORMAT,
 }

@@ -1,8 +1,28 @@
-"""The engines by name. Each has `ensure_compiled(job)` and `run(job)`."""
+"""The engines by name."""
 
-from types import ModuleType
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
-from longctx.engines import builtin
+from longctx.engines import NNSCALER, TORCH, builtin
 from longctx.engines.nnscaler import engine as nnscaler
+from longctx.job import Job
 
-ENGINES: dict[str, ModuleType] = {"torch": builtin, "nnscaler": nnscaler}
+
+@dataclass(frozen=True)
+class Engine:
+    """What an engine does.
+
+    Attributes:
+        ensure_compiled: compiles the job's plan, unless that has been done, and returns the folder.
+        run: compiles if it has to and trains; returns the steps that were done before it and the steps that are now.
+    """
+
+    ensure_compiled: Callable[[Job], Path]
+    run: Callable[[Job], tuple[int, int]]
+
+
+ENGINES = {
+    TORCH: Engine(builtin.ensure_compiled, builtin.run),
+    NNSCALER: Engine(nnscaler.ensure_compiled, nnscaler.run),
+}

@@ -1,5 +1,7 @@
 """The causal language model as it is trained: built without memory for its weights, and wrapped to return its loss."""
 
+import copy
+import functools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +18,6 @@ from longctx.huggingface.attention import REGISTERED_NAME, register_attention
 from longctx.huggingface.head import read_head
 from longctx.huggingface.norms import route_rms_norms
 from longctx.huggingface.rotary import settle_rotary_tables
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # that a model may compute in
-ATTN_IMPLEMENTATIONS = ("auto", "flash_attention_2", "sdpa", "eager")
 
 
 class CausalLMLoss(nn.Module):
@@ -55,6 +54,11 @@ def load_config(model_id: str) -> PreTrainedConfig:
     Raises:
         ModelError: there is no configuration, or it is not of a causal language model.
     """
+    return copy.deepcopy(_load_config(model_id))  # building a model writes to its configuration
+
+
+@functools.cache  # a name on the hub takes a request
+def _load_config(model_id: str) -> PreTrainedConfig:
     if _looks_local(model_id) and not (Path(model_id) / "config.json").is_file():
         raise ModelError("no config.json there; name a Hugging Face model folder or a hub model")
     try:
@@ -80,7 +84,7 @@ def build_model(
 
     Args:
         dtype: of parameters and compute.
-        attn_implementation: one of ATTN_IMPLEMENTATIONS.
+        attn_implementation: as kernels.attention takes it: 'auto', 'flash_attention_2', 'sdpa' or 'eager'.
         sequence_length: tokens of a row; rotary tables that depend on it are made for it.
 
     Raises:

@@ -7,7 +7,7 @@ def forward_flops(config: PreTrainedConfig, n_parameters: int, sequence_length: 
     """FLOPs of one row's forward pass: with all of attention, and with the half of it that causal attention needs.
 
     The first is the convention of the reference program, 2 * (parameters * l + 2 * layers * hidden * l ** 2), so that
-    MFU figures compare. A training step takes three times as many, the backward pass twice those of the forward.
+    MFU figures compare.
     """
     dense = 2.0 * n_parameters * sequence_length
     attention = 4.0 * config.num_hidden_layers * config.hidden_size * sequence_length**2

@@ -205,7 +205,7 @@ def check_places(folder: Path, positions: Iterable[Position]) -> None:
     for path in map(folder.joinpath, map(folder_name, positions)):
         if not _is_replaceable(path):
             raise CheckpointFolderError(
-                f"{path} has the name of a checkpoint that this run would save, and is none that this program wrote; "
+                f"{path} has the name of a checkpoint that this run would save, but this program did not write it; "
                 "move it, or name another folder"
             )
 

@@ -14,12 +14,27 @@ import torch
 from tqdm import tqdm
 
 from longctx.atomic import whole_file
+from longctx.data.order import Position
 from longctx.errors import LogError
+from longctx.flops import step_flops
+from longctx.job import Job
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step that was taken."""
+
+    start: Position  # from which it was taken
+    rows: list[int]
+    learning_rate: float
+    loss: float  # per token whose label counts
+    grad_norm: float  # before clipping
+    seconds: float
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimizer step, over all ranks."""
+    """What is logged of a step, over all ranks."""
 
     step: int
     epoch: int
@@ -44,34 +59,23 @@ class FlopCount:
     peak_per_s: float | None
 
 
-def step_metrics(
-    *,
-    step: int,
-    epoch: int,
-    loss: float,
-    grad_norm: float,
-    learning_rate: float,
-    rows: int,
-    sequence_length: int,
-    seconds: float,
-    world_size: int,
-    flops: FlopCount,
-) -> StepMetrics:
-    """Throughput and MFU of a step over `rows` rows; a step is a forward and a backward of twice its FLOPs."""
-    tokens = rows * sequence_length
-    peak = flops.peak_per_s and flops.peak_per_s * world_size * seconds
+def step_metrics(step: Step, job: Job, flops: FlopCount) -> StepMetrics:
+    """Throughput and MFU of a step."""
+    n_rows, n_ranks = len(step.rows), job.runtime_ngpus
+    tokens_per_s = n_rows * job.sequence_length / step.seconds
+    peak = flops.peak_per_s and flops.peak_per_s * n_ranks * step.seconds
     return StepMetrics(
-        step=step,
-        epoch=epoch,
-        loss=loss,
-        grad_norm=grad_norm,
-        learning_rate=learning_rate,
-        tokens=tokens,
-        seconds=seconds,
-        tokens_per_s=tokens / seconds,
-        tokens_per_s_per_gpu=tokens / seconds / world_size,
-        mfu=3 * flops.whole * rows / peak if peak else None,
-        mfu_causal=3 * flops.causal * rows / peak if peak else None,
+        step=step.start.step + 1,
+        epoch=step.start.epoch,
+        loss=step.loss,
+        grad_norm=step.grad_norm,
+        learning_rate=step.learning_rate,
+        tokens=n_rows * job.sequence_length,
+        seconds=step.seconds,
+        tokens_per_s=tokens_per_s,
+        tokens_per_s_per_gpu=tokens_per_s / n_ranks,
+        mfu=n_rows * step_flops(flops.whole) / peak if peak else None,
+        mfu_causal=n_rows * step_flops(flops.causal) / peak if peak else None,
         peak_memory_gb=peak_memory_bytes() / 1e9,
     )
 
@@ -116,7 +120,8 @@ METRICS = "metrics.jsonl"
 def check_log(folder: Path, resuming: bool) -> None:
     """Raises a LogError if a run that is resumed could not go on with the metrics that are there without losing any.
 
-    Only the end of the last line, which a kill may have cut short, is dropped; a line that no run wrote is somebody's.
+    Resuming rewrites the file without the steps that are to be taken again, and without a last line that a kill cut
+    short. A line that is no step's was written by somebody else, and would not be safe.
     """
     file = folder / METRICS
     if file.exists() and not file.is_file():
@@ -126,7 +131,7 @@ def check_log(folder: Path, resuming: bool) -> None:
     for number, line in enumerate(_whole_lines(file), start=1):
         if _step_of(line) is None:
             raise LogError(
-                f"line {number} of {file} is none that a run wrote, and resuming would lose it; move the file"
+                f"line {number} of {file} is not one that a run wrote, and resuming would lose it; move the file"
             )
 
 

@@ -8,7 +8,6 @@ is never gathered.
 """
 
 import importlib.util
-import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from longctx import compiled, torchrun
 from longctx.runtime import collectives
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than a slow disk takes to write a checkpoint of 8B parameters
@@ -33,13 +33,12 @@ COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than a slow disk takes to w
 @contextmanager
 def process_group() -> Iterator[torch.device]:
     """Joins the ranks that torchrun started, or makes a group of one without torchrun; yields this rank's device."""
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if torch.cuda.is_available():
-        device, backend = torch.device("cuda", local_rank), "cpu:gloo,cuda:nccl"
+        device, backend = torch.device("cuda", torchrun.local_rank()), "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(device)
     else:
         device, backend = torch.device("cpu"), "gloo"
-    if "RANK" in os.environ:
+    if torchrun.started_this():
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
@@ -51,7 +50,7 @@ def process_group() -> Iterator[torch.device]:
 
 def load_generated(folder: Path, class_name: str) -> nn.Module:
     """The module that a compiled folder's gencode.py defines, its parameters on meta."""
-    spec = importlib.util.spec_from_file_location("gencode", folder / "gencode.py")
+    spec = importlib.util.spec_from_file_location("gencode", folder / compiled.CODE)
     assert spec is not None and spec.loader is not None, "Python has a loader for every .py file"
     gencode = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(gencode)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from longctx import torchrun
 from longctx.errors import CheckpointError, CheckpointFolderError, CheckpointMismatch, OtherEngine
-from longctx.options import Job
+from longctx.job import Job
 from longctx.runtime.checkpoint import (
     LAST,
     Checkpoint,

@@ -22,9 +22,9 @@ from longctx.data.order import (
 )
 from longctx.data.rows import IGNORE_INDEX, Rows
 from longctx.errors import TrainingError
-from longctx.options import Job, say_complete
+from longctx.job import Job
 from longctx.runtime import checkpoint
-from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
+from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
 from longctx.runtime.parallel import ParallelModel, reduce_plan_sharded_gradients
 
 BETAS = (0.9, 0.95)
@@ -37,54 +37,37 @@ def train(
     flops: FlopCount,
     resume: checkpoint.Checkpoint | None,
     save_hf_files: Callable[[Path], None],
-) -> None:
+) -> tuple[int, int]:
     """Trains `model` from its weights, or from `resume`, to the last step, and checkpoints it.
+
+    Returns:
+        The steps that were done before, and those that are now.
 
     Raises:
         TrainingError: a loss or gradient is not finite.
         RowsError: a row does not fit the model.
+        CheckpointFolderError: something has come into the place of a checkpoint.
     """
     optimizer = make_optimizer(model, job)
-    # Dropout differs from plan to plan, and is the same on the ranks of one: what all compute whole stays equal.
-    torch.manual_seed(job.seed + model.data_parallel_rank)
-    position = Position()
+    seed_dropout(job, model.data_parallel_rank)
+    start = start_of(resume)
     if resume:
         checkpoint.load(resume, model, optimizer)
-        position = resume.state.position
-    total_steps = count_steps(len(rows), position, job)
-    if position.step >= total_steps:
-        say_complete(position.step)
+    total_steps = count_steps(len(rows), start, job)
 
+    position = start
     is_rank_zero = dist.get_rank() == 0
-    with metrics_log(job.log_folder, position.step, total_steps) if is_rank_zero else nullcontext() as log:
+    with metrics_log(job.log_folder, start.step, total_steps) if is_rank_zero else nullcontext() as log:
         while position.step < total_steps:
-            started = time.perf_counter()
-            epoch = position.epoch
-            chosen = step_rows(epoch_order(len(rows), job.seed, epoch), position, job.rows_per_step)
-            lr = learning_rate(position.step, total_steps, job)
-            loss, grad_norm, n_tokens = compute_gradients(model, rows, chosen)
-            check_finite(position.step + 1, chosen, loss, grad_norm)
-            update_weights(model, optimizer, lr, clip_factor(grad_norm, job) / n_tokens)
-            position = advance(position, chosen, len(rows))
+            step = take_step(model, optimizer, rows, position, total_steps, job)
+            position = advance(position, step.rows, len(rows))
             if log:
-                log.write(
-                    step_metrics(
-                        step=position.step,
-                        epoch=epoch,
-                        loss=loss,
-                        grad_norm=grad_norm,
-                        learning_rate=lr,
-                        rows=len(chosen),
-                        sequence_length=job.sequence_length,
-                        seconds=time.perf_counter() - started,
-                        world_size=dist.get_world_size(),
-                        flops=flops,
-                    )
-                )
+                log.write(step_metrics(step, job, flops))
             if is_saved(position.step, total_steps, job):
                 path = save_checkpoint(model, optimizer, position, job, len(rows), save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
+    return start.step, position.step
 
 
 def announce(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> None:
@@ -101,7 +84,30 @@ def announce(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> Non
     )
 
 
+def seed_dropout(job: Job, data_parallel_rank: int) -> None:
+    """Each copy of the plan has dropout of its own; on the ranks of one it is the same, as what they replicate."""
+    torch.manual_seed(job.seed + data_parallel_rank)
+
+
 # --- one step ------------------------------------------------------------------------------------------------------
+
+
+def take_step(
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Rows,
+    position: Position,
+    total_steps: int,
+    job: Job,
+) -> Step:
+    """The optimizer step after `position`, by all ranks together."""
+    started = time.perf_counter()
+    chosen = step_rows(epoch_order(len(rows), job.seed, position.epoch), position, job.rows_per_step)
+    lr = learning_rate(position.step, total_steps, job)
+    loss, grad_norm, n_tokens = compute_gradients(model, rows, chosen)
+    check_finite(position.step + 1, chosen, loss, grad_norm)
+    update_weights(model, optimizer, lr, clip_factor(grad_norm, job) / n_tokens)
+    return Step(position, chosen, lr, loss, grad_norm, time.perf_counter() - started)
 
 
 def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tuple[float, float, float]:
@@ -201,6 +207,11 @@ def make_optimizer(model: ParallelModel, job: Job) -> torch.optim.AdamW:
     return optimizer
 
 
+def start_of(resume: checkpoint.Checkpoint | None) -> Position:
+    """The position from which a run goes on."""
+    return resume.state.position if resume else Position()
+
+
 def count_steps(n_rows: int, position: Position, job: Job) -> int:
     """The step training ends at: at the end of the last epoch, or at max_train_steps if that comes first."""
     epochs_left = job.max_epochs - position.epoch
@@ -216,8 +227,9 @@ def is_saved(step: int, total_steps: int, job: Job) -> bool:
     return step % job.checkpoint_interval == 0 or step == total_steps
 
 
-def check_checkpoint_places(job: Job, n_rows: int, start: Position) -> None:
-    """Raises a CheckpointFolderError if a checkpoint of a run from `start` on would replace somebody's files."""
+def check_checkpoint_places(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> None:
+    """Raises a CheckpointFolderError if a checkpoint that the run will save would replace somebody's files."""
+    start = start_of(resume)
     total_steps = count_steps(n_rows, start, job)
     steps = (step for step in range(start.step + 1, total_steps + 1) if is_saved(step, total_steps, job))
     positions = (position_after(step, n_rows, job.rows_per_step, start) for step in steps)

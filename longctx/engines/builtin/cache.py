@@ -14,12 +14,14 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from longctx import compiled, sources, torchrun
+from longctx import compiled, flops, sources, torchrun
+from longctx.atomic import why_not_replaceable
 from longctx.compiler import hardware
 from longctx.engines.builtin import compile as pipeline
-from longctx.errors import CompiledError
+from longctx.errors import CompiledError, CompiledFolderError
 from longctx.huggingface.build import load_config
-from longctx.options import Job
+from longctx.job import Job
+from longctx.runtime import collectives
 
 COMPILE_TIMEOUT = timedelta(hours=1)  # far beyond what any model takes
 
@@ -50,10 +52,22 @@ def ensure_compiled(job: Job) -> Path:
 
 
 def compile_unless_up_to_date(job: Job, inputs: dict[str, Any]) -> None:
-    if compiled.read_fingerprint(job.compiled_folder) != compiled.fingerprint(inputs):
+    if not is_up_to_date(job, inputs):
+        check_compiled_folder(job, inputs)
         pipeline.compile_plan(job, inputs)
     elif torchrun.rank() == 0:
         print(f"compile: {job.compiled_folder} is up to date, reusing it", flush=True)
+
+
+def is_up_to_date(job: Job, inputs: dict[str, Any]) -> bool:
+    return compiled.read_fingerprint(job.compiled_folder) == compiled.fingerprint(inputs)
+
+
+def check_compiled_folder(job: Job, inputs: dict[str, Any]) -> None:
+    """Raises a CompiledFolderError if compiling would replace somebody's files; a folder up to date is only read."""
+    problem = why_not_replaceable(job.compiled_folder, compiled.FILES)
+    if problem and not is_up_to_date(job, inputs):
+        raise CompiledFolderError(f"{job.compiled_folder}: {problem}")
 
 
 def check_first_rank(job: Job, theirs: str, ours: str) -> None:
@@ -104,4 +118,4 @@ def plan_inputs(job: Job) -> dict[str, Any]:
 def compiler_sources() -> list[Path]:
     """Every file of ours whose change may change the plan or the code, or what the code's calls do by default."""
     rooms = sources.files_in("compiler", "kernels", "huggingface")
-    return [*rooms, sources.PACKAGE / "runtime" / "collectives.py", Path(pipeline.__file__)]
+    return [*rooms, *(Path(str(module.__file__)) for module in (collectives, pipeline, compiled, flops))]

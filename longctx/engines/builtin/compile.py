@@ -14,9 +14,9 @@ from longctx.compiler.localize import localize
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
 from longctx.compiler.prediction import Prediction
 from longctx.compiler.trace import trace
-from longctx.huggingface.build import DTYPES, CausalLMLoss, build_model, load_config
+from longctx.huggingface.build import CausalLMLoss, build_model, load_config
 from longctx.huggingface.flops import forward_flops
-from longctx.options import Job
+from longctx.job import Job
 
 
 def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
@@ -30,7 +30,7 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     """
     started = time.perf_counter()
     config = load_config(job.model_id)
-    model = build_model(config, DTYPES[job.precision], job.attn_implementation, job.sequence_length)
+    model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
     setting = plan_setting(job)
@@ -78,14 +78,14 @@ def plan_file(inputs: dict[str, Any], graph: Graph, plan: Plan, predicted: Predi
     module = compiled.GeneratedModule(
         class_name=graph.class_name,
         layers_path=graph.layers_path,
-        recompute=tuple(policy.value for policy in plan.recompute),
         plan_sharded=graph.named(plan.assignment.plan_sharded),
         parameters={name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
         forward_flops=predicted.forward_flops,
         forward_flops_causal=predicted.forward_flops_causal,
     )
-    facts = {"time": dataclasses.asdict(predicted.time), "memory": dataclasses.asdict(predicted.memory)}
-    return compiled.PlanFile(inputs, describe(graph, plan), module, facts)
+    decisions = compiled.Decisions(**describe(graph, plan), recompute=tuple(policy.value for policy in plan.recompute))
+    facts = compiled.Predicted(dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory))
+    return compiled.PlanFile(inputs, decisions, module, facts)
 
 
 def write_folder(job: Job, code: str, plan: compiled.PlanFile, report_text: str) -> None:

@@ -5,27 +5,31 @@ from pathlib import Path
 
 from longctx import compiled
 from longctx.compiler import hardware
-from longctx.data.order import Position
 from longctx.data.rows import Rows, open_dataset
-from longctx.engines.builtin.cache import ensure_compiled
+from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled, plan_inputs
 from longctx.engines.checkpoints import FORMATS
-from longctx.huggingface.build import DTYPES, load_config
+from longctx.huggingface.build import load_config
 from longctx.huggingface.weights import check_weights, find_weights, random_weights, save_hf_files
-from longctx.options import Job
+from longctx.job import Job
 from longctx.runtime import parallel
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
 from longctx.runtime.trainer import announce, check_checkpoint_places, train
 
 
-def run(job: Job) -> None:
-    """Trains: checks first all that can be checked without a process group, then joins the ranks."""
+def run(job: Job) -> tuple[int, int]:
+    """Trains: checks first all that can be checked without a process group, then joins the ranks.
+
+    Returns:
+        The steps that were done before, and those that are now.
+    """
     assert job.dataset_path is not None, "parse_job refuses a run without rows"
     config = load_config(job.model_id)
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, config.vocab_size)
     resume = find_resume(job, len(rows), FORMATS)
-    check_checkpoint_places(job, len(rows), resume.state.position if resume else Position())
+    check_checkpoint_places(job, len(rows), resume)
     check_log(job.log_folder, resume is not None)
+    check_compiled_folder(job, plan_inputs(job))
     weights = None if job.random_init or resume else find_weights(job.model_id, config)
     folder = ensure_compiled(job)
     plan = compiled.read_plan_file(folder).module
@@ -39,13 +43,12 @@ def run(job: Job) -> None:
             parallel.load_safetensors(model, weights)
         elif resume is None:
             parallel.load_tensors(model, random_weights(config, job.seed))
-        flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, hardware.peak_rate_here(DTYPES[job.precision]))
+        flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, hardware.peak_rate_here(job.dtype))
         announce(job, len(rows), resume)
-        train(model, rows, job, flops, resume, functools.partial(save_hf_files, job.model_id, config))
+        return train(model, rows, job, flops, resume, functools.partial(save_hf_files, job.model_id, config))
 
 
 def build_on_rank(job: Job, folder: Path, plan: compiled.GeneratedModule, device) -> parallel.ParallelModel:
     """The generated module, sharded over the ranks; its weights have memory and no values yet."""
     module = parallel.load_generated(folder, plan.class_name)
-    dtype = DTYPES[job.precision]
-    return parallel.parallelize(module, plan.layers_path, device, dtype, job.plan_ngpus, plan.plan_sharded)
+    return parallel.parallelize(module, plan.layers_path, device, job.dtype, job.plan_ngpus, plan.plan_sharded)

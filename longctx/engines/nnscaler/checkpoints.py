@@ -15,7 +15,7 @@ import torch
 
 from longctx.atomic import whole_file
 from longctx.errors import CheckpointError, CheckpointFolderError, one_line
-from longctx.huggingface.build import DTYPES
+from longctx.job import DTYPES
 from longctx.runtime.checkpoint import (
     HF_ENTRY,
     LAST,

@@ -6,7 +6,7 @@ import torch
 
 from longctx.data import order
 from longctx.data.rows import IGNORE_INDEX, Rows
-from longctx.options import Job
+from longctx.job import Job
 
 
 class Samples(torch.utils.data.Dataset):

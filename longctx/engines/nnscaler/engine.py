@@ -8,20 +8,20 @@ from pathlib import Path
 
 import torch
 
-from longctx.data.order import Position, position_after
+from longctx.data.order import position_after
 from longctx.data.rows import Rows, open_dataset
 from longctx.engines.checkpoints import FORMATS
 from longctx.engines.nnscaler.checkpoints import Parameters, stored_precision
 from longctx.engines.nnscaler.model import WrappedModel
 from longctx.engines.nnscaler.options import GENERATED_FOLDER, PivotNameError, instance_name
 from longctx.errors import CheckpointMismatch, CompiledError, EngineError, LayerNameError, one_line
-from longctx.huggingface.build import DTYPES, build_model, load_config
+from longctx.huggingface.build import build_model, load_config
 from longctx.huggingface.weights import check_weights, find_weights
-from longctx.options import Job, say_complete
+from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.metrics import check_log
 from longctx.runtime.resume import check_same_model, find_resume
-from longctx.runtime.trainer import announce, count_steps
+from longctx.runtime.trainer import announce, count_steps, start_of
 
 # The files of a folder of generated code.
 GENERATED_FILES = re.compile(r"gencode\d+\.py|graph\.ckp|forward_args\.pkl|\w+\.pt(\.\d+)?")
@@ -38,8 +38,12 @@ def ensure_compiled(job: Job) -> Path:
     return folder
 
 
-def run(job: Job) -> None:
-    """Trains: checks first all that can be checked without a process group, which nnScaler then starts."""
+def run(job: Job) -> tuple[int, int]:
+    """Trains: checks first all that can be checked without a process group, which nnScaler then starts.
+
+    Returns:
+        The steps that were done before, and those that are now.
+    """
     assert job.dataset_path is not None, "parse_job refuses a run without rows"
     check_gpu()
     parameters = check_model(job)
@@ -50,11 +54,12 @@ def run(job: Job) -> None:
         check_resume(resume, job, parameters, len(rows))
     check_log(job.log_folder, resume is not None)
     announce(job, len(rows), resume)
-    position = resume.state.position if resume else Position()
-    if position.step >= count_steps(len(rows), position, job):
-        say_complete(position.step)
-    else:
-        _training().train(job, rows, parameters, resume)
+    start = start_of(resume)
+    total_steps = count_steps(len(rows), start, job)
+    if start.step >= total_steps:
+        return start.step, start.step
+    _training().train(job, rows, parameters, resume)
+    return start.step, total_steps
 
 
 def _training():
@@ -97,7 +102,7 @@ def check_model(job: Job) -> Parameters:
         ModelError: the weights are not there or do not fit.
     """
     config = load_config(job.model_id)
-    wrapped = build_model(config, DTYPES[job.precision], job.attn_implementation)
+    wrapped = build_model(config, job.dtype, job.attn_implementation)
     known = {type(module).__name__ for module in wrapped.modules()}
     model_name = type(wrapped.model).__name__
     for kind, names in ((LayerNameError, job.recompute_modules), (PivotNameError, job.nnscaler.pipeline_pivots)):

@@ -15,13 +15,13 @@ from nnscaler.cli.trainer_args import AggregatedOutputs
 from longctx.compiler import hardware
 from longctx.data import order
 from longctx.engines.nnscaler.checkpoints import Parameters
-from longctx.huggingface.build import DTYPES, load_config
+from longctx.huggingface.build import load_config
 from longctx.huggingface.flops import forward_flops
 from longctx.huggingface.weights import save_hf_files
-from longctx.options import Job
+from longctx.job import Job
 from longctx.runtime import checkpoint, merge
-from longctx.runtime.metrics import FlopCount, metrics_log, step_metrics
-from longctx.runtime.trainer import check_finite, learning_rate
+from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
+from longctx.runtime.trainer import check_finite, learning_rate, seed_dropout
 
 
 def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> AggregatedOutputs:
@@ -45,13 +45,13 @@ class StepHook(TrainHook):
         self.open_files = ExitStack()
 
     def on_train_start(self, trainer: Trainer) -> None:
-        # Dropout, as in the built-in engine. Of a resumed run nnScaler puts the random state back after this.
-        torch.manual_seed(self.job.seed + trainer.rank // self.job.plan_ngpus)
+        # Of a resumed run nnScaler puts the random state back after this.
+        seed_dropout(self.job, trainer.rank // self.job.plan_ngpus)
         steps = trainer.train_status.finished_train_steps
         self.position = order.position_after(steps, self.n_rows, self.job.rows_per_step)
         n_parameters = sum(torch.Size(shape).numel() for shape in self.parameters.values())
         flops = forward_flops(self.config, n_parameters, self.job.sequence_length)
-        self.flops = FlopCount(*flops, hardware.peak_rate_here(DTYPES[self.job.precision]))
+        self.flops = FlopCount(*flops, hardware.peak_rate_here(self.job.dtype))
         if trainer.rank == 0:
             files = metrics_log(self.job.log_folder, self.position.step, trainer.max_train_steps)
             self.log = self.open_files.enter_context(files)
@@ -76,22 +76,11 @@ class StepHook(TrainHook):
             group["lr"] = self.lr
 
     def after_optimizer_step(self, trainer: Trainer) -> None:
-        epoch, self.position = self.position.epoch, order.advance(self.position, self.rows, self.n_rows)
+        seconds = time.perf_counter() - self.started
+        step = Step(self.position, self.rows, self.lr, self.loss, self.grad_norm, seconds)
+        self.position = order.advance(self.position, self.rows, self.n_rows)
         if trainer.rank == 0:
-            self.log.write(
-                step_metrics(
-                    step=self.position.step,
-                    epoch=epoch,
-                    loss=self.loss,
-                    grad_norm=self.grad_norm,
-                    learning_rate=self.lr,
-                    rows=len(self.rows),
-                    sequence_length=self.job.sequence_length,
-                    seconds=time.perf_counter() - self.started,
-                    world_size=trainer.world_size,
-                    flops=self.flops,
-                )
-            )
+            self.log.write(step_metrics(step, self.job, self.flops))
 
     def on_save_checkpoint(self, trainer: Trainer, state_dict: dict[str, Any]) -> None:
         ranks = trainer.world_size, self.job.plan_ngpus

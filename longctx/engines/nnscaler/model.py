@@ -6,8 +6,9 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from longctx.huggingface.build import DTYPES, build_model, load_config
+from longctx.huggingface.build import build_model, load_config
 from longctx.huggingface.weights import find_weights, random_weights
+from longctx.job import DTYPES
 
 
 class WrappedModel(nn.Module):

@@ -8,10 +8,11 @@ import torch
 
 from longctx import torchrun
 from longctx.command_line import Cause, option, value_as_text
+from longctx.engines import NNSCALER, TORCH
 from longctx.errors import EngineError, LayerNameError, UserError
 
-if TYPE_CHECKING:  # Job has these options as a field
-    from longctx.options import Job
+if TYPE_CHECKING:  # a Job has these options as a field
+    from longctx.job import Job
 
 NEWEST_TORCH = (2, 6)
 GENERATED_FOLDER = "_parallel_modules"  # where nnScaler puts all generated code, in the folder that it is given
@@ -48,23 +49,23 @@ OPTION_NAMES = tuple(field.name for field in fields(NnscalerOptions))
 
 
 def choose_engine(asked: str) -> tuple[str, str]:
-    """The engine, 'torch' or 'nnscaler', and why it is that one. 'auto' takes nnScaler where it works.
+    """The engine's name, and why it is that one. 'auto' takes nnScaler where it works.
 
     Raises:
         EngineError: nnScaler is asked for, and is not here or does not work with the PyTorch that is.
     """
-    if asked == "torch":
+    if asked == TORCH:
         return asked, "as asked"
     problem = _why_it_can_not_be_imported()
-    if asked == "nnscaler":
+    if asked == NNSCALER:
         if problem:
             raise EngineError(f"{problem}; see longctx/engines/nnscaler/requirements.txt, or choose torch")
         return asked, "as asked"
     if problem is None and not torch.cuda.is_available():
         problem = "nnscaler needs a GPU and there is none"
     if problem:
-        return "torch", f"since {problem}"
-    return "nnscaler", "since it is installed and works with this PyTorch"
+        return TORCH, f"since {problem}"
+    return NNSCALER, "since it is installed and works with this PyTorch"
 
 
 def instance_name(job: "Job") -> str:
@@ -82,7 +83,7 @@ def _why_it_can_not_be_imported() -> str | None:
 
 
 def check_torchrun(job: "Job") -> None:
-    if job.engine == "nnscaler" and job.run_mode == "run" and not torchrun.started_this():
+    if job.engine == NNSCALER and job.run_mode == "run" and not torchrun.started_this():
         raise UserError(
             "--engine nnscaler: it needs torchrun; start with torchrun --nproc_per_node=1 train.py ..., or choose "
             "--engine torch"
@@ -91,7 +92,7 @@ def check_torchrun(job: "Job") -> None:
 
 def check_policy(job: "Job") -> None:
     """Raises a UserError for what nnScaler's policy does not take."""
-    if job.engine != "nnscaler":
+    if job.engine != NNSCALER:
         return
     policy = job.nnscaler.pas_policy or "autodist"
     stages, pivots = job.nnscaler.pipeline_nstages, job.nnscaler.pipeline_pivots

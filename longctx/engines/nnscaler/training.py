@@ -39,7 +39,7 @@ from longctx.errors import UserError
 from longctx.huggingface import attention as huggingface_attention
 from longctx.huggingface.build import load_config
 from longctx.huggingface.weights import find_weights
-from longctx.options import Job
+from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.trainer import BETAS
 

@@ -1,0 +1,102 @@
+"""The job: what train.py's options are, and what they amount to. options.py reads them, completes and checks them."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from longctx.command_line import option
+from longctx.data import order
+from longctx.engines import ENGINE_NAMES
+from longctx.engines.nnscaler.options import NnscalerOptions
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # that a model may compute in
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """train.py's options, as they are given."""
+
+    run_mode: str = option("run", "compile: write the plan's code and stop", choices=("compile", "run"))
+    engine: str = option("auto", "auto takes nnscaler where it works, else torch", choices=("auto", *ENGINE_NAMES))
+    model_id: str = option(help="a Hugging Face model: a name on the hub, or a folder")
+    dataset_path: str | None = option(None, "rows of tokens that bookcorpus.py wrote")
+    sequence_length: int | None = option(None, "tokens a row; stands in for --dataset_path in compile", at_least=2)
+    plan_ngpus: int = option(1, "GPUs that one copy of the plan spans", at_least=1)
+    runtime_ngpus: int | None = option(
+        None, "all GPUs, a multiple of plan_ngpus (default: the processes there are)", at_least=1
+    )
+
+    # Where things go.
+    name: str | None = option(None, "of the compiled folder and the logs (default: made of model, length and ranks)")
+    compiled_dir: Path = option(Path("compiled"), "where compiled folders go")
+    checkpoint_dir: Path = option(Path("checkpoints"), "where checkpoints go")
+    log_dir: Path = option(Path("runs"), "where TensorBoard events and metrics.jsonl go")
+    resume_path: Path | None = option(
+        None, "a checkpoint folder or a merged file to go on from (default: the last in --checkpoint_dir)"
+    )
+
+    # The plan.
+    hardware: str | None = option(
+        None,
+        "to plan for: a device's name, such as h100 or cpu, or a file that python -m longctx.measure "
+        "measured (default: what is here)",
+    )
+    gpu_mem_constraint: float = option(64.0, "GB a GPU that the plan may need", above=0)
+    recompute_modules: tuple[str, ...] | None = option(
+        None, "class names, separated by commas, of the layers to recompute; '' for none (default: planned)"
+    )
+    plan: Path | None = option(None, "the plan.json whose partitions to take, at this sequence length")
+
+    # The model.
+    random_init: bool = option(False, "start from seeded random weights, not from the model's")
+    precision: str = option("bf16", "of compute; master weights, optimizer and sums are float32", choices=tuple(DTYPES))
+    attn_implementation: str = option(
+        "auto", "force one kernel", choices=("auto", "flash_attention_2", "sdpa", "eager")
+    )
+
+    # Training. A step is one of the optimizer's.
+    learning_rate: float = option(2e-5, above=0)
+    lr_schedule: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
+    warmup_steps: int = option(0, at_least=0)
+    weight_decay: float = option(0.0, at_least=0)
+    max_grad_norm: float = option(1.0, above=0)
+    grad_accumulation_steps: int = option(4, "rows a data-parallel rank takes in a step", at_least=1)
+    max_epochs: int = option(2, at_least=1)
+    max_train_steps: int | None = option(None, "stop here even if epochs are left", at_least=1)
+    checkpoint_interval: int = option(1000, "steps between checkpoints; the last step has one anyway", at_least=1)
+    seed: int = option(0, "of the order of the rows, of dropout and of --random_init")
+
+    nnscaler: NnscalerOptions = NnscalerOptions()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job(Options):
+    """The job that the options ask for: nothing is left open, and `engine` is the one that does it."""
+
+    sequence_length: int = field()
+    runtime_ngpus: int = field()
+    name: str = field()
+    engine_reason: str = ""  # why it is this engine
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return DTYPES[self.precision]
+
+    @property
+    def data_parallel_size(self) -> int:
+        """How many copies of the plan train side by side, each on rows of its own."""
+        return self.runtime_ngpus // self.plan_ngpus
+
+    @property
+    def rows_per_step(self) -> int:
+        return order.rows_per_step(self.data_parallel_size, self.grad_accumulation_steps)
+
+    @property
+    def compiled_folder(self) -> Path:
+        return self.compiled_dir / self.name
+
+    @property
+    def log_folder(self) -> Path:
+        return self.log_dir / self.name
