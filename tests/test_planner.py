@@ -556,6 +556,8 @@ def solver_out_of_time(monkeypatch, **found) -> None:
 
     def out_of_time(*args, **kwargs):
         result = milp(*args, **kwargs)
+        if result.status == linear_program.INFEASIBLE:
+            return result
         result.update({"status": linear_program.OUT_OF_TIME, "message": "Time limit reached.", **found})
         return result
 
@@ -573,8 +575,22 @@ def test_a_solver_that_runs_out_of_time_with_a_plan_says_how_much_faster_another
 
 def test_a_solver_that_runs_out_of_time_with_no_plan_is_not_taken_for_one_that_proved_there_is_none(monkeypatch):
     solver_out_of_time(monkeypatch, x=None)
-    with pytest.raises(SolverError, match="found no plan in 60 s, and no proof that there is none"):
+    with pytest.raises(SolverError, match="found no plan, and no proof that there is none .Time limit reached"):
         make_plan(mlp_graph(512, 8, 128, 8192), Setting(2, 2, H100, 1e12))
+
+
+def test_a_plan_that_fits_outlives_a_solver_that_runs_out_of_time_on_another(monkeypatch):
+    graph, setting = mlp_graph(512, 8, 128, 8192), Setting(2, 2, H100, 1e12)
+    plan = make_plan(graph, setting)
+    solver_out_of_time(monkeypatch, x=None)
+    text = report.report(graph, plan, setting, predict(graph, plan, setting, 1, (1.0, 1.0)))
+    assert text.count("not known: the solver ran out of time") >= 2
+
+
+def test_a_leanest_plan_that_the_solver_had_no_time_to_prove_is_not_called_the_leanest_for_sure(monkeypatch):
+    solver_out_of_time(monkeypatch, mip_gap=0.2)
+    with pytest.raises(DoesNotFit, match="unless there is a leaner one for which the solver had no time"):
+        make_plan(mlp_graph(512, 8, 128, 8192), Setting(2, 2, H100, 1e6))
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ import torch
 
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.memory import say_bytes
-from longctx.compiler.ops import expression, spec_of
+from longctx.compiler.ops import expression, import_of, spec_of
 from longctx.compiler.ops.aten import is_aten
 from longctx.compiler.ops.python import Expression, Values
 from longctx.compiler.plan import Plan
@@ -59,12 +59,11 @@ def format_code(text: str) -> str:
 
 
 def _imports(graph: Graph, plan: Plan) -> str:
-    names = [op.target for op in graph.all_ops() if not is_aten(op)]
+    functions = [imported for imported in map(import_of, graph.all_ops()) if imported]
     if Recompute.ALL_BUT_ATTENTION in plan.recompute:
-        names += _selective_contexts(graph.all_ops())
+        functions += [tuple(name.rsplit(".", 1)) for name in _selective_contexts(graph.all_ops())]
     by_module: dict[str, set[str]] = {}
-    for name in names:
-        module, function = name.rsplit(".", 1)
+    for module, function in functions:
         by_module.setdefault(module, set()).add(function)
     lines = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
     if set(plan.recompute) - {Recompute.NOTHING}:

@@ -13,8 +13,8 @@ import torch
 from longctx.compiler.hardware import Hardware, collective_seconds
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.memory import saved_tensors
-from longctx.compiler.ops import COLLECTIVES, View, spec_of
-from longctx.compiler.ops.reshards import RESHARDS
+from longctx.compiler.ops import View, spec_of
+from longctx.compiler.ops.reshards import RESHARDS, target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape
 
@@ -37,7 +37,7 @@ def op_seconds(op: Op, partition: Partition, plan_size: int, hardware: Hardware)
     spec = spec_of(op)
     share = plan_size if partition.dim is not None else 1
     flops = spec.flops(op)
-    rate = hardware.matrix_rate(op.inputs[0].dtype) * spec.efficiency if flops.forward else 1.0
+    rate = hardware.matrix_rate(op.inputs[0].dtype) * spec.efficiency if flops.forward or flops.backward else 1.0
     moved = _traffic(op, partition, plan_size)
     forward = max(flops.forward / share / rate, moved / hardware.achievable_bandwidth)
     if not op.outputs[0].requires_grad:
@@ -57,7 +57,7 @@ def _traffic(op: Op, partition: Partition, plan_size: int) -> float:
 
 def reshard_seconds(tensor: Tensor, reshard: Reshard | None, plan_size: int, hardware: Hardware) -> Seconds:
     """The time of a reshard of a tensor. It is not hidden behind computation, since the next op waits for it."""
-    resharding = RESHARDS[f"{COLLECTIVES}.{reshard.function}"].resharding if reshard else None
+    resharding = RESHARDS[target_of_reshard(reshard.function)].resharding if reshard else None
     if resharding is None or plan_size == 1:
         return Seconds()
     forward, backward = (

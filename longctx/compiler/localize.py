@@ -10,8 +10,9 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from longctx.compiler.ir import Graph, LayerCall, Op, Tensor, map_tensors
-from longctx.compiler.ops import COLLECTIVES, spec_of
+from longctx.compiler.ops import spec_of
 from longctx.compiler.ops.aten import CAST
+from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard, local_shape
 
 
@@ -143,11 +144,11 @@ class _Localizer:
             return self._insert(CAST, (local, tensor.dtype), {}, local.shape, tensor, op)
         if isinstance(target, Shard):
             shape = local_shape(tensor.shape, target, self.assignment.plan_size)
-            return self._insert(f"{COLLECTIVES}.own_slice", (local,), {"dim": target.dim}, shape, tensor, op)
+            return self._insert(target_of_reshard("own_slice"), (local,), {"dim": target.dim}, shape, tensor, op)
         if partition.dim is not None or not tensor.requires_grad or self.assignment.plan_size == 1:
             return local
         arguments = (local, 1 / self.assignment.plan_size)
-        return self._insert(f"{COLLECTIVES}.scale_gradient", arguments, {}, local.shape, tensor, op)
+        return self._insert(target_of_reshard("scale_gradient"), arguments, {}, local.shape, tensor, op)
 
     def reshard(
         self, tensor: Tensor, target: Placement, consumer_partitioned: bool, why: str, module: str = ""
@@ -165,7 +166,7 @@ class _Localizer:
             return self.local[tensor]
         if (tensor, reshard) not in self.resharded:
             shape = local_shape(tensor.shape, target, self.assignment.plan_size)
-            target_name = f"{COLLECTIVES}.{reshard.function}"
+            target_name = target_of_reshard(reshard.function)
             made = self._insert(
                 target_name, (self.local[tensor],), dict(reshard.arguments), shape, tensor, None, module, why
             )

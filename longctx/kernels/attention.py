@@ -248,6 +248,11 @@ def is_one_kernel(op: Op) -> bool:
     return not takes_blocks(op) and not arguments["dropout"] and arguments["implementation"] == "auto"
 
 
+def key_value_heads(op: Op) -> str:
+    """What the ranks of a plan share out, besides rows."""
+    return f"its {op.inputs[1].shape[1]} key-value heads"
+
+
 register_op(
     "b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^",
     flops=flops,
@@ -258,5 +263,5 @@ register_op(
     workspace=workspace,
     strides=strides,
     draws_random=draws_random,
-    selective_recompute=SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention"),
+    selective_recompute=SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention", key_value_heads),
 )(attention)
