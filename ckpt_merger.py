@@ -30,7 +30,7 @@ class Merge:
 
 
 def main(argv: list[str] | None = None) -> None:
-    asked = parse(Merge, argv, __doc__.splitlines()[0])
+    asked = parse(Merge, argv, (__doc__ or "").splitlines()[0])
     with naming_options(asked, {CheckpointError: Cause("ckpt_dir"), NoRoom: Cause("output_fname")}):
         found = read(find_stored(asked.ckpt_dir, FORMATS), FORMATS)
         check_outputs(asked, found)
@@ -39,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{found.path}: step {state.position.step}, {len(state.parameters)} parameters, from "
             f"{state.world_size} rank(s)"
         )
-        if asked.output_fname is not None:
+        if asked.output_fname is not None and found.engine is not None:
             FORMATS[found.engine].merge(found, asked.output_fname)
             print(f"wrote {asked.output_fname}")
     if asked.hf_dir is not None:
@@ -58,16 +58,21 @@ def check_outputs(asked: Merge, found: Checkpoint) -> None:
             raise UserError(f"--{name} {output}: {problem}; choose another name")
     if found.merged and asked.output_fname is not None:
         raise UserError(f"--ckpt_dir {found.path}: it is merged already; leave out --output_fname")
-    if asked.output_fname is None and not (found.merged or FORMATS[found.engine].exports_shards):
+    if asked.output_fname is None and not exports_hf(found):
         raise UserError(
             f"--output_fname: it is missing; of the {found.engine} engine's shards, --hf_dir is made from the merged "
             "file"
         )
 
 
+def exports_hf(found: Checkpoint) -> bool:
+    """Whether the Hugging Face folder can be made of what was found: a merged file, or some engines' shards."""
+    return found.engine is None or FORMATS[found.engine].exports_shards
+
+
 def source_of_weights(asked: Merge, found: Checkpoint) -> Checkpoint:
     """What the Hugging Face folder is made from: what was found, or the merged file that has been made of it."""
-    if found.merged or FORMATS[found.engine].exports_shards:
+    if asked.output_fname is None or exports_hf(found):
         return found
     return read(asked.output_fname, FORMATS)
 

@@ -67,7 +67,7 @@ def parse(job_type: type, argv: list[str] | None, description: str) -> Any:
 def _add_options(parser: Any, job_type: type) -> None:
     for field, kind in _fields(job_type):
         if dataclasses.is_dataclass(kind):
-            _add_options(parser.add_argument_group(kind.__doc__.splitlines()[0].rstrip(".")), kind)
+            _add_options(parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip(".")), kind)
         elif kind is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
         elif field.metadata:

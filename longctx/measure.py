@@ -52,6 +52,7 @@ def measure(device: torch.device) -> dict:
         bar.update()
         for size in group_sizes:
             group = dist.new_subgroups(size)[0]  # all groups of this size work at once, as plan groups do
+            assert isinstance(group, dist.ProcessGroup), "every rank is in a group of each size"
             for kind in KINDS:
                 bar.set_description(f"{kind} over {size}")
                 timings.append(_time_collective(kind, group, device))
@@ -148,6 +149,7 @@ def _measured_hardware(
         memory_bytes=memory_bytes,
         devices_per_node=n_devices,
         timings=timings,
+        published_peak=known is not None,
     )
     gathers = [timing for timing in timings if timing.kind == "all_gather"]
     inside, across = ([t for t in gathers if (t.n_ranks > ranks_here) == is_across] for is_across in (False, True))
@@ -160,7 +162,8 @@ def _measured_hardware(
 
 
 def _fit_link(gather: Timing, n_rings: int) -> Link:
-    """The link that explains a measured all-gather, for numbers of ranks that were not: see _modelled_seconds."""
+    """The link that explains a measured all-gather, for numbers of ranks that were not: see hardware.py's
+    _modelled_seconds."""
     n = gather.n_ranks
     bandwidth = gather.whole_bytes[-1] * (n - 1) / n / n_rings / gather.seconds[-1]
     return Link(bandwidth, bandwidth, 1.0, gather.seconds[0] / n)  # n - 1 steps and the launch

@@ -37,7 +37,7 @@ DESCRIPTION = "Trains a causal language model at long context: compiles a plan f
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """What train.py is asked to do. `parse_job` fills in the runtime_ngpus, sequence_length and name left out."""
+    """What train.py is asked to do. `parse_job` fills in runtime_ngpus, sequence_length and name, if they are None."""
 
     run_mode: str = option("run", "compile: write the plan's code and stop", choices=("compile", "run"))
     engine: str = option(
@@ -46,14 +46,14 @@ class Job:
     engine_reason: str = ""  # why it is this engine
     model_id: str = option(help="a Hugging Face model: a name on the hub, or a folder")
     dataset_path: str | None = option(None, "rows of tokens that bookcorpus.py wrote")
-    sequence_length: int | None = option(None, "tokens a row; stands in for --dataset_path in compile", at_least=2)
+    sequence_length: int = option(None, "tokens a row; stands in for --dataset_path in compile", at_least=2)
     plan_ngpus: int = option(1, "GPUs that one copy of the plan spans", at_least=1)
-    runtime_ngpus: int | None = option(
+    runtime_ngpus: int = option(
         None, "all GPUs, a multiple of plan_ngpus (default: the processes there are)", at_least=1
     )
 
     # Where things go.
-    name: str | None = option(None, "of the compiled folder and the logs (default: made of model, length and ranks)")
+    name: str = option(None, "of the compiled folder and the logs (default: made of model, length and ranks)")
     compiled_dir: Path = option(Path("compiled"), "where compiled folders go")
     checkpoint_dir: Path = option(Path("checkpoints"), "where checkpoints go")
     log_dir: Path = option(Path("runs"), "where TensorBoard events and metrics.jsonl go")

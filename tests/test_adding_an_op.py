@@ -19,14 +19,14 @@ def hardswish() -> Op:
     return Op("aten.hardswish.default", (x,), {}, (y,), "", None)
 
 
-def test_before_the_entry_the_operator_is_computed_by_every_rank_and_everything_is_saved():
+def test_without_its_entry_the_pages_operator_is_computed_by_every_rank_and_everything_is_saved():
     op = hardswish()
     assert not is_known(op)
     assert [p.dim for p in legal_partitions(op, 2)] == [None]
     assert saved_tensors(op) == [*op.inputs, *op.outputs]
 
 
-def test_the_entry_of_the_page_makes_the_operator_known_to_every_stage(monkeypatch):
+def test_the_entry_on_the_page_makes_its_operator_known_to_every_stage(monkeypatch):
     (entry,) = re.findall(r"```python\n(pointwise\(.*\))\n```", PAGE)
     spec = eval(entry, vars(aten))
     monkeypatch.setitem(aten.ATEN, spec.name, spec)
@@ -39,7 +39,7 @@ def test_the_entry_of_the_page_makes_the_operator_known_to_every_stage(monkeypat
     torch.testing.assert_close(eval(written, {"F": F, "x": x}), F.hardswish(x), rtol=0, atol=0)
 
 
-def test_the_function_of_the_page_is_registered_as_it_stands_there(tmp_path, monkeypatch):
+def test_the_function_on_the_page_is_registered_as_it_stands_there(tmp_path, monkeypatch):
     (module,) = re.findall(r"```python\n(# my_ops\.py\n.*?)```", PAGE, flags=re.DOTALL)
     (tmp_path / "my_ops.py").write_text(module)
     monkeypatch.syspath_prepend(tmp_path)

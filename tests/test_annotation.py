@@ -32,7 +32,7 @@ def test_shapes_of_the_outputs_follow_from_those_of_the_inputs(text, shapes, out
     assert output_shapes(parse(text), shapes) == outputs
 
 
-def test_a_length_that_no_input_tells_is_an_error():
+def test_an_output_dimension_whose_length_no_input_tells_is_an_error():
     with pytest.raises(AnnotationError, match="dimension 'h' has a length that no input tells"):
         output_shapes(parse("(h d^) l -> l h d^"), [(6, 4)])
 
@@ -55,7 +55,7 @@ def test_a_length_that_no_input_tells_is_an_error():
         ("a -> a -> a", "character 8", "unexpected '->'"),
     ],
 )
-def test_what_breaks_the_grammar_is_quoted_and_pointed_at(text, place, problem):
+def test_an_annotation_that_breaks_the_grammar_is_quoted_and_the_place_is_pointed_at(text, place, problem):
     with pytest.raises(AnnotationError) as error:
         parse(text)
     assert repr(text) in str(error.value)
@@ -63,17 +63,17 @@ def test_what_breaks_the_grammar_is_quoted_and_pointed_at(text, place, problem):
     assert problem in str(error.value)
 
 
-def test_a_name_with_two_lengths_is_refused_with_both():
+def test_a_dimension_with_two_lengths_is_refused_with_both():
     with pytest.raises(AnnotationError, match=r"'d\^' has length 8 in one tensor and 9 in another"):
         output_shapes(parse("b l d^, n^ d^, b l -> b l"), [(2, 5, 8), (100, 9), (2, 5)])
 
 
-def test_a_tensor_with_another_number_of_dimensions_is_refused():
+def test_a_tensor_with_another_number_of_dimensions_than_its_annotation_is_refused():
     with pytest.raises(AnnotationError, match=r"input 0 has 3 dimensions there, but the tensor's shape is \[2, 5\]"):
         output_shapes(parse("b l d^, n^ d^, b l -> b l"), [(2, 5), (100, 9), (2, 5)])
 
 
-def test_only_what_generated_code_can_import_is_registered():
+def test_only_functions_that_generated_code_can_import_are_registered():
     def local(x: torch.Tensor) -> torch.Tensor:
         return x
 
@@ -85,7 +85,7 @@ def whole(x: torch.Tensor) -> str:
     return "a^ -> a^"
 
 
-def test_an_annotation_that_is_a_function_is_told_by_where_it_is_and_by_its_source(tmp_path):
+def test_the_fingerprint_of_an_annotation_function_is_its_place_and_its_source(tmp_path):
     fingerprint = RegisteredOp(torch.relu, whole, UNKNOWN).fingerprint()
     assert fingerprint.startswith(f"{__name__}.whole ") and "0x" not in fingerprint
     told = set()

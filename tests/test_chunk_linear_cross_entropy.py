@@ -115,7 +115,9 @@ def test_losses_and_gradients_are_those_of_float64(problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
-def test_they_are_over_chunks_of_many_strips(monkeypatch, dtype, logit_softcap, reduction):
+def test_losses_and_gradients_over_chunks_of_many_strips_are_those_of_float64(
+    monkeypatch, dtype, logit_softcap, reduction
+):
     monkeypatch.setattr(module, "_STRIP_NUMEL", 1 << 16)
     hidden, weight, labels = make_inputs(1, 300, 24, 5000, dtype, scale=0.5)
     options = {"chunk_size": 140, "logit_softcap": logit_softcap}
@@ -137,7 +139,7 @@ def check_against_float64(hidden, weight, labels, options, reduction):
     assert_close(weight.grad, weight64.grad, 64 * EPS[sums] + 2 * EPS[hidden.dtype])
 
 
-def test_gradients_are_those_of_finite_differences():
+def test_gradients_of_the_loss_are_those_of_finite_differences():
     hidden, weight, labels = make_inputs(2, 5, 3, 11, torch.float64)
     loss = functools.partial(chunk_linear_cross_entropy, labels=labels, chunk_size=4, logit_softcap=3.0)
     assert torch.autograd.gradcheck(loss, (hidden, weight))
@@ -160,7 +162,7 @@ def pytorchs_chunked(hidden, weight, labels, chunk_size):
 
 
 @pytest.mark.parametrize("scale", [0.05, 0.3])
-def test_bfloat16_is_no_further_from_float64_than_the_peers(scale):
+def test_bfloat16_losses_are_no_further_from_float64_than_those_of_the_peers(scale):
     hidden, weight, labels = make_inputs(1, 256, 128, 8192, torch.bfloat16, scale=scale)
     # Labels that the logits favor, as in a trained model.
     labels = (hidden.double() @ weight.double().T).add_(torch.randn(1, 256, 8192, device=DEVICE).double()).argmax(-1)
@@ -211,7 +213,7 @@ def test_tokens_predicted_with_confidence_keep_their_digits():
     torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-5, atol=0)
 
 
-def test_what_all_logits_share_takes_no_digits():
+def test_an_offset_that_all_logits_share_costs_no_digits():
     # Exact in float32, and the same softmax as without the 2^20.
     hidden = torch.ones(1, 4, 2, device=DEVICE, requires_grad=True)
     weight = torch.stack((torch.full((300,), 2.0**20), torch.arange(300) / 8), 1).to(DEVICE).requires_grad_()
@@ -286,7 +288,7 @@ def test_one_chunk_of_logits_is_the_most_that_is_ever_held(dtype, reduction, log
 
 
 @pytest.mark.skipif(DEVICE != "cpu", reason="MemTracker's figures are a CPU's here")
-def test_with_all_else_it_holds_no_more_than_a_chunk_and_a_half():
+def test_all_temporary_memory_together_is_below_one_and_a_half_chunks_of_logits():
     hidden, weight, labels = make_inputs(1, 256, 1024, 8192)
     labels.clamp_(min=0)
     tracker = MemTracker()
@@ -345,7 +347,7 @@ def test_gradients_that_come_in_for_ignored_tokens_change_nothing():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("reductions", [("sum", "mean"), ("mean", "weights"), ("weights", "sum")])
-def test_backward_may_be_run_again(dtype, reductions):
+def test_a_second_backward_of_the_same_loss_gives_the_same_gradients_as_a_first(dtype, reductions):
     hidden, weight, labels = make_inputs(2, 5, 4, 6, dtype)
     weights = torch.rand(2, 5, device=DEVICE)
     losses = chunk_linear_cross_entropy(hidden, weight, labels)
@@ -376,7 +378,9 @@ def test_a_second_derivative_is_refused_in_a_sentence():
 
 @pytest.mark.parametrize("reduction", ["mean", "weights"])
 @pytest.mark.parametrize(("use_reentrant", "taken"), [(False, 6), (True, 4)])
-def test_activation_checkpointing(use_reentrant, taken, reduction):
+def test_activation_checkpointing_changes_no_gradient_and_costs_only_the_recomputed_products(
+    use_reentrant, taken, reduction
+):
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
     weights = torch.rand(2, 5, device=DEVICE)
 
@@ -390,14 +394,14 @@ def test_activation_checkpointing(use_reentrant, taken, reduction):
     assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
 
 
-def test_autograd_hooks_see_all_that_is_kept():
+def test_every_tensor_saved_for_backward_is_visible_to_autograds_hooks():
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
     node = chunk_linear_cross_entropy(hidden, weight, labels).grad_fn
     assert "ChunkLinearCrossEntropy" in node.name()
     assert not [value for value in vars(node).values() if isinstance(value, torch.Tensor)]
 
 
-def test_saved_tensors_may_be_offloaded():
+def test_gradients_are_the_same_with_saved_tensors_offloaded():
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
     expected = torch.autograd.grad(chunk_linear_cross_entropy(hidden, weight, labels).mean(), (hidden, weight))
     with torch.autograd.graph.save_on_cpu():
@@ -406,7 +410,7 @@ def test_saved_tensors_may_be_offloaded():
 
 
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
-def test_torch_compile_around_it(reduction):
+def test_a_compiled_function_that_calls_the_loss_gives_the_same_gradients_and_leaves_the_loss_uncompiled(reduction):
     weights = torch.rand(2, 5, device=DEVICE)
 
     def loss(hidden, weight, labels):
@@ -427,7 +431,7 @@ def test_torch_compile_around_it(reduction):
     assert "cos" in compiled_code and "argsort" not in compiled_code  # the loss itself was left alone
 
 
-def test_autocast_casts_as_linear_does():
+def test_autocast_casts_the_inputs_of_the_loss_as_it_casts_those_of_linear():
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
     with torch.autocast(DEVICE, torch.bfloat16):
         losses = chunk_linear_cross_entropy(hidden.bfloat16(), weight, labels)
@@ -440,7 +444,7 @@ def test_autocast_casts_as_linear_does():
     assert torch.equal(hidden.grad, hidden16.grad.float()) and torch.equal(weight.grad, weight16.grad.float())
 
 
-def test_tracers_get_a_shape_and_a_dtype_at_once():
+def test_meta_and_fake_tensors_give_losses_of_the_right_shape_and_dtype():
     inputs = make_inputs(2, 5, 4, 6, torch.bfloat16)
     fake = torch._subclasses.FakeTensorMode()
     for losses in (
@@ -450,7 +454,7 @@ def test_tracers_get_a_shape_and_a_dtype_at_once():
         assert losses.shape == (2, 5) and losses.dtype == torch.float32
 
 
-def test_it_is_a_plain_function_with_plain_annotations():
+def test_the_loss_is_a_plain_function_with_plain_annotations():
     # nnScaler's tracer takes a registered operator's types from its annotations.
     parameters = inspect.signature(chunk_linear_cross_entropy).parameters
     assert inspect.isfunction(chunk_linear_cross_entropy) and not hasattr(chunk_linear_cross_entropy, "__wrapped__")
@@ -478,7 +482,7 @@ def test_it_is_a_plain_function_with_plain_annotations():
         (lambda h, w, y: (h, w, y, -1), "but [0-9]+ of 10 are not, the first being -100"),
     ],
 )
-def test_mistakes_are_named_in_a_sentence(change, message):
+def test_inputs_that_do_not_go_together_are_refused_with_the_reason(change, message):
     with pytest.raises(ValueError, match=message) as error:
         chunk_linear_cross_entropy(*change(*make_inputs(2, 5, 4, 6)))
     assert str(error.value).endswith(".") and "\n" not in str(error.value)
@@ -505,7 +509,7 @@ def process_group():
 
 @pytest.mark.filterwarnings("error:FSDP2-wrapped module.*returned a view")
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
-def test_a_weight_that_fsdp_gathers_and_frees(process_group, reduction):
+def test_gradients_of_a_weight_that_fsdp_gathers_and_frees_are_exact(process_group, reduction):
     hidden, weight, labels = make_inputs(2, 5, 4, 6, torch.bfloat16)
     weights = torch.linspace(1, 2, labels.numel(), device=DEVICE).view(labels.shape)
     head = Head(weight.detach().float())
@@ -546,7 +550,7 @@ def as_on_a_gpu(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_operands_of_half_precision(dtype, logit_softcap):
+def test_losses_and_gradients_from_half_precision_operands_are_those_of_float64(dtype, logit_softcap):
     """A GPU's arithmetic: half-precision dx in the memory of float32 logits."""
     hidden, weight, labels = make_inputs(2, 5, 4, 30_000, dtype, scale=3.0)
     weights = torch.linspace(0.1, 1, 10, device=DEVICE).view(2, 5)
@@ -569,7 +573,7 @@ MULTIPLY = module._multiply
 
 
 @pytest.mark.usefixtures("as_on_a_gpu")
-def test_bfloat16_operands_where_cublas_rounds(monkeypatch):
+def test_where_cublas_rounds_sums_to_bfloat16_errors_stay_within_its_rounding(monkeypatch):
     """As on a GPU with PyTorch 2.6 and 2.7: chunks' sums are rounded, but added in float32."""
     monkeypatch.setattr(module, "_multiply", MULTIPLY)
     monkeypatch.setattr(module, "_CUBLAS_RETURNS_FLOAT32", False)
@@ -583,7 +587,7 @@ def test_bfloat16_operands_where_cublas_rounds(monkeypatch):
     assert relative_error(weight.grad, weight64.grad) < 4 * EPS[torch.bfloat16]
 
 
-def test_inference_mode():
+def test_losses_in_inference_mode_are_those_of_training():
     hidden, weight, labels = make_inputs(1, 300, 24, 5000)
     expected = chunk_linear_cross_entropy(hidden, weight, labels)
     with torch.inference_mode():
@@ -597,7 +601,7 @@ def test_inference_mode():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("n", [1, 33, 4096, 9001])
-def test_triton_kernel(dtype, logit_softcap, n):
+def test_the_triton_kernels_losses_and_gradients_are_those_of_float64(dtype, logit_softcap, n):
     logits = torch.randn(5, -(-n // 16) * 16, device=DEVICE) * 4
     labels, row_grads = torch.randint(n, (5,), device=DEVICE), torch.randn(5, device=DEVICE)
     x = logits[:, :n].double().requires_grad_()

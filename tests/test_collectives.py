@@ -223,7 +223,7 @@ def test_reshards_of_fake_tensors_have_the_shapes_of_real_ones(rank_0_of_8):
             assert x.grad.shape == x.shape, name
 
 
-def test_a_slice_keeps_none_of_the_memory_of_the_tensor_it_is_taken_from(rank_0_of_8):
+def test_a_slice_shares_no_memory_with_the_tensor_it_is_taken_from(rank_0_of_8):
     whole = torch.randn(8, 16)
     assert collectives.take_slice(whole, 0).untyped_storage().nbytes() == whole.nbytes // 8
 

@@ -91,7 +91,7 @@ def test_learned_positions_that_are_fewer_than_the_rows_tokens_are_refused(tmp_p
     assert_equal_to(reference, compile_folder(tmp_path / "opt", tmp_path / "compiled", *options, str(LENGTH)))
 
 
-def test_what_torch_export_can_not_trace_is_said_in_one_sentence(monkeypatch, capfd):
+def test_a_model_that_torch_export_can_not_trace_is_refused_in_one_sentence(monkeypatch, capfd):
     config = small_config("llama")
     wrapped = build.build_model(config, torch.float32)
     norm = wrapped.model.model.norm
@@ -103,7 +103,7 @@ def test_what_torch_export_can_not_trace_is_said_in_one_sentence(monkeypatch, ca
     assert capfd.readouterr().err == ""
 
 
-def test_numbers_that_tracing_would_lose_are_refused(monkeypatch):
+def test_a_model_whose_numbers_tracing_would_lose_is_refused(monkeypatch):
     wrapped = build.build_model(small_config("llama"), torch.float32)
     norm = wrapped.model.model.norm
     monkeypatch.setattr(norm, "forward", lambda x: x * torch.tensor([0.5, 2.0] * 32, device=x.device))
@@ -230,7 +230,7 @@ def test_compiling_reads_no_weights(tmp_path):
     assert {file.name for file in compiled.iterdir()} == {"gencode.py", "plan.json", "report.md"}
 
 
-def test_an_equal_compile_is_reused_and_a_different_one_is_not(tmp_path, capsys):
+def test_a_compiled_folder_is_reused_for_an_equal_job_and_for_no_other(tmp_path, capsys):
     compile_small(tmp_path, "llama")
     compile_small(tmp_path, "llama")
     assert "up to date" in capsys.readouterr().out.splitlines()[-1]
@@ -273,7 +273,7 @@ def test_a_rank_that_would_compile_another_plan_stops(tmp_path):
     assert second.startswith("error: --compiled_dir") and "start all ranks alike" in second
 
 
-def test_where_the_first_rank_fails_the_others_stop(tmp_path):
+def test_where_compiling_fails_on_the_first_rank_the_others_stop(tmp_path):
     first, second = compile_on_ranks(tmp_path, *[["--gpu_mem_constraint", "0.0001"]] * 2)
     assert first.startswith("error: --gpu_mem_constraint")
     assert second.startswith("error: --compiled_dir") and "failed on this node's first rank" in second
@@ -294,7 +294,7 @@ def test_a_head_that_the_loss_can_not_compute_is_refused(monkeypatch):
         build.build_model(small_config("llama"), torch.float32)
 
 
-def test_an_attention_argument_that_ours_lacks_is_refused():
+def test_an_attention_argument_that_this_programs_attention_lacks_is_refused():
     config = small_config("llama")
     wrapped = build.build_model(config, torch.float32)
     tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")

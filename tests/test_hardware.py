@@ -22,7 +22,7 @@ MIB = 2**20
 
 
 @pytest.mark.parametrize("entry", HARDWARE.values(), ids=lambda entry: entry.name)
-def test_tables_are_sane(entry):
+def test_every_entry_of_the_hardware_table_is_plausible(entry):
     assert 0 < entry.matrix_efficiency <= 1 and 0 < entry.memory_efficiency <= 1
     assert entry.matrix_rate(torch.bfloat16) == entry.matrix_flops * entry.matrix_efficiency
     assert entry.matrix_rate(torch.float32) == entry.float32_flops
@@ -32,7 +32,7 @@ def test_tables_are_sane(entry):
         assert 0 < link.pair_bandwidth <= link.bandwidth and 0 < link.efficiency <= 1
 
 
-def test_a_gpus_name_finds_its_table_and_no_namesakes():
+def test_a_gpus_name_finds_its_entry_and_no_namesakes():
     names = {
         "NVIDIA H100 80GB HBM3": "h100",
         "NVIDIA H200": "h200",
@@ -83,7 +83,7 @@ MEASURED = replace(HARDWARE["cpu"], timings=(Timing("all_gather", 8, (16, 64, 10
     n_ranks=st.sampled_from([1, 2, 4, 8, 12, 16, 64]),
     sizes=st.tuples(st.integers(0, 2**40), st.integers(0, 2**40)).map(sorted),
 )
-def test_more_bytes_never_take_less_time(entry, kind, n_ranks, sizes):
+def test_a_collective_of_more_bytes_never_takes_less_time(entry, kind, n_ranks, sizes):
     fewer, more = (collective_seconds(entry, kind, size, n_ranks) for size in sizes)
     assert 0 <= fewer <= more and (more > 0) == (n_ranks > 1)
 
@@ -122,7 +122,7 @@ def test_a_profile_measured_on_two_ranks_loads_and_prices_collectives(tmp_path):
     assert measured.node_link != HARDWARE["cpu"].node_link
 
 
-def test_what_is_here_is_found_without_a_name(monkeypatch):
+def test_the_hardware_of_this_machine_is_found_without_a_name(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert load(None).name == "h100" and load("B200").name == "b200"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -130,7 +130,7 @@ def test_what_is_here_is_found_without_a_name(monkeypatch):
     assert load(None).name == "mi300x"
 
 
-def test_wrong_names_and_files_end_in_a_sentence_that_lists_the_names(tmp_path):
+def test_a_wrong_name_or_profile_of_hardware_is_refused_with_the_names_there_are(tmp_path):
     good = json.loads(json.dumps(asdict(MEASURED)))
     contents = [
         "no json",

@@ -36,7 +36,7 @@ def formula(query, key, value, scale, window=0, softcap=0.0):
     st.sampled_from(["auto", "sdpa", "eager"]),
     st.integers(1, 20),
 )
-def test_attention_is_its_formula(b, heads, length, d, window, softcap, implementation, block):
+def test_attention_computes_its_formula(b, heads, length, d, window, softcap, implementation, block):
     torch.manual_seed(length)
     query = torch.randn(b, heads[0], length, d, requires_grad=True)
     key, value = (torch.randn(b, heads[1], length, d, requires_grad=True) for _ in range(2))
@@ -55,7 +55,7 @@ def test_attention_is_its_formula(b, heads, length, d, window, softcap, implemen
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 5), min_size=0, max_size=3), st.integers(1, 32), st.sampled_from([0.0, 1.0]))
-def test_rms_norm_is_its_formula(leading, d, offset):
+def test_rms_norm_computes_its_formula(leading, d, offset):
     torch.manual_seed(d)
     x, weight = torch.randn(*leading, d), torch.randn(d)
     expected = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)

@@ -53,38 +53,38 @@ def predicted_to_counted(compiled: benchmark.Compiled) -> float:
 
 
 @pytest.mark.parametrize("family", COUNTED)
-def test_the_peak_is_predicted_within_a_tenth(family, tmp_path):
+def test_the_peak_memory_of_a_model_is_predicted_within_a_tenth(family, tmp_path):
     compiled = compile_family(tmp_path, family)
     for policy in (Recompute.EVERYTHING, Recompute.NOTHING):
         assert predicted_to_counted(recomputing(compiled, *[policy] * 3)) == pytest.approx(1, abs=0.1), policy
 
 
-def test_the_peak_of_a_partitioned_plan_with_mixed_policies_is_predicted_within_a_tenth(tmp_path):
+def test_the_peak_memory_of_a_partitioned_plan_with_mixed_policies_is_predicted_within_a_tenth(tmp_path):
     compiled = compile_family(tmp_path, "llama", "--plan_ngpus", "2")
     mixed = recomputing(compiled, *Recompute)
     assert predicted_to_counted(mixed) == pytest.approx(1, abs=0.1)
 
 
-def test_the_peak_is_predicted_for_heads_of_any_width(tmp_path):
+def test_the_peak_memory_is_predicted_within_a_tenth_for_heads_whose_width_is_no_power_of_two(tmp_path):
     compiled = compile_family(tmp_path, "phi3", "--plan_ngpus", "2", head_dim=96, sliding_window=2 * LENGTH)
     assert can_keep_attention(compiled.graph.kinds[0])  # all is seen
     for policy in Recompute:
         assert predicted_to_counted(recomputing(compiled, *[policy] * 3)) == pytest.approx(1, abs=0.1), policy
 
 
-def test_what_a_layer_keeps_is_the_sum_over_its_ops_and_less_the_more_is_recomputed(tmp_path):
+def test_what_a_layer_saves_is_the_sum_over_its_ops_and_less_the_more_it_recomputes(tmp_path):
     compiled = compile_family(tmp_path, "llama")
     (kind,) = compiled.graph.kinds
-    kept = {}
+    saved = {}
     for policy in Recompute:
-        made = [item for shares in memory.kept_by_op(kind.ops, policy).values() for item in shares.items()]
-        kept[policy] = sum(share * nbytes(tensor) for tensor, share in made)
+        made = [item for shares in memory.saved_by_op(kind.ops, policy).values() for item in shares.items()]
+        saved[policy] = sum(share * nbytes(tensor) for tensor, share in made)
     width = LENGTH * 2  # bytes of one feature of all tokens
     logsumexp, rstd = 2 * width * 8, 2 * width
-    assert kept[Recompute.EVERYTHING] == 0
-    assert kept[Recompute.ALL_BUT_ATTENTION] == 256 * width + logsumexp
+    assert saved[Recompute.EVERYTHING] == 0
+    assert saved[Recompute.ALL_BUT_ATTENTION] == 256 * width + logsumexp
     # Two norms' outputs, the residual, q and attention's output; k and v; gate, silu(gate), up and their product.
-    assert kept[Recompute.NOTHING] == (5 * 256 + 2 * 64 + 4 * 768) * width + logsumexp + 2 * rstd
+    assert saved[Recompute.NOTHING] == (5 * 256 + 2 * 64 + 4 * 768) * width + logsumexp + 2 * rstd
 
 
 # --- operators -----------------------------------------------------------------------------------------------------
@@ -132,7 +132,7 @@ def peak_bytes(function, *tensors: torch.Tensor) -> int:
     return tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
 
 
-def test_the_loss_is_played_with_the_memory_it_takes_on_a_gpu(monkeypatch):
+def test_the_benchmarks_stand_in_for_the_loss_takes_the_memory_that_the_loss_takes_on_a_gpu(monkeypatch):
     # Its order of work there, with nothing in the kernel's place: that takes no memory.
     monkeypatch.setattr(loss, "_takes_triton", lambda weight: True)
     monkeypatch.setattr(loss, "_triton_softmax_pass", lambda x, dx, labels, row_grads, softcap: row_grads * 0)

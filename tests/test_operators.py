@@ -660,7 +660,7 @@ NEVER = {  # what an operator works across: input i is never split along dimensi
 
 
 @pytest.mark.parametrize(("target", "args", "i", "dim"), NEVER.values(), ids=NEVER)
-def test_what_an_operator_works_across_is_never_split(target, args, i, dim):
+def test_a_dimension_that_an_operator_works_across_is_never_split(target, args, i, dim):
     op, _ = as_op(Call(target, args))
     assert op.inputs[i].shape[dim] % 2 == 0
     assert all(partition.inputs[i] != Shard(dim) for partition in legal_partitions(op, 2))
@@ -672,7 +672,7 @@ def test_grouped_queries_are_split_by_their_key_value_heads_where_these_come_out
     assert offered(ATTENTION, *arguments, n_ranks=4) == []  # 4 heads, but 2 key-value heads
 
 
-def test_what_ranks_can_not_share_evenly_is_not_split():
+def test_a_dimension_that_the_ranks_can_not_share_evenly_is_not_split():
     x = zeros(3, 4, 6)
     assert offered("aten.neg.default", x, n_ranks=2) == ["S1 -> S1", "S2 -> S2"]
     assert offered("aten.neg.default", x, n_ranks=3) == ["S0 -> S0", "S2 -> S2"]
@@ -685,13 +685,13 @@ def test_what_ranks_can_not_share_evenly_is_not_split():
     ("target", "args"),
     [("aten.roll.default", (X, [1], [0])), ("aten.topk.default", (X, 2)), ("aten.flip.default", (X, [0]))],
 )
-def test_an_unknown_operator_is_computed_whole(target, args):
+def test_an_unknown_operator_is_computed_by_every_rank(target, args):
     op, _ = as_op(Call(target, args))
     assert not is_known(op)
     assert offered(target, *args) == []
 
 
-def test_products_of_shapes_that_broadcast_are_computed_whole():
+def test_products_of_shapes_that_broadcast_are_computed_by_every_rank():
     assert offered("aten.matmul.default", X, zeros(6, 8)) == []
     assert offered("aten.matmul.default", zeros(2, 2, 4, 6), zeros(1, 2, 6, 8)) == []
 
@@ -758,7 +758,7 @@ def noisy(x: torch.Tensor) -> torch.Tensor:
     return x + torch.rand_like(x)
 
 
-def test_an_op_that_may_draw_random_numbers_is_known_for_one(monkeypatch):
+def test_an_op_that_may_draw_random_numbers_is_recognized(monkeypatch):
     monkeypatch.setitem(REGISTERED_OPS, target_of(noisy), REGISTERED_OPS[LOSS])
     register_op("* -> *")(noisy)
     drawing = [

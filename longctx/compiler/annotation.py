@@ -1,14 +1,15 @@
 """Op annotations: nnScaler's notation for how an operator may be partitioned.
 
-`'b l d^, n^ d^, b l -> b l'` has one entry a tensor and one identifier a dimension; equal names have equal lengths.
+`'b l d^, n^ d^, b l -> b l'` has an entry for each tensor, and in it an identifier for each dimension. Dimensions of
+the same name have the same length.
 
-    x        may be partitioned, and then every output has it
-    x+       may be partitioned; the outputs lack it and become partial sums
+    x        may be partitioned; every output has this dimension too
+    x+       may be partitioned; no output has this dimension, and the outputs become partial sums
     x^       may not be partitioned
-    (h d^)   one dimension made of inner ones, partitioned by its outermost
-    128      a dimension of that length
+    (h d^)   one dimension that is made of several, and is partitioned along the outermost of these
+    128      a dimension of this length
     *        any number of leading dimensions
-    ?        a value that is only ever replicated
+    ?        a value that is always replicated
 
 An annotation may also be a function of the op's arguments that returns such a string.
 """
@@ -28,7 +29,7 @@ class Dim:
     """One dimension, or one factor of a dimension: `b`, `d^`, `k+`, `128`."""
 
     name: str  # an identifier, or the digits of a fixed length
-    reduce: str = ""  # '' partitioned with the outputs, '+' partial sums, '^' whole
+    reduce: str = ""  # '': partitioned together with the outputs; '+': outputs are partial sums; '^': not partitioned
 
     @property
     def length(self) -> int | None:
@@ -37,16 +38,16 @@ class Dim:
 
 @dataclass(frozen=True)
 class Entry:
-    """One tensor's dimensions, each a tuple of factors, outermost first; or a `?`."""
+    """The dimensions of one tensor, each a tuple of factors with the outermost first; or a `?`."""
 
     dims: tuple[tuple[Dim, ...], ...] = ()
-    leading: bool = False  # starts with `*`
-    replicated: bool = False  # `?`
+    leading: bool = False  # whether it starts with `*`
+    replicated: bool = False  # whether it is `?`
 
 
 @dataclass(frozen=True)
 class Annotation:
-    """A parsed annotation; `text` is quoted by its errors."""
+    """A parsed annotation, with its text for errors to quote."""
 
     text: str
     inputs: tuple[Entry, ...]
@@ -79,7 +80,7 @@ def parse(text: str) -> Annotation:
 
 
 def _tokenize(text: str) -> list[tuple[str, int]]:
-    """The tokens of an annotation with their places, and an empty one at its end."""
+    """The tokens of an annotation, each with the place where it begins; the last token is empty and marks the end."""
     tokens, at = [], 0
     stripped = text.rstrip()
     while at < len(stripped):
@@ -93,7 +94,7 @@ def _tokenize(text: str) -> list[tuple[str, int]]:
 
 
 def _parse_entry(text: str, tokens: list[tuple[str, int]], position: int) -> tuple[Entry, int]:
-    """Reads one entry, up to a `,`, a `->` or the end."""
+    """Reads one entry, up to a `,`, a `->` or the end; returns it and the position behind it."""
     dims: list[tuple[Dim, ...]] = []
     leading = replicated = False
     first = position
@@ -121,6 +122,7 @@ def _parse_entry(text: str, tokens: list[tuple[str, int]], position: int) -> tup
 
 
 def _parse_group(text: str, tokens: list[tuple[str, int]], position: int) -> tuple[tuple[Dim, ...], int]:
+    """Reads the factors of a dimension and the `)` behind them; returns them and the position behind it."""
     factors: list[Dim] = []
     while tokens[position][0] != ")":
         dim, position = _parse_dim(text, tokens, position)
@@ -131,6 +133,7 @@ def _parse_group(text: str, tokens: list[tuple[str, int]], position: int) -> tup
 
 
 def _parse_dim(text: str, tokens: list[tuple[str, int]], position: int) -> tuple[Dim, int]:
+    """Reads a name or a length with its mark, if it has one; returns them and the position behind them."""
     name, at = tokens[position]
     if not re.fullmatch(r"\w+", name):
         raise _error(text, at, f"expected a dimension, found {name!r}" if name else "a dimension or ')' is missing")
@@ -139,7 +142,12 @@ def _parse_dim(text: str, tokens: list[tuple[str, int]], position: int) -> tuple
 
 
 def _check_names(annotation: Annotation) -> None:
-    """Every output dimension is an input's; a name has one mark throughout; a `+` is in no output."""
+    """Checks the rules that hold between the entries.
+
+    Raises:
+        AnnotationError: a name has two different marks, a dimension of an output is in no input, a dimension with `+`
+            is in an output, or one without a mark is missing in an output.
+    """
     marks: dict[str, str] = {}
     for entry in annotation.inputs:
         for dim in _named(entry):
@@ -164,6 +172,7 @@ def _check_names(annotation: Annotation) -> None:
 
 
 def _named(entry: Entry) -> list[Dim]:
+    """The entry's dimensions and factors that have a name rather than a fixed length."""
     return [dim for factors in entry.dims for dim in factors if dim.length is None]
 
 
@@ -177,13 +186,13 @@ def _error(text: str, at: int, problem: str) -> AnnotationError:
 
 
 def lengths(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) -> dict[str, int]:
-    """The length of every identifier, from the input tensors' shapes (None for a value that is no tensor).
+    """The length of every identifier, from the shapes of the inputs (None for an input that is not a tensor).
 
-    Identifiers whose length no shape tells (two unknown factors of one dimension) are found from the other inputs.
-    The leading dimensions that `*` stands for get the names `*0`, `*1`, ....
+    Of two factors of one dimension whose lengths are both unknown, one has to be known from another input; otherwise
+    both are left out. The leading dimensions that `*` stands for are named `*0`, `*1`, and so on.
 
     Raises:
-        AnnotationError: a tensor has another number of dimensions than its entry, or a name two lengths.
+        AnnotationError: a tensor has another number of dimensions than its entry, or a name has two lengths.
     """
     found: dict[str, int] = {}
     waiting = []
@@ -197,13 +206,18 @@ def lengths(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) ->
                 f"but the tensor's shape is {list(shape)}"
             )
         waiting += zip(dims, shape, strict=True)
-    for _ in range(2):  # a factor may be known only from a later input
+    for _ in range(2):  # twice, since a factor may become known only from a later input
         for factors, size in waiting:
             _solve(annotation, factors, size, found)
     return found
 
 
 def _solve(annotation: Annotation, factors: tuple[Dim, ...], size: int, found: dict[str, int]) -> None:
+    """Adds to `found` the length of a factor that alone is unknown in a dimension of length `size`.
+
+    Raises:
+        AnnotationError: the factors that are known can't give that size.
+    """
     known = [found.get(dim.name) if dim.length is None else dim.length for dim in factors]
     unknown = [dim for dim, length in zip(factors, known, strict=True) if length is None]
     product = prod(length for length in known if length is not None)
@@ -222,14 +236,18 @@ def _length_error(annotation: Annotation, factors: tuple[Dim, ...], expected: in
 
 
 def expand_leading(entry: Entry, ndim: int) -> tuple[tuple[Dim, ...], ...]:
-    """The entry's dimensions for a tensor of `ndim` dimensions, `*` written out as `*0`, `*1`, ...."""
+    """The entry's dimensions for a tensor of `ndim` dimensions, with `*` written out as `*0`, `*1`, and so on."""
     if not entry.leading:
         return entry.dims
     return tuple((Dim(f"*{i}"),) for i in range(ndim - len(entry.dims))) + entry.dims
 
 
 def output_shapes(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None]) -> list[tuple[int, ...] | None]:
-    """The shapes that the annotation promises for the outputs; None for a `?`."""
+    """The shapes that the annotation promises for the outputs; None for an output that is `?`.
+
+    Raises:
+        AnnotationError: the length of an output's dimension follows from no input.
+    """
     known = lengths(annotation, shapes)
     n_leading = sum(name.startswith("*") for name in known)
     results: list[tuple[int, ...] | None] = []

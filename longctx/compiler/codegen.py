@@ -1,7 +1,7 @@
-"""Plan -> Python: one module for all ranks, as an engineer would have written it.
+"""Writes a plan as Python: one module for all ranks, such as an engineer would have written.
 
-Equal layers share one class. Parameters keep their Hugging Face names, values the names of the model's own source; an
-expression that the source writes in one statement is one statement here.
+Equal layers share one class. Parameters have their Hugging Face names, and values the names of the variables in the
+model's own source. What the source computes in one statement is one statement here.
 """
 
 import keyword
@@ -17,14 +17,14 @@ import torch
 
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.memory import say_bytes
-from longctx.compiler.ops import expression, spec_of
+from longctx.compiler.ops import expression, import_of, spec_of
 from longctx.compiler.ops.aten import is_aten
 from longctx.compiler.ops.python import Expression, Values
 from longctx.compiler.plan import Plan
 from longctx.compiler.recompute import Recompute
 
 LINE = 120
-CARRIED = "hidden_states"  # what flows from layer to layer
+CARRIED = "hidden_states"  # the name of the value that one layer passes to the next
 
 _PRELUDE = '''
 def module(**parts):
@@ -37,7 +37,7 @@ def module(**parts):
 
 
 def generate(graph: Graph, plan: Plan, title: str) -> str:
-    """The text of gencode.py, of one rank's graph. `title` is the first line of its docstring."""
+    """The text of gencode.py, from the graph of one rank. `title` is the first line of the file's docstring."""
     constants = _name_constants(graph)
     root, names = _root_class(graph, plan, constants)
     classes = [_layer_class(graph, number, constants, names) for number in range(len(graph.kinds))]
@@ -59,12 +59,11 @@ def format_code(text: str) -> str:
 
 
 def _imports(graph: Graph, plan: Plan) -> str:
-    names = [op.target for op in graph.all_ops() if not is_aten(op)]
+    functions = [imported for imported in map(import_of, graph.all_ops()) if imported]
     if Recompute.ALL_BUT_ATTENTION in plan.recompute:
-        names += _selective_contexts(graph.all_ops())
+        functions += [tuple(name.rsplit(".", 1)) for name in _selective_contexts(graph.all_ops())]
     by_module: dict[str, set[str]] = {}
-    for name in names:
-        module, function = name.rsplit(".", 1)
+    for module, function in functions:
         by_module.setdefault(module, set()).add(function)
     lines = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
     if set(plan.recompute) - {Recompute.NOTHING}:
@@ -75,7 +74,7 @@ def _imports(graph: Graph, plan: Plan) -> str:
 
 
 def _selective_contexts(ops: Sequence[Op]) -> list[str]:
-    """What checkpoint takes for operators whose outputs are kept, as dotted names."""
+    """The functions that checkpoint takes as context_fn, to save outputs of these ops rather than recompute them."""
     return sorted({s.context_fn for s in (spec_of(op).selective_recompute for op in ops) if s})
 
 
@@ -83,7 +82,7 @@ def _selective_contexts(ops: Sequence[Op]) -> list[str]:
 
 
 def _name_constants(graph: Graph) -> dict[Tensor, tuple[str, torch.Tensor]]:
-    """A module-level name for every constant tensor; equal ones share it."""
+    """A module-level name and the value of every constant tensor. Constants of equal value share a name."""
     named: dict[Tensor, tuple[str, torch.Tensor]] = {}
     for tensors in (graph.constants, *(kind.constants for kind in graph.kinds)):
         for tensor, value in tensors.items():
@@ -98,7 +97,7 @@ def _name_constants(graph: Graph) -> dict[Tensor, tuple[str, torch.Tensor]]:
 
 
 def _constant(name: str, value: torch.Tensor) -> str:
-    """NAME = torch.tensor([...]), exact to the bit."""
+    """NAME = torch.tensor([...]), with numbers that give the value exactly, to the bit."""
     dtype = "" if value.dtype in (torch.float32, torch.int64, torch.bool) else f", dtype={value.dtype}"
     shape = "" if value.dim() == 1 else f".view({tuple(value.shape)})"
     numbers = ", ".join(_literal(number) for number in value.flatten())
@@ -108,6 +107,7 @@ def _constant(name: str, value: torch.Tensor) -> str:
 
 
 def _literal(number: torch.Tensor) -> str:
+    """The shortest Python literal that gives a number of this dtype exactly."""
     if number.dtype == torch.bool or not number.dtype.is_floating_point:
         return repr(number.item())
     shortest = str(numpy.float32(number.item())) if number.dtype == torch.float32 else repr(number.item())
@@ -121,21 +121,22 @@ def _literal(number: torch.Tensor) -> str:
 
 @dataclass
 class _Body:
-    """A function in the making: which ops are statements, which are written inside them, what values are called."""
+    """A function while it is written: which ops are statements, which are inlined in them, and the names of values."""
 
     device: str  # the expression that new tensors take their device from
     reserved: set[str]  # names that no variable may take
     constants: dict[Tensor, tuple[str, torch.Tensor]]
     parameters: dict[Tensor, str]  # 'self.mlp.up_proj.weight'
-    results: tuple[Tensor, ...]  # what it returns
+    results: tuple[Tensor, ...]  # the values that the function returns
     statements: list[Op | LayerCall] = field(default_factory=list)
     inlined: dict[Tensor, Op] = field(default_factory=dict)
     names: dict[Tensor, str] = field(default_factory=dict)
     last_use: dict[Tensor, int] = field(default_factory=dict)  # index of the last statement that reads a value
-    targets: dict[Tensor, str] = field(default_factory=dict)  # the variable that the model's source assigns it to
-    module_results: set[Tensor] = field(default_factory=set)  # what only other modules read
+    targets: dict[Tensor, str] = field(default_factory=dict)  # the variable that the model's source assigns a value to
+    module_results: set[Tensor] = field(default_factory=set)  # the values that only other modules read
 
     def refer(self, tensor: Tensor) -> Expression:
+        """How a statement refers to a value: by a name, or by the expression of the op that is inlined."""
         if tensor in self.inlined:
             return expression(self.inlined[tensor], Values(self.refer, self.device))
         if tensor in self.parameters:
@@ -145,7 +146,7 @@ class _Body:
         return Expression(self.names[tensor])
 
     def reads(self, item: Op | LayerCall) -> Iterable[Tensor]:
-        """The values a statement reads, through what is inlined in it."""
+        """The values that a statement reads, those of the ops inlined in it included."""
         for tensor in item.inputs:
             if tensor in self.inlined:
                 yield from self.reads(self.inlined[tensor])
@@ -153,7 +154,7 @@ class _Body:
                 yield tensor
 
     def choose_name(self, tensor: Tensor, candidates: Iterable[str], at: int) -> str:
-        """Names a value made by statement `at` with the first candidate that no value still to be read has."""
+        """Gives a value that statement `at` makes the first of the names that no value has that is still to be read."""
         live = {name for other, name in self.names.items() if self.last_use.get(other, -1) > at}
         names = [c for c in candidates if c.isidentifier() and not keyword.iskeyword(c) and c != "_"]
         names = [c for c in names if c not in self.reserved] or ["value"]
@@ -163,7 +164,7 @@ class _Body:
 
 
 def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device: str) -> _Body:
-    """Decides what is a statement and what is inlined: the source's own statements are kept whole."""
+    """Decides which ops are statements and which are inlined, so that each statement is one of the model's source."""
     items = owner.body if isinstance(owner, Graph) else owner.ops
     results = (owner.output,) if isinstance(owner, Graph) else owner.outputs
     reserved = {"torch", "F", "nn", "checkpoint", "module", "self", "layer"} | {name for name, _ in constants.values()}
@@ -191,7 +192,7 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
 
 
 def _in_one_statement(op: Op, user: Op) -> bool:
-    """Whether the source has both in one statement, or one of them in what that statement calls."""
+    """Whether both ops came from one statement of the source, or one of them from a function that it calls."""
     if op.statement is None or user.statement is None:
         return False
     if op.statement.place in {s.place for s in (*user.statement.callers, user.statement)}:
@@ -200,7 +201,7 @@ def _in_one_statement(op: Op, user: Op) -> bool:
 
 
 def _match_targets(body: _Body, users: dict[Tensor, list[Op | LayerCall]]) -> None:
-    """Finds for each value the variable it is in the source: the results of a statement, in order, are its targets."""
+    """Finds the variable of the source that each value is: the results of a statement are, in order, its targets."""
     groups: dict[tuple, list[Op]] = {}
     targets: dict[tuple, tuple[str, ...]] = {}
     for op in body.statements:
@@ -219,7 +220,11 @@ def _source_place(op: Op) -> tuple:
 
 
 def _candidates(op: Op, tensor: Tensor, body: _Body) -> list[str]:
-    """Names for a value, best first: the source's variable, what it was before a cast, its module's, its operator's."""
+    """Names for a value, the best first.
+
+    They are the variable in the source, the name of the value before a cast or a reshard, the name of its module, and
+    that of its operator.
+    """
     source = next((body.names[t] for t in body.reads(op) if t in body.names), None)
     operator = spec_of(op).name
     names = [body.targets[tensor]] if tensor in body.targets else []
@@ -234,7 +239,7 @@ def _candidates(op: Op, tensor: Tensor, body: _Body) -> list[str]:
 
 
 def _inlined_modules(op: Op, body: _Body) -> list[str]:
-    """The names of the modules within an op's own whose results the op's statement takes, the nearest first."""
+    """The names of the modules, inside the op's own, whose results are inlined in the op's statement; nearest first."""
     names = []
     for inner in (body.inlined[t] for t in op.inputs if t in body.inlined):
         if inner.module != op.module and inner.module.startswith(op.module):
@@ -244,9 +249,10 @@ def _inlined_modules(op: Op, body: _Body) -> list[str]:
 
 
 def _write_op(op: Op, index: int, body: _Body) -> list[str]:
-    """`name = expression  # shape`, then a `del` of large values that nothing after it reads, or the return.
+    """The lines of an op that is the body's statement `index`.
 
-    The op is the body's statement `index`.
+    They are `name = expression  # shape`, and then a `del` of the values with a gradient (the large ones) that no later
+    statement reads. The last statement is followed by a `return`, or is one.
     """
     right = expression(op, Values(body.refer, body.device)).text
     dead = [t for t in dict.fromkeys(body.reads(op)) if t in body.names and body.last_use[t] == index]
@@ -268,7 +274,7 @@ def _write_op(op: Op, index: int, body: _Body) -> list[str]:
 
 
 def _describe_reshard(op: Op, comment: str) -> str:
-    """What moves between the ranks, how many bytes of it a rank holds, and why."""
+    """The comment before a reshard: what it sends, how many bytes of that a rank holds, and why it is needed."""
     before, after = (say_bytes(nbytes(t)) for t in (op.inputs[0], op.outputs[0]))
     gradient = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
     return f"{comment.format(before=before, after=after, gradient=gradient)}: {op.note}"
@@ -278,7 +284,7 @@ def _describe_reshard(op: Op, comment: str) -> str:
 
 
 def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor, str]) -> str:
-    """The class of layer kind `number`; `names` are what the root calls its inputs."""
+    """The class of layer kind `number`. `names` are the names that the root has for its own values."""
     kind = graph.kinds[number]
     arguments: list[str] = []
     first = next(call for call in graph.layer_calls if call.kind == number)
@@ -301,7 +307,7 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
 
 
 def _root_class(graph: Graph, plan: Plan, constants: dict) -> tuple[str, dict[Tensor, str]]:
-    """The class of the whole model, and what it calls its values."""
+    """The class of the whole model, and the names that it has for its values."""
     arguments = [t.name for t in graph.inputs]
     body = _start_body(graph, graph, constants, f"{arguments[0]}.device")
     body.names = dict(zip(graph.inputs, arguments, strict=True))
@@ -353,7 +359,7 @@ _POLICIES = {
 
 
 def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body: _Body) -> list[str]:
-    """A loop over layers, or the call of a single one."""
+    """The lines of a loop over layers, or of the call of a single layer."""
     layers = f"self.{graph.layers_path}"
     given = [body.names[t] for t in run[0].inputs]
     last = first + len(run) - 1
@@ -381,7 +387,7 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
 
 
 def _class(name: str, says: str, tree: dict, inputs: Sequence[Tensor], arguments: list[str], lines: list[str]) -> str:
-    """A module's class: parameters in `tree`, a forward of `lines`."""
+    """The class of a module, with the parameters in `tree` and a forward that consists of `lines`."""
     assignments = "\n".join(f"self.{part} = {_parameters(value)}" for part, value in tree.items())
     shapes = ", ".join(f"{argument} {list(t.shape)}" for argument, t in zip(arguments, inputs, strict=True))
     forward = "\n".join([f"# {shapes}", *lines])
@@ -408,7 +414,7 @@ def _parameter_tree(owner: Graph | LayerKind) -> dict:
 
 
 def _parameters(node: dict | tuple | str) -> str:
-    """Python that makes a node of the parameter tree."""
+    """The Python expression that makes a node of the parameter tree."""
     if isinstance(node, str):
         return node
     if isinstance(node, tuple):
@@ -420,7 +426,7 @@ def _parameters(node: dict | tuple | str) -> str:
 
 
 def _module_list(graph: Graph) -> str:
-    """nn.ModuleList of every layer; a repeating pattern of kinds is written once."""
+    """The nn.ModuleList of all layers. A pattern of kinds that repeats is written once."""
     kinds = [graph.kinds[call.kind].class_name for call in graph.layer_calls]
     if len(set(kinds)) == 1:
         return f"nn.ModuleList({kinds[0]}() for _ in range({len(kinds)}))"

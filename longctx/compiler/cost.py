@@ -1,8 +1,8 @@
-"""Seconds of an operator under a partition, and of a reshard: a roofline with achievable rates.
+"""The time of an operator under a partition, and of a reshard, by a roofline model with achievable rates.
 
-An operator takes as long as its matrix products at the hardware's achievable rate, or as its bytes at the memory's
-bandwidth, whichever is longer (Williams et al., doi:10.1145/1498765.1498785). What it multiplies and moves is in its
-OpSpec; what a device and a link achieve is in hardware.py.
+An operator takes as long as its matrix products take at the hardware's achievable rate, or as its bytes take at the
+achievable bandwidth of the memory, whichever is longer (Williams et al., doi:10.1145/1498765.1498785). Its OpSpec says
+how many FLOPs and bytes these are, and hardware.py what a device and a link achieve.
 """
 
 from dataclasses import dataclass, replace
@@ -13,31 +13,31 @@ import torch
 from longctx.compiler.hardware import Hardware, collective_seconds
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.memory import saved_tensors
-from longctx.compiler.ops import COLLECTIVES, View, spec_of
-from longctx.compiler.ops.reshards import RESHARDS
+from longctx.compiler.ops import View, spec_of
+from longctx.compiler.ops.reshards import RESHARDS, target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape
 
 
 @dataclass(frozen=True)
 class Seconds:
-    """One execution of an op or a reshard: forward, and backward."""
+    """The time of one execution of an op or a reshard, forward and backward."""
 
     forward: float = 0.0
     backward: float = 0.0
 
 
 def bytes_of(tensor: Tensor, placement: Placement = REPLICATE, plan_size: int = 1) -> int:
-    """Bytes of a rank's part of a tensor."""
+    """The size of a rank's part of a tensor in bytes."""
     return prod(local_shape(tensor.shape, placement, plan_size)) * tensor.dtype.itemsize
 
 
 def op_seconds(op: Op, partition: Partition, plan_size: int, hardware: Hardware) -> Seconds:
-    """The time of one rank's part of an op."""
+    """The time that a rank takes for its part of an op."""
     spec = spec_of(op)
     share = plan_size if partition.dim is not None else 1
     flops = spec.flops(op)
-    rate = hardware.matrix_rate(op.inputs[0].dtype) * spec.efficiency if flops.forward else 1.0
+    rate = hardware.matrix_rate(op.inputs[0].dtype) * spec.efficiency if flops.forward or flops.backward else 1.0
     moved = _traffic(op, partition, plan_size)
     forward = max(flops.forward / share / rate, moved / hardware.achievable_bandwidth)
     if not op.outputs[0].requires_grad:
@@ -46,7 +46,7 @@ def op_seconds(op: Op, partition: Partition, plan_size: int, hardware: Hardware)
 
 
 def _traffic(op: Op, partition: Partition, plan_size: int) -> float:
-    """Bytes that a rank reads and writes in an op's forward; views move nothing."""
+    """Bytes that a rank reads and writes in the forward of an op. A view reads and writes none."""
     spec = spec_of(op)
     if spec.view is View.ALWAYS:
         return 0.0
@@ -56,8 +56,8 @@ def _traffic(op: Op, partition: Partition, plan_size: int) -> float:
 
 
 def reshard_seconds(tensor: Tensor, reshard: Reshard | None, plan_size: int, hardware: Hardware) -> Seconds:
-    """The time of a reshard of a tensor; nothing hides it, since the next op waits for it."""
-    resharding = RESHARDS[f"{COLLECTIVES}.{reshard.function}"].resharding if reshard else None
+    """The time of a reshard of a tensor. It is not hidden behind computation, since the next op waits for it."""
+    resharding = RESHARDS[target_of_reshard(reshard.function)].resharding if reshard else None
     if resharding is None or plan_size == 1:
         return Seconds()
     forward, backward = (
@@ -68,20 +68,23 @@ def reshard_seconds(tensor: Tensor, reshard: Reshard | None, plan_size: int, har
 
 
 def local_reshard_seconds(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
-    """The time of an op of one rank's graph, if it is a reshard; none otherwise."""
+    """The time of an op of one rank's graph if the op is a reshard; zero for every other op."""
     spec = spec_of(op)
     if spec.resharding is None:
         return Seconds()
     before, after = op.inputs[0], op.outputs[0]
     whole = max((before, after), key=bytes_of)
-    if spec.resharding.forward == "all_to_all":  # it has a part on either side
+    if spec.resharding.forward == "all_to_all":  # a rank has only a part of the tensor, before and after
         whole = replace(before, shape=(prod(before.shape) * plan_size,))
     return reshard_seconds(whole, Reshard(spec.name), plan_size, hardware)
 
 
 def fsdp_seconds(n_parameters: float, dtype: torch.dtype, world_size: int, hardware: Hardware) -> Seconds:
-    """The traffic of FSDP's weights in a micro-batch: gathered for the forward, and for the backward with the
-    recomputation; their gradients reduced in float32."""
+    """The time of FSDP's traffic in a micro-batch.
+
+    The weights are gathered once for the forward, and once more for the backward and the recomputation in it. Their
+    gradients are reduced in float32.
+    """
     if world_size == 1 or not n_parameters:
         return Seconds()
     gather = collective_seconds(hardware, "all_gather", n_parameters * dtype.itemsize, world_size)
@@ -92,10 +95,13 @@ def fsdp_seconds(n_parameters: float, dtype: torch.dtype, world_size: int, hardw
 def plan_sharded_seconds(
     n_parameters: float, plan_size: int, world_size: int, hardware: Hardware, grad_accumulation_steps: int
 ) -> float:
-    """A micro-batch's share of the all-reduce of a plan-sharded weight's float32 gradient, over the ranks that keep the
-    same shard of it. There is one a step, after the last micro-batch, and nothing hides it."""
+    """A micro-batch's share of the time of the all-reduce of a plan-sharded weight's gradient, in float32.
+
+    The gradient is reduced over the ranks that have the same shard of the weight, once in a step, after the last
+    micro-batch. That is not hidden behind computation.
+    """
     data_parallel_size = world_size // plan_size
-    in_node = max(1, hardware.devices_per_node // plan_size)  # a plan's ranks are neighbours, these are one of each
+    in_node = max(1, hardware.devices_per_node // plan_size)  # of each plan one rank takes part
     timings = hardware.timings if data_parallel_size <= in_node else ()
     spread = replace(hardware, devices_per_node=in_node, timings=timings)
     whole = collective_seconds(spread, "all_reduce", n_parameters / plan_size * FLOAT32_BYTES, data_parallel_size)

@@ -103,8 +103,8 @@ _NVLINK_4 = Link(450e9, 450e9, 0.80, 3.4e-6)
 _NVLINK_5 = Link(900e9, 900e9, 0.76, 3.4e-6)
 _XGMI = Link(448e9, 64e9, 0.70, 2.1e-6)
 
-# One core, as torchrun gives each process one thread. Rough, and of one class only: what --measure gave on a 2-core
-# virtual machine of an AMD EPYC without bfloat16 instructions, its ranks joined by gloo over the loopback.
+# One core, as torchrun gives each process one thread. Rough, and of one class only: what longctx/measure.py gave on a
+# 2-core virtual machine of an AMD EPYC without bfloat16 instructions, its ranks joined by gloo over the loopback.
 _LOOPBACK = Link(0.5e9, 0.5e9, 1.0, 300e-6)
 _CPU = Hardware("cpu", 1.2e9, 10e9, 8e9, 1.0, 65e9, 1.0, 300e-6, _LOOPBACK, _LOOPBACK, published_peak=False)
 
@@ -227,4 +227,4 @@ def _from_json(fields: dict) -> Hardware:
     numbers += [value for timing in timings for value in (*timing.whole_bytes, *timing.seconds)]
     if not all(isfinite(value) and value > 0 for value in numbers):
         raise ValueError("a figure is not a number above 0")
-    return Hardware(**{**fields, **links, "timings": timings})
+    return Hardware(**{"published_peak": False, **fields, **links, "timings": timings})

@@ -1,8 +1,8 @@
 """The dataflow graph that every stage of the compiler reads: tensors, operators, kinds of layers, and the model.
 
-It keeps ATen's operators and names what a person knows: parameters by their Hugging Face names, values by the variables
-of the model's own source. Equal layers are one `LayerKind`, however many of them there are, and that is why planning a
-model of 80 layers takes no longer than planning one of 8.
+Operators are ATen's; names are those that a person knows: parameters have their Hugging Face names, and values remember
+the variables of the model's own source. Equal layers are one `LayerKind`, however many of them there are, which is why
+planning a model of 80 layers takes no longer than planning one of 8.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ import torch
 
 
 class Device:
-    """Stands, among an op's arguments, for the device that the generated code runs on."""
+    """Stands for the device that the generated code runs on, among the arguments of an op."""
 
     def __repr__(self) -> str:
         return "DEVICE"
@@ -25,7 +25,7 @@ DEVICE = Device()
 
 @dataclass(frozen=True, eq=False)
 class Tensor:
-    """A value of the graph; two are the same only if they are the same object."""
+    """A value of the graph. Two are equal only if they are the same object."""
 
     name: str
     shape: tuple[int, ...]
@@ -36,10 +36,10 @@ class Tensor:
 
 @dataclass(frozen=True)
 class Statement:
-    """The source statement an op came from; `targets` are the variables it assigns, and ops share it by `place`."""
+    """The statement of the model's source that an op came from. Statements with the same `place` are the same one."""
 
-    place: tuple[str, int]
-    targets: tuple[str, ...]
+    place: tuple[str, int]  # file and line
+    targets: tuple[str, ...]  # the variables that it assigns
     callers: tuple["Statement", ...] = ()  # the statements that called it, outermost first
 
 
@@ -48,17 +48,17 @@ class Op:
     """One operator of the graph.
 
     `target` is an ATen overload ('aten.linear.default'), a registered function ('my_ops.attention'), or a reshard of
-    longctx.runtime.collectives. What is known of it is in longctx/compiler/ops, and `ops.spec_of` finds it. `args` and
-    `kwargs` hold Tensors, lists of them, and plain values, as the target takes them.
+    longctx.runtime.collectives. Its rules are in longctx/compiler/ops, where `spec_of` finds them. `args` and `kwargs`
+    hold Tensors, lists of Tensors and plain values, as the target takes them.
     """
 
     target: str
     args: tuple
     kwargs: dict[str, Any]
     outputs: tuple[Tensor, ...]
-    module: str  # dotted path of the module that ran it, within its layer if it is in one
+    module: str  # dotted path of the module that ran it; within its layer, for an op of a layer
     statement: Statement | None
-    note: str = ""  # of a reshard: the consumer that it is for
+    note: str = ""  # why a reshard is needed, in words; empty for every other op
 
     @property
     def inputs(self) -> list[Tensor]:
@@ -67,10 +67,11 @@ class Op:
 
 @dataclass(frozen=True, eq=False)
 class LayerKind:
-    """The ops of every layer that is equal to this one; parameters are named within the layer.
+    """All layers that compute the same function; they differ only in the values of their parameters.
 
-    Layers of one class may be of several kinds (Gemma 2 has windowed and full attention in turn): `class_name`, which
-    the generated class takes, then ends in a number, and `source_class` is the model's own.
+    Parameters are named within the layer. `class_name` is the name of the generated class, and `source_class` that of
+    the model's own. The two differ where layers of one class are of several kinds, as in Gemma 2, whose layers have
+    windowed and full attention in turn: `class_name` then ends in a number.
     """
 
     class_name: str
@@ -84,10 +85,10 @@ class LayerKind:
 
 @dataclass(frozen=True, eq=False)
 class LayerCall:
-    """Layer `index` of kind `kinds[kind]`, with the values it takes and gives in the model's graph."""
+    """A call of layer `index`, with the values that it takes and returns in the model's graph."""
 
     index: int
-    kind: int
+    kind: int  # the layer's place in Graph.kinds
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
     module: str = ""
@@ -95,7 +96,10 @@ class LayerCall:
 
 @dataclass(frozen=True, eq=False)
 class Graph:
-    """A model: `body` runs in order. Parameters of layers are in their kinds, all others here."""
+    """A model. `body` is run in order.
+
+    `parameters` and `constants` are those of the root; those of the layers are in `kinds`.
+    """
 
     class_name: str
     inputs: tuple[Tensor, ...]
@@ -119,16 +123,16 @@ class Graph:
         return named
 
     def named(self, values: dict[Tensor, Any]) -> dict[str, Any]:
-        """What is known of some parameters, by Hugging Face name; a layer kind's are those of all its layers."""
+        """The values by Hugging Face name; what is known of a layer kind's parameter holds for each of its layers."""
         return {name: values[tensor] for name, tensor in self.all_parameters().items() if tensor in values}
 
     def bodies(self) -> list[tuple[str, list[Op]]]:
-        """The ops of the root, then those of each layer kind, with the class's name; calls of layers left out."""
+        """The class name and the ops of the root, without its calls of layers, then those of each layer kind."""
         root = [item for item in self.body if isinstance(item, Op)]
         return [(self.class_name, root), *((kind.class_name, list(kind.ops)) for kind in self.kinds)]
 
     def all_ops(self) -> list[Op]:
-        """Every op once, however many layers run it."""
+        """Every op of the root and of the layer kinds; an op of a kind is there once, however many layers run it."""
         return [op for _, ops in self.bodies() for op in ops]
 
 
@@ -156,5 +160,5 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
 
 
 def nbytes(tensor: Tensor) -> int:
-    """A whole tensor's bytes."""
+    """The size of a tensor in bytes."""
     return prod(tensor.shape) * tensor.dtype.itemsize

@@ -16,7 +16,7 @@ from longctx.errors import SolverError
 
 Expression = dict[int, float]  # variable -> coefficient; CONSTANT for what has none
 CONSTANT = -1
-SOLVER_SECONDS = 60.0
+SOLVER_SECONDS = 60.0  # a solve
 RELATIVE_GAP = 1e-5  # to the optimum, at which a solution counts as optimal
 INFEASIBLE, OUT_OF_TIME = 2, 1  # of scipy's result.status
 
@@ -73,7 +73,7 @@ class LinearProgram:
         """The solution of least cost with every expression of `limits` at most its bound; None if there is none.
 
         Raises:
-            SolverError: the solver ran out of time before it found any solution.
+            SolverError: the solver ended (out of time, most often) with no solution and no proof that there is none.
         """
         rows = list(self.rows)
         rows += [(without_constant(e), -np.inf, most - e.get(CONSTANT, 0.0)) for e, most in limits]
@@ -93,9 +93,10 @@ class LinearProgram:
             return Solution(self._tightened(result.x), gap)
         if result.status == INFEASIBLE:
             return None
+        message = " ".join(str(result.message).split()).rstrip(".")
         raise SolverError(
-            f"the integer program's solver found no plan in {SOLVER_SECONDS:g} s, and no proof that there is none "
-            f"({' '.join(str(result.message).split())}); fewer ranks or a fixed plan make the program smaller"
+            f"the integer program's solver found no plan, and no proof that there is none ({message}); fewer ranks or "
+            "a fixed plan make the program smaller"
         )
 
     def _tightened(self, values: np.ndarray) -> np.ndarray:

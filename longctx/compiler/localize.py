@@ -1,7 +1,8 @@
-"""Plan + graph -> the graph that one rank computes: local shapes, and the reshards between operators as operators.
+"""Turns a graph and a plan into the graph that one rank computes, with local shapes and with reshards as operators.
 
-Code generation, the prediction of memory and the report all read this graph, so that what is written, what is counted
-and what is told are one thing. The algebra is placement.py's and docs/design.md's.
+Code generation, the prediction of memory and the report all read this graph. So the code that is written, the bytes
+that are counted and the figures that are reported belong to the same plan. placement.py has the algebra of placements,
+and docs/design.md explains it.
 """
 
 from dataclasses import dataclass, field, replace
@@ -9,18 +10,20 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from longctx.compiler.ir import Graph, LayerCall, Op, Tensor, map_tensors
-from longctx.compiler.ops import COLLECTIVES, spec_of
+from longctx.compiler.ops import spec_of
 from longctx.compiler.ops.aten import CAST
+from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard, local_shape
 
 
 @dataclass(frozen=True)
 class Assignment:
-    """How the plan's ranks share a graph.
+    """How the ranks of a plan share a graph.
 
-    Every op has one of its legal partitions. `boundary` is the placement of what flows between layers, `inputs` that of
-    the other values that layers take; both are Replicate or Shard. A parameter in `plan_sharded` is sharded along that
-    dimension over the plan, each rank keeping its own shard; all others are FSDP's, over all ranks.
+    Every op has one of its legal partitions. `boundary` is the placement of the hidden states between layers, and
+    `inputs` has the placements of the other values that layers take; both are Replicate or Shard. The parameters in
+    `plan_sharded` are sharded over the ranks of the plan, along the dimension given there, and each rank has its own
+    shard throughout. FSDP shards all other parameters over all ranks.
     """
 
     plan_size: int
@@ -31,7 +34,7 @@ class Assignment:
 
 
 def localize(graph: Graph, assignment: Assignment) -> Graph:
-    """The graph that one rank of the plan computes."""
+    """The graph that one rank of the plan computes. It is the same for every rank."""
     boundary_values = {call.outputs[0] for call in graph.layer_calls}
     if graph.layer_calls:
         boundary_values.add(graph.layer_calls[0].inputs[0])
@@ -65,14 +68,17 @@ def localize(graph: Graph, assignment: Assignment) -> Graph:
 
 @dataclass
 class _Localizer:
-    """Rewrites one function's ops for a rank; equal reshards of a value are made once and shared."""
+    """Rewrites the ops of one function, the root's or a layer kind's, for a rank.
+
+    Where several ops need the same reshard of a value, it is made once and they share the result.
+    """
 
     assignment: Assignment
     whole_parameters: dict[str, Tensor]
     parameters: dict[str, Tensor] = field(default_factory=dict)
     ops: list[Op | LayerCall] = field(default_factory=list)
     placements: dict[Tensor, Placement] = field(default_factory=dict)  # of the graph's tensors
-    local: dict[Tensor, Tensor] = field(default_factory=dict)  # the graph's tensor -> this rank's
+    local: dict[Tensor, Tensor] = field(default_factory=dict)  # tensor of the graph -> tensor of this rank
     resharded: dict[tuple, Tensor] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -81,16 +87,18 @@ class _Localizer:
             local = replace(tensor)
             if dim is not None:
                 shape = local_shape(tensor.shape, Shard(dim), self.assignment.plan_size)
-                local = replace(tensor, shape=shape, dtype=torch.float32)  # a master: nothing casts it but the code
+                local = replace(tensor, shape=shape, dtype=torch.float32)  # a master; only the generated code casts it
             self.parameters[name] = self.local[tensor] = local
 
     def add_input(self, tensor: Tensor, placement: Placement) -> Tensor:
+        """This rank's part of a value that comes in with this placement, or that an op or a layer leaves in it."""
         shape = local_shape(tensor.shape, placement, self.assignment.plan_size)
         self.local[tensor] = replace(tensor, shape=shape)
         self.placements[tensor] = placement
         return self.local[tensor]
 
     def add_op(self, op: Op) -> None:
+        """Appends an op, after the reshards that its partition needs."""
         partition = self.assignment.partitions[op]
         wanted = iter(partition.inputs)
         args, kwargs = map_tensors((op.args, op.kwargs), lambda t: self.fetch(t, next(wanted), partition, op))
@@ -101,19 +109,20 @@ class _Localizer:
         self.ops.append(replace(local, args=_local_sizes(local)))
 
     def add_layer(self, call: LayerCall, wanted: dict[Tensor, Placement], boundary: Placement) -> None:
+        """Appends the call of a layer, after the reshards to the placements that layers take their inputs in."""
         inputs = tuple(self.pass_on(t, wanted[t]) for t in call.inputs)
         ends = [boundary, *[REPLICATE] * (len(call.outputs) - 1)]
         outputs = tuple(self.add_input(t, end) for t, end in zip(call.outputs, ends, strict=True))
         self.ops.append(replace(call, inputs=inputs, outputs=outputs))
 
     def pass_on(self, tensor: Tensor, placement: Placement) -> Tensor:
-        """The tensor as it flows between layers."""
+        """The tensor in the placement that it has between layers."""
         if isinstance(placement, Shard):
             return self.reshard(tensor, placement, True, f"layers take it split along dimension {placement.dim}")
         return self.reshard(tensor, placement, False, "layers take it whole on every rank")
 
     def fetch(self, tensor: Tensor, target: Placement, partition: Partition, op: Op) -> Tensor:
-        """The tensor as an op wants it."""
+        """The tensor in the placement that an op takes it in under its partition."""
         if tensor.kind == "constant":
             self.local[tensor], self.placements[tensor] = tensor, REPLICATE
         if tensor.kind == "parameter":
@@ -121,10 +130,12 @@ class _Localizer:
         return self.reshard(tensor, target, partition.dim is not None, _why(op, partition), op.module)
 
     def fetch_parameter(self, tensor: Tensor, target: Placement, partition: Partition, op: Op) -> Tensor:
-        """The weight as an op wants it: a plan-sharded one is a float32 master, cast where it is used.
+        """The weight as an op takes it under its partition.
 
-        FSDP sums a weight's gradient over all ranks. That is right where each rank's gradient is a partial sum, the
-        zeros around a slice included; where every rank computes all of it, it is counted plan_size times.
+        A plan-sharded weight is a float32 master, and is cast where it is used. FSDP sums the gradient of every other
+        weight over all ranks. That sum is right if each rank's gradient is a partial sum; the gradient of a slice,
+        which is zero outside the slice, is one too. If every rank computes the whole gradient, the sum counts it
+        plan_size times, so it is scaled by 1 / plan_size.
         """
         local = self.local[tensor]
         if tensor in self.assignment.plan_sharded:
@@ -133,23 +144,29 @@ class _Localizer:
             return self._insert(CAST, (local, tensor.dtype), {}, local.shape, tensor, op)
         if isinstance(target, Shard):
             shape = local_shape(tensor.shape, target, self.assignment.plan_size)
-            return self._insert(f"{COLLECTIVES}.own_slice", (local,), {"dim": target.dim}, shape, tensor, op)
+            return self._insert(target_of_reshard("own_slice"), (local,), {"dim": target.dim}, shape, tensor, op)
         if partition.dim is not None or not tensor.requires_grad or self.assignment.plan_size == 1:
             return local
         arguments = (local, 1 / self.assignment.plan_size)
-        return self._insert(f"{COLLECTIVES}.scale_gradient", arguments, {}, local.shape, tensor, op)
+        return self._insert(target_of_reshard("scale_gradient"), arguments, {}, local.shape, tensor, op)
 
     def reshard(
         self, tensor: Tensor, target: Placement, consumer_partitioned: bool, why: str, module: str = ""
     ) -> Tensor:
-        """The tensor in another placement; `why` and `module` are of the consumer."""
+        """The tensor in another placement.
+
+        Args:
+            consumer_partitioned: whether the op that takes the result is partitioned, on which the gradient depends.
+            why: how that op is computed, for the comment in generated code.
+            module: the module of that op.
+        """
         source = self.placements[tensor]
         reshard = find_reshard(source, target, consumer_partitioned, tensor.requires_grad)
         if reshard is None or self.assignment.plan_size == 1:
             return self.local[tensor]
         if (tensor, reshard) not in self.resharded:
             shape = local_shape(tensor.shape, target, self.assignment.plan_size)
-            target_name = f"{COLLECTIVES}.{reshard.function}"
+            target_name = target_of_reshard(reshard.function)
             made = self._insert(
                 target_name, (self.local[tensor],), dict(reshard.arguments), shape, tensor, None, module, why
             )
@@ -167,7 +184,10 @@ class _Localizer:
         module: str = "",
         note: str = "",
     ) -> Tensor:
-        """Appends an op made here; with `within`, one that is written inside that op's statement."""
+        """Appends an op that the model does not have, and returns its output, which is a Tensor like `like`.
+
+        With `within`, generated code writes it inside the statement of that op.
+        """
         made = replace(like, shape=shape, kind="activation")
         statement, module = (within.statement, within.module) if within else (None, module)
         self.ops.append(Op(target, args, kwargs, (made,), module, statement, note))
@@ -175,7 +195,7 @@ class _Localizer:
 
 
 def _why(op: Op, partition: Partition) -> str:
-    """What a person is told of a reshard for an op: how that op is computed."""
+    """How an op is computed, in words: the reason that generated code gives for a reshard before it."""
     name = spec_of(op).name
     name = f"{op.module.rsplit('.', 1)[-1]}'s {name}" if op.module else name
     if partition.dim is None:
@@ -187,7 +207,7 @@ def _why(op: Op, partition: Partition) -> str:
 
 
 def _local_sizes(op: Op) -> tuple:
-    """The arguments of an op, the sizes of its output, if they are among them, being this rank's."""
+    """The arguments of an op, with this rank's sizes where the sizes of the output are an argument."""
     place = spec_of(op).sizes
     if place is None:
         return op.args

@@ -6,6 +6,7 @@ from typing import Any
 from longctx.compiler.hardware import Hardware
 from longctx.compiler.ir import Graph, Op
 from longctx.compiler.localize import Assignment
+from longctx.compiler.ops import spec_of
 from longctx.compiler.placement import Placement, parse_placement
 from longctx.compiler.recompute import Recompute
 from longctx.errors import DecisionsError
@@ -51,7 +52,7 @@ def describe(graph: Graph, plan: Plan) -> dict:
     partitions = plan.assignment.partitions
     return {
         "boundary": str(plan.assignment.boundary),
-        "ops": {name: [[op.target, partitions[op].dim] for op in ops] for name, ops in graph.bodies()},
+        "ops": {name: [[spec_of(op).name, partitions[op].dim] for op in ops] for name, ops in graph.bodies()},
     }
 
 
@@ -64,16 +65,17 @@ def fix(graph: Graph, decisions: Any) -> Fixed:
     partitions: dict[Op, str | None] = {}
     try:
         boundary = parse_placement(decisions["boundary"])
-        stored = {name: [(target, dim) for target, dim in ops] for name, ops in decisions["ops"].items()}
+        stored = {name: [(operator, dim) for operator, dim in ops] for name, ops in decisions["ops"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DecisionsError(
             "its decisions are not as compile writes them; give a plan.json as compile wrote it"
         ) from error
     for name, ops in graph.bodies():
         decided = stored.get(name, [])
-        if [op.target for op in ops] != [target for target, _ in decided]:
+        if [spec_of(op).name for op in ops] != [operator for operator, _ in decided]:
             raise DecisionsError(
-                f"it is a plan of another model (its {name} has other operators); give a plan of this one"
+                f"it is a plan of another model, or of an earlier version (its {name} has other operators); give a "
+                "plan of this one"
             )
         for op, (_, dim) in zip(ops, decided, strict=True):
             partitions[op] = dim

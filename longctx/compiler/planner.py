@@ -14,11 +14,11 @@ from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.program import Program
 from longctx.compiler.recompute import Recompute
-from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, PlanSizeError
+from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, PlanSizeError, SolverError
 
 CORRECTIONS = 4  # solves at most
 CLOSE_ENOUGH = 0.02  # of the memory limit
-SAME_LIMIT = 1e-3  # of a limit: to correct it by less finds the same plan again
+SAME_LIMIT = 1e-3  # of a limit; a correction that is smaller than this finds the same plan again
 
 
 def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Plan:
@@ -39,7 +39,8 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     if best.memory > setting.memory_limit:
         missing = math.ceil(10 * (best.memory - setting.memory_limit) / GB) / 10
         needed = math.ceil(10 * best.memory / GB) / 10
-        raise DoesNotFit(f"the leanest plan needs {needed:.1f} GB a GPU", missing)
+        unproved = ", unless there is a leaner one for which the solver had no time" if best.gap else ""
+        raise DoesNotFit(f"the leanest plan needs {needed:.1f} GB a GPU{unproved}", missing)
     return best
 
 
@@ -62,7 +63,12 @@ def _fastest_or_leanest(program: Program) -> Plan | None:
 
     limit, best = setting.memory_limit, None
     for _ in range(CORRECTIONS):
-        solved = program.solve(limit)
+        try:
+            solved = program.solve(limit)
+        except SolverError:
+            if best is None:
+                raise
+            break  # a plan that fits is there already
         if solved is None:
             break
         plan = with_predicted_memory(solved)
@@ -105,11 +111,11 @@ def check_layer_names(graph: Graph, setting: Setting) -> None:
 
 def unsplittable_attention(graph: Graph, plan_size: int) -> str | None:
     """Why attention is computed whole by every rank, if it has to be."""
-    attentions = [op for kind in graph.kinds for op in kind.ops if spec_of(op).selective_recompute]
-    if plan_size == 1 or all(len(legal_partitions(op, plan_size)) > 1 for op in attentions):
-        return None
-    key_value_heads = attentions[0].inputs[1].shape[1]
-    return f"its {key_value_heads} key-value heads don't divide by {plan_size} ranks"
+    for op in graph.all_ops():
+        selective = spec_of(op).selective_recompute
+        if selective and plan_size > 1 and len(legal_partitions(op, plan_size)) == 1:
+            return f"{selective.shared_out(op)} don't divide by {plan_size} ranks"
+    return None
 
 
 def predict_memory(

@@ -27,7 +27,7 @@ subject to
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 
 import numpy as np
@@ -68,9 +68,10 @@ class _Flow:
     passed_by: set[Placement] = field(default_factory=set)  # those in which a relayout may take it as it is
 
     def is_resharded_later(self, source: Placement, target: Placement) -> bool:
-        """Whether a reshard is left to the relayout that alone reads the value, behind which it costs as much.
+        """Whether the value is resharded after the view that reads it, and not before.
 
-        It decides between plans that cost the same: reshards come right before what needs them.
+        If only a view reads a value, resharding costs the same on either side of the view. Of such equal plans the one
+        is taken that reshards as late as possible, right before the operator that needs it.
         """
         return len(self.demands) == 1 and source in self.passed_by - {REPLICATE, target}
 
@@ -385,7 +386,8 @@ class Program(LinearProgram):
         solution = self.minimize(costs)
         if solution is None:
             return None
-        return self.solve(value_of(self.memory, solution.values) * GB * (1 + LEANEST_TOLERANCE))
+        plan = self.solve(value_of(self.memory, solution.values) * GB * (1 + LEANEST_TOLERANCE))
+        return plan and replace(plan, gap=max(plan.gap, solution.gap))
 
     def read_plan(self, solution: Solution) -> Plan:
         values = solution.values
@@ -412,7 +414,8 @@ class Program(LinearProgram):
 def can_keep_attention(kind: LayerKind) -> bool:
     """Whether a layer can keep the outputs of its attention while it recomputes all else."""
     selective = [(op, spec_of(op).selective_recompute) for op in kind.ops]
-    return any(s for _, s in selective) and all(s.applies(op) for op, s in selective if s)
+    contexts = {s.context_fn for _, s in selective if s}
+    return len(contexts) == 1 and all(s.applies(op) for op, s in selective if s)
 
 
 def is_relayout(op: Op) -> bool:

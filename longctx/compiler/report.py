@@ -1,20 +1,18 @@
-"""Plan -> what a person reads: the lines that compile prints, and report.md."""
+"""Writes of a plan what a person reads: the lines that compile prints, and report.md."""
 
 from collections.abc import Sequence
-from math import prod
 
+from longctx.compiler.alternatives import at_other_lengths, other_plans
 from longctx.compiler.cost import local_reshard_seconds, op_seconds
 from longctx.compiler.ir import Graph, LayerCall, Op, nbytes
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction, say_bytes
 from longctx.compiler.ops import is_known, spec_of
 from longctx.compiler.placement import Placement, Shard
-from longctx.compiler.plan import GB, Fixed, Plan, Setting
-from longctx.compiler.planner import alternative, unsplittable_attention
+from longctx.compiler.plan import GB, Plan, Setting
+from longctx.compiler.planner import unsplittable_attention
 from longctx.compiler.prediction import Prediction, StepTime, step_time
 from longctx.compiler.recompute import Recompute
-from longctx.compiler.resize import resize
-from longctx.errors import UserError
 
 # --- report.md -------------------------------------------------------------------------------------------------------
 
@@ -30,7 +28,7 @@ def report(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) -
         _memory_section(prediction.memory, setting),
         *_operator_sections(graph, plan, setting),
         _alternatives_section(graph, plan, setting),
-        _lengths_section(graph, plan, setting, sequence_length),
+        _lengths_section(graph, plan, setting),
     ]
     return "\n\n".join(sections) + "\n"
 
@@ -61,7 +59,7 @@ def _say_mfu(graph: Graph, prediction: Prediction, setting: Setting) -> str:
     """Model FLOPs utilization, of the peak that the device's maker publishes."""
     peak = setting.hardware.peak_rate(next(iter(graph.all_parameters().values())).dtype)
     if peak is None:
-        return f"no MFU, since {setting.hardware.name} has no published peak rate"
+        return f"no MFU: {setting.hardware.name} has no published peak rate for this precision"
     available = peak * setting.plan_size * prediction.time.total
     causal, whole = (3 * flops / available for flops in (prediction.forward_flops_causal, prediction.forward_flops))
     return (
@@ -76,7 +74,7 @@ def _say_policies(plan: Plan) -> str:
 
 
 def _say_efficiencies(graph: Graph) -> str:
-    """A sentence for each operator whose products are priced below the rate of large ones."""
+    """A sentence for each operator whose matrix products are assumed to be slower than large ones are."""
     specs = {spec.name: spec for spec in map(spec_of, graph.all_ops()) if spec.efficiency != 1.0}
     return "".join(
         f" {name.capitalize()} counts at {spec.efficiency:.0%} of the rate of large products{spec.efficiency_note}."
@@ -85,6 +83,7 @@ def _say_efficiencies(graph: Graph) -> str:
 
 
 def unknown_operators(graph: Graph) -> list[str]:
+    """The targets of the operators that have no OpSpec, and that every rank therefore computes whole."""
     return sorted({op.target for op in graph.all_ops() if not is_known(op)})
 
 
@@ -136,7 +135,7 @@ def _memory_section(memory: MemoryPrediction, setting: Setting) -> str:
 
 
 def _operator_sections(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
-    """The operators of the root and of each layer kind: partition, time, and what is resharded before each."""
+    """A table of operators for the root and for each layer kind: partition, time, and the reshards before each."""
     own = localize(graph, plan.assignment)
     sections = [_operator_table(f"{graph.class_name}, once", graph.body, own.body, plan, setting)]
     for number, (kind, own_kind) in enumerate(zip(graph.kinds, own.kinds, strict=True)):
@@ -152,7 +151,10 @@ def _operator_sections(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
 def _operator_table(
     title: str, ops: Sequence[Op | LayerCall], own: Sequence[Op | LayerCall], plan: Plan, setting: Setting
 ) -> str:
-    """`ops` are the model's, `own` the same on one rank, with reshards between them and slices and casts of weights."""
+    """A table of the operators `ops` of the model. `own` are those of one rank.
+
+    `own` has the same operators in the same order, with reshards, and slices and casts of weights, between them.
+    """
     rows: list[str] = []
     reshards: list[str] = []
     coming, last = iter(ops), None
@@ -172,7 +174,7 @@ def _operator_table(
 
 
 def _say_item(item: Op | LayerCall, plan: Plan, setting: Setting) -> str:
-    """An op's module, operator, partition and times; layers have tables of their own."""
+    """The module, operator, partition and times of an op. A call of a layer has none, since its kind has a table."""
     if isinstance(item, LayerCall):
         return "| the layers | | |"
     partition = plan.assignment.partitions[item]
@@ -191,51 +193,23 @@ def _say_reshard(reshard: Op, setting: Setting) -> str:
 
 
 def _alternatives_section(graph: Graph, plan: Plan, setting: Setting) -> str:
-    """The best plans that differ in one decision."""
-    chosen = plan.assignment.partitions
-    asked: list[tuple[str, Fixed]] = []
-    for kind in graph.kinds[:1]:
-        attention = next((op for op in kind.ops if spec_of(op).selective_recompute), None)
-        if attention:
-            asked.append(("attention split otherwise", Fixed(not_partitions={attention: chosen[attention].dim})))
-        products = [op for op in kind.ops if op is not attention and spec_of(op).flops(op).forward]
-        if products:
-            widest = max(products, key=lambda op: prod(op.inputs[1].shape))
-            name = f"{widest.module or 'the widest product'} split otherwise"
-            asked.append((name, Fixed(not_partitions={widest: chosen[widest].dim})))
-    if setting.plan_size == 1:
-        asked = []
-    same = {op: partition.dim for op, partition in chosen.items()}
-    for policy, text in ((Recompute.EVERYTHING, "every layer recomputed"), (Recompute.NOTHING, "no layer recomputed")):
-        if set(plan.recompute) != {policy}:
-            asked.append((text, Fixed(same, boundary=plan.assignment.boundary, policy=policy)))
-    rows = []
+    """How much longer a micro-batch takes under the best plans that differ from this one in one decision."""
     best = step_time(graph, plan, setting).total
-    for text, fixed in asked:
-        other = alternative(graph, setting, fixed)
-        if other is None:
-            rows.append(f"| {text} | does not fit, or is not legal |")
-        else:
-            rows.append(f"| {text} | {step_time(graph, other, setting).total / best - 1:+.1%} |")
+    rows = [
+        f"| {other.name} | {f'{other.seconds / best - 1:+.1%}' if other.plan else other.why_not} |"
+        for other in other_plans(graph, plan, setting)
+    ]
     return "\n".join(["## Other plans\n", "| the best plan with | time |", "| --- | --- |", *rows])
 
 
-def _lengths_section(graph: Graph, plan: Plan, setting: Setting, sequence_length: int) -> str:
-    """What the same partitions need at half and at twice the length, where each layer keeps what fits there."""
+def _lengths_section(graph: Graph, plan: Plan, setting: Setting) -> str:
+    """What the same partitions need at half and at twice the length."""
     rows = []
-    for length in (sequence_length // 2, sequence_length * 2):
-        text = "the length is also another size of the model: compile at that length to know"
-        if other := resize(graph, sequence_length, length):
-            ops = {op.outputs[0].name: partition.dim for op, partition in plan.assignment.partitions.items()}
-            fixed = Fixed({op: ops[op.outputs[0].name] for op in other.all_ops()}, boundary=plan.assignment.boundary)
-            try:
-                found = alternative(other, setting, fixed)
-            except UserError:
-                found = None
-            text = "does not fit"
-            if found:
-                seconds = step_time(other, found, setting).total
-                text = f"{seconds:.3g} s a row, {found.memory / GB:.1f} GB; layers: {_say_policies(found)}"
-        rows.append(f"| {length:,} | {text} |")
+    for other in at_other_lengths(graph, plan, setting):
+        text = other.why_not
+        if other.plan:
+            gigabytes, policies = other.plan.memory / GB, _say_policies(other.plan)
+            text = f"{other.seconds:.3g} s a row, {gigabytes:.1f} GB; layers: {policies}"
+        rows.append(f"| {other.name} | {text} |")
     why = "What layers recompute is chosen anew for each length, and that is why twice the tokens may need less memory."
     return "\n".join(["## The same partitions at other lengths\n", f"{why}\n", "| tokens | |", "| ---: | --- |", *rows])

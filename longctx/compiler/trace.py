@@ -1,8 +1,9 @@
-"""Model -> dataflow graph: torch.export on meta tensors, then equal layers folded into one.
+"""Traces a model to a dataflow graph: runs torch.export on meta tensors, then folds equal layers into one.
 
-torch.export is taken rather than torch.fx, Dynamo alone, or a tracer of our own, because it gives ATen's operators with
-the module and the source line of each, needs no weights and no GPU, and follows whatever transformers writes. Its graph
-is flat, unrolled and full of devices and asserts; what follows here makes of it what a person would have drawn.
+torch.export is used rather than torch.fx, Dynamo alone, or a tracer of our own, because it gives ATen's operators with
+the module and the source line of each, needs neither weights nor a GPU, and follows whatever code transformers has. Its
+graph is flat, with every layer written out, and full of devices and assertions. This file turns it into the graph that
+a person would have drawn.
 """
 
 import ast
@@ -27,7 +28,7 @@ from longctx.compiler.ir import Device, Graph, LayerCall, LayerKind, Op, Stateme
 from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, aten, spec_of
 from longctx.errors import AnnotationError, ModelError, UserError, one_line
 
-PACKAGE = str(Path(__file__).parent.parent)  # frames of ours say nothing of the model
+PACKAGE = str(Path(__file__).parent.parent)  # stack frames in our own files say nothing of the model
 
 
 # --- export ----------------------------------------------------------------------------------------------------------
@@ -38,15 +39,15 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
 
     Args:
         module: has the traced model as its attribute `model`; parameters on meta, buffers real.
-        sample: inputs on meta, by the names of forward's parameters, each its own tensor.
+        sample: inputs on meta, by the names of forward's parameters. No tensor may be passed twice.
 
     Raises:
-        ModelError: torch.export can't trace the model, or what it gives is not the whole of the model.
+        ModelError: torch.export can't trace the model, or its graph lacks something that the model does.
     """
     model = module.get_submodule("model")
     class_name = type(model).__name__
     buffers = {name: buffer.clone() for name, buffer in module.named_buffers()}
-    module.to("meta")  # one device for all; the buffers' values are in `buffers`
+    module.to("meta")  # so that everything is on one device; the values of the buffers are in `buffers`
     with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
         try:
             with _without_logs():
@@ -62,7 +63,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
 
 @contextmanager
 def _without_logs() -> Iterator[None]:
-    """Nothing is logged or printed as an error inside: torch.export tells on pages what the error says in a line."""
+    """Inside, nothing is logged or printed to stderr: torch.export writes pages about an error of one line."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -74,18 +75,18 @@ def _without_logs() -> Iterator[None]:
 
 @dataclass
 class _Opaque:
-    """What the stand-in of a registered op stands for."""
+    """The call of a registered op that a torch operator stands in for."""
 
     op: RegisteredOp
-    values: dict[str, Any]  # arguments that are no tensors
-    tensors: tuple[str, ...]  # names of those that are
+    values: dict[str, Any]  # the arguments that are not tensors, by name
+    tensors: tuple[str, ...]  # the names of the arguments that are tensors
 
 
 @contextmanager
 def _opaque_ops(library: torch.library.Library) -> Iterator[dict[str, _Opaque]]:
-    """Inside, every registered function, wherever a module refers to it, records itself as a single node.
+    """Inside, every registered function records itself as a single node, wherever a module refers to it.
 
-    Yields the table of what each such node's operator stands for.
+    Yields a table, from the target of such a node to the call that the node stands for.
     """
     table: dict[str, _Opaque] = {}
     stand_ins = {op.fn: _stand_in(library, op, table) for op in REGISTERED_OPS.values()}
@@ -103,9 +104,8 @@ def _opaque_ops(library: torch.library.Library) -> Iterator[dict[str, _Opaque]]:
 
 
 def _stand_in(library: torch.library.Library, op: RegisteredOp, table: dict[str, _Opaque]) -> Callable:
-    """A function that calls, for each set of non-tensor arguments, a torch operator of its own."""
+    """What is called instead of a registered function. For each set of plain arguments it calls a torch operator."""
     signature = inspect.signature(op.fn)
-    n_outputs = 1
     overloads: dict[str, Callable] = {}
 
     def stand_in(*args, **kwargs):
@@ -119,7 +119,7 @@ def _stand_in(library: torch.library.Library, op: RegisteredOp, table: dict[str,
         if key not in overloads:
             name = f"{op.fn.__name__}_{len(table)}"
             schema = ", ".join(f"Tensor {name}" for name in given)
-            library.define(f"{name}({schema}) -> {', '.join(['Tensor'] * n_outputs)}")
+            library.define(f"{name}({schema}) -> Tensor")
 
             def fake(*tensors):
                 return op.fn(**dict(zip(given, tensors, strict=True)), **values)
@@ -139,7 +139,7 @@ def _stand_in(library: torch.library.Library, op: RegisteredOp, table: dict[str,
 
 
 def _decoder_layers(model: nn.Module) -> tuple[str, dict[int, str]]:
-    """The path of the list of decoder layers, the one with the most parameters, and each layer's class name."""
+    """The path of the decoder's list of layers, and each layer's class name. It is the list with most parameters."""
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         return "", {}
@@ -152,7 +152,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, dict[int, str]]:
 
 @dataclass(frozen=True)
 class _Flat:
-    """The traced graph before its layers are folded; an op's `module` is the full path here."""
+    """The traced graph before its layers are folded. An op's `module` is the full path of the module here."""
 
     inputs: tuple[Tensor, ...]
     output: Tensor
@@ -162,30 +162,34 @@ class _Flat:
 
 
 def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaque: dict[str, _Opaque]) -> _Flat:
-    """Nested graphs inlined, devices replaced, parameters and constants resolved, identities dropped."""
+    """The exported graph as one list of ops.
+
+    Nested graphs are inlined, devices replaced by DEVICE, parameters and constants found, and ops that change nothing
+    dropped.
+    """
     env: dict[fx.Node, Any] = {}
     inputs: list[Tensor] = []
     parameters: dict[str, Tensor] = {}
     constants: dict[Tensor, torch.Tensor] = {}
-    canonical = {id(p): name for name, p in module.named_parameters()}  # a tied weight has the name it has first
+    canonical = {id(p): name for name, p in module.named_parameters()}  # a tied weight goes by its first name
     by_name = dict(module.named_parameters(remove_duplicate=False))
     values = {**exported.constants, **buffers}
     for spec, node in zip(
         exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
     ):
-        value = node.meta["val"]
+        value, path = node.meta["val"], spec.target
         if spec.kind.name == "PARAMETER":
-            name = canonical[id(by_name[spec.target])].removeprefix("model.")
+            parameter = by_name[path]
+            name = canonical[id(parameter)].removeprefix("model.")
             if name not in parameters:
-                parameter = by_name[spec.target]
                 parameters[name] = _tensor(name, value, parameter.requires_grad, "parameter")
             env[node] = parameters[name]
         elif spec.kind.name == "USER_INPUT":
             env[node] = _tensor(node.name, value, False, "input")
             inputs.append(env[node])
         else:
-            env[node] = _tensor(spec.target.rsplit(".", 1)[-1], value, False, "constant")
-            constants[env[node]] = values[spec.target]
+            env[node] = _tensor(path.rsplit(".", 1)[-1], value, False, "constant")
+            constants[env[node]] = values[path]
     ops: list[Op] = []
     (output,) = _convert(exported.graph_module, env, ops, opaque)
     return _Flat(tuple(inputs), output, parameters, constants, ops)
@@ -196,7 +200,7 @@ def _tensor(name: str, value: torch.Tensor, requires_grad: bool, kind: str = "ac
 
 
 def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:
-    """Appends a graph's nodes to `ops`; `env` maps its placeholders to values. Returns the values of its outputs."""
+    """Appends a graph's nodes to `ops`, and returns the values of its outputs. `env` maps placeholders to values."""
     for node in module.graph.nodes:
         if node.op == "placeholder":
             continue
@@ -222,7 +226,7 @@ def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opa
 
 
 def _inline(args: tuple, node: fx.Node, ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:
-    """A region with autograd switched off: its inputs are detached, which cuts the same gradients."""
+    """Inlines a region with autograd switched on or off. Where it is off, detached inputs have the same effect."""
     grad_enabled, module, *given = args
     if not grad_enabled:
         given = [_detach(value, ops) if value.requires_grad else value for value in given]
@@ -236,13 +240,13 @@ def _detach(tensor: Tensor, ops: list[Op]) -> Tensor:
 
 
 def _append_op(target: str, args: tuple, kwargs: dict, node: fx.Node, ops: list[Op], opaque: dict) -> Any:
-    """Appends the op a node is and returns its output, or the input itself where the node changes nothing."""
+    """Appends a node as an op and returns its output. Of a node that changes nothing only the input is returned."""
     if target in opaque:
         stands_for = opaque[target]
         parameters = inspect.signature(stands_for.op.fn).parameters
         kwargs = {name: v for name, v in stands_for.values.items() if v != parameters[name].default}
         target = stands_for.op.name
-        if list(stands_for.tensors) != list(parameters)[: len(args)]:  # a tensor behind a plain value goes by name
+        if list(stands_for.tensors) != list(parameters)[: len(args)]:  # a tensor after a plain value is passed by name
             kwargs |= dict(zip(stands_for.tensors, args, strict=True))
             args = ()
     else:
@@ -263,7 +267,7 @@ def _append_op(target: str, args: tuple, kwargs: dict, node: fx.Node, ops: list[
 
 
 def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | None:
-    """The input of an op that returns it unchanged, bit for bit; None for any other op."""
+    """The input of an op that returns its input unchanged, bit for bit; None for any other op."""
     first = args[0] if args and isinstance(args[0], Tensor) else None
     if first is None or not isinstance(value, torch.Tensor):
         return None
@@ -273,6 +277,11 @@ def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | No
 
 
 def _without_dead_ops(flat: _Flat) -> _Flat:
+    """The graph without the ops and constants that its output does not depend on.
+
+    Raises:
+        ModelError: a constant that is left has no value.
+    """
     used = {flat.output}
     live = []
     for op in reversed(flat.ops):
@@ -289,11 +298,14 @@ def _without_dead_ops(flat: _Flat) -> _Flat:
 
 
 def _check_learned_positions(flat: _Flat, class_name: str) -> None:
-    """Raises a ModelError where a table of positions is shorter than the rows: tracing reads no entry of it."""
+    """Raises a ModelError if the model has learned positions for fewer tokens than a row has.
+
+    Running the model would fail there, but tracing reads no entry of the table of positions.
+    """
     makers = {t: op for op in flat.ops for t in op.outputs}
 
     def value_of(tensor: Tensor) -> torch.Tensor | None:
-        """The value, if it is the same whatever the tokens are."""
+        """The tensor's value, if it does not depend on the tokens; None if it does."""
         if tensor in flat.constants:
             return flat.constants[tensor]
         if tensor not in makers or len(makers[tensor].outputs) > 1 or not aten.is_aten(makers[tensor]):
@@ -321,7 +333,7 @@ def _check_learned_positions(flat: _Flat, class_name: str) -> None:
 
 
 def _statement(stack_trace: str) -> Statement | None:
-    """The innermost statement of the model's own source in a stack trace, or of ours if there is none."""
+    """The innermost statement of the model's source in a stack trace, or of ours if no statement is the model's."""
     frames = [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', stack_trace)]
     frames = [f for f in frames if "/torch/" not in f[0] and "\\torch\\" not in f[0]]
     theirs = [f for f in frames if not f[0].startswith(PACKAGE)]
@@ -331,7 +343,7 @@ def _statement(stack_trace: str) -> Statement | None:
 
 @lru_cache(maxsize=64)
 def _statements(file: str) -> dict[int, Statement]:
-    """The simple statement on each line of a source file."""
+    """The simple statement on each line of a source file: an assignment, a return or an expression."""
     try:
         with open(file) as source:
             tree = ast.parse(source.read())
@@ -352,7 +364,7 @@ def _statements(file: str) -> dict[int, Statement]:
 
 
 def _fold_layers(flat: _Flat, class_name: str, layers_path: str, class_names: dict[int, str]) -> Graph:
-    """Gathers each layer's ops, and layers that are equal but for their parameters into one kind."""
+    """Gathers the ops of each layer, and makes one kind of the layers that differ in nothing but their parameters."""
     layer_of: dict[Op, int] = {}
     for op in flat.ops:
         match = re.match(rf"{re.escape(layers_path)}\.(\d+)(\.|$)", op.module) if layers_path else None
@@ -397,7 +409,13 @@ def _fold_layers(flat: _Flat, class_name: str, layers_path: str, class_names: di
 def _cut_layer(
     flat: _Flat, ops: list[Op], index: int, prefix: str, class_name: str, carried: Tensor | None
 ) -> tuple[LayerCall, LayerKind]:
-    """Layer `index` with what flows into and out of it; `carried` is the previous layer's output."""
+    """Cuts layer `index`, with the values that flow into and out of it, from the flat graph.
+
+    `carried` is the output of the layer before it, and becomes the first input.
+
+    Raises:
+        ModelError: the layer uses a weight of another module.
+    """
     made = {t for op in ops for t in op.outputs}
     inside = set(ops)
     used_outside = {t for op in flat.ops if op not in inside for t in op.inputs} | {flat.output}
@@ -415,7 +433,7 @@ def _cut_layer(
 
 
 def _signature(kind: LayerKind) -> tuple:
-    """Equal for two layers that compute the same from their inputs and parameters."""
+    """A value that is equal for two layers if they compute the same from their inputs and parameters."""
     number: dict[Tensor, Any] = {t: ("parameter", name) for name, t in kind.parameters.items()}
     number |= {t: ("constant", tuple(v.flatten().tolist())) for t, v in kind.constants.items()}
     for tensor in (*kind.inputs, *(t for op in kind.ops for t in op.outputs)):
@@ -430,7 +448,7 @@ def _signature(kind: LayerKind) -> tuple:
 
 
 def _numbered(kinds: list[LayerKind]) -> list[LayerKind]:
-    """Kinds of one class get names that differ: Gemma2DecoderLayer0, Gemma2DecoderLayer1."""
+    """Gives kinds of the same class different names: Gemma2DecoderLayer0, Gemma2DecoderLayer1."""
     names = [kind.class_name for kind in kinds]
     seen: dict[str, int] = {}
     numbered = []

@@ -1,7 +1,8 @@
-"""Causal attention, as generated code calls it: fused kernels where there are some, blocks of queries elsewhere.
+"""Causal attention, as generated code calls it: by a fused kernel where there is one, in blocks of queries elsewhere.
 
-The first half is the function and its kernels, the second what the compiler has to know of them: FLOPs, what autograd
-keeps, workspace. A new kernel is a branch of `attention`, and what differs with it in the rules below.
+The first half of the file is the function and its kernels. The second half is what the compiler has to know of them:
+their FLOPs, what autograd saves, and their workspace. A new kernel is a new branch of `attention`; where it differs
+from the others, the rules of the second half need a branch for it too.
 """
 
 from collections.abc import Callable
@@ -23,11 +24,11 @@ except ImportError:
     flash_attn: Any = None
 HAS_FLASH_ATTN = flash_attn is not None
 
-QUERY_BLOCK = 1024  # rows of scores held at a time where no fused kernel does the job
-# Causal attention with heads of 128 reaches some 640 TFLOP/s forward and 550 backward on an H100 with FlashAttention-3,
-# where large products reach 790 (arXiv:2407.08608, figures 5 and 6). FlashAttention-2, which the package flash-attn is
-# there, reaches some 350 (same paper, section 1): with it, or by blocks of queries, attention takes longer than is
-# predicted.
+QUERY_BLOCK = 1024  # queries whose scores are held at a time where there is no fused kernel
+# On an H100, causal attention with heads of 128 features reaches some 640 TFLOP/s forward and 550 backward with
+# FlashAttention-3, where large matrix products reach 790 (arXiv:2407.08608, figures 5 and 6). FlashAttention-2, which
+# the package flash-attn runs there, reaches some 350 (same paper, section 1). With it, or in blocks of queries,
+# attention takes longer than is predicted.
 EFFICIENCY = 0.75
 EFFICIENCY_NOTE = (
     ", which FlashAttention-3 reaches on an H100, whichever kernel runs: with a slower one, FlashAttention-2 say, it "
@@ -48,12 +49,13 @@ def attention(
     """Causal attention: [b, heads, l, d], [b, kv_heads, l, d], [b, kv_heads, l, e] -> [b, l, heads, e].
 
     Args:
-        scale: what the scores are multiplied by, usually d ** -0.5.
-        window: each query sees the last `window` keys, itself included; 0 for all.
-        softcap: scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); 0 for none.
-        dropout: probability of dropping an attention weight.
-        implementation: 'auto' takes flash-attn where it is installed and applies, else PyTorch's fused kernels, and
-            blocks of queries where those can't (a soft-cap, a window); the others force one.
+        scale: the factor by which the scores are multiplied, usually d ** -0.5.
+        window: each query sees the last `window` keys, its own included, or all of them if this is 0.
+        softcap: if not 0, scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2).
+        dropout: the probability that an attention weight is dropped.
+        implementation: 'auto' takes flash-attn where it is installed and can be used, else PyTorch's fused kernels, and
+            blocks of queries where those kernels can't be used (with a soft-cap or a window). 'flash_attention_2',
+            'sdpa' and 'eager' force one.
     """
     fused = HAS_FLASH_ATTN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
     if implementation == "flash_attention_2" or (implementation == "auto" and fused):
@@ -62,14 +64,14 @@ def attention(
         return flash_attn.flash_attn_func(
             q, k, v, dropout, scale, causal=True, window_size=window_size, softcap=softcap
         )
-    window = window if window < query.shape[2] else 0  # a window over everything is none
+    window = window if window < query.shape[2] else 0  # a window over all keys is no window
     if implementation == "eager" or softcap or window:
         return _blockwise_attention(query, key, value, scale, window, softcap, dropout, implementation == "eager")
     return _sdpa(query, key, value, scale, dropout, is_causal=True).transpose(1, 2)
 
 
 def _sdpa(query, key, value, scale, dropout, **mask) -> torch.Tensor:
-    """PyTorch's scaled_dot_product_attention, held to its memory-efficient kernels on GPUs."""
+    """PyTorch's scaled_dot_product_attention; on GPUs only with kernels that never hold all scores."""
     if not query.is_cuda:
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1], **mask
@@ -85,9 +87,10 @@ def _sdpa(query, key, value, scale, dropout, **mask) -> torch.Tensor:
 
 
 def _blockwise_attention(query, key, value, scale, window, softcap, dropout, eager) -> torch.Tensor:
-    """Attention a block of queries at a time, over the keys in its reach; the scores are recomputed in the backward.
+    """Attention for one block of queries after another, over the keys that the block sees.
 
-    Holds QUERY_BLOCK x (QUERY_BLOCK + window) scores a head at a time, or QUERY_BLOCK x l without a window.
+    The scores are recomputed in the backward. At any time, QUERY_BLOCK x (QUERY_BLOCK + window) scores of each head are
+    held, or QUERY_BLOCK x l without a window.
     """
     attend = _attend_in_float32 if softcap or eager else _attend_masked
     blocks = []
@@ -101,17 +104,19 @@ def _blockwise_attention(query, key, value, scale, window, softcap, dropout, eag
 
 
 def _visible(rows: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which keys each row sees, [rows, keys], the last row and the last key being at the same position."""
+    """Which keys each query sees, bool [rows, keys]. The last query and the last key are at the same position."""
     distance = torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def _attend_masked(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
+    """Attention of a block of queries by PyTorch's own kernel with a mask; [b, heads, rows, e]."""
     mask = _visible(query.shape[2], key.shape[2], window, query.device)
     return _sdpa(query, key, value, scale, dropout, attn_mask=mask)
 
 
 def _attend_in_float32(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
+    """Attention of a block of queries by its formula, with scores and weights in float32; [b, heads, rows, e]."""
     b, heads, rows, d = query.shape
     query = query.view(b, key.shape[1], -1, rows, d)  # a group of heads shares its keys without a copy of them
     scores = (query.float() @ key.float().transpose(-1, -2).unsqueeze(2)) * scale
@@ -123,53 +128,49 @@ def _attend_in_float32(query, key, value, scale, window, softcap, dropout) -> to
 
 
 def keep_attention() -> tuple:
-    """What torch.utils.checkpoint's context_fn takes: attention's output is kept, all else computed again.
+    """For torch.utils.checkpoint's context_fn: the output of attention is saved, and all else is recomputed.
 
-    It costs most to compute again, and its output is no larger than the layer's input.
+    Of a layer's operators attention costs most to recompute, and its output is no larger than the layer's input.
     """
     return create_selective_checkpoint_contexts(attention_kernels())
 
 
 @cache
 def attention_kernels() -> list[Callable]:
-    """The operators of the fused attention kernels, PyTorch's and flash-attn's, that there are here."""
-    names = [
-        f"aten._scaled_dot_product_{kind}" for kind in ("flash_attention", "efficient_attention", "cudnn_attention")
-    ]
-    names += ["aten._scaled_dot_product_flash_attention_for_cpu", "flash_attn._flash_attn_forward"]
-    kernels = []
-    for namespace, name in (name.split(".") for name in names):
-        packet = getattr(getattr(torch.ops, namespace), name, None)
-        kernels += [packet.default] if packet is not None else []
-    return kernels
+    """The operators of the fused attention kernels that exist in this process: PyTorch's and flash-attn's."""
+    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
+    packets = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds]
+    packets.append(getattr(torch.ops.flash_attn, "_flash_attn_forward", None))
+    return [packet.default for packet in packets if packet is not None]
 
 
-# --- what the compiler knows of it -----------------------------------------------------------------------------------
+# --- what the compiler knows of attention ----------------------------------------------------------------------------
 
 
 def takes_blocks(op: Op) -> bool:
-    """Whether attention goes by blocks of queries and recomputes them, as where PyTorch has no fused kernel for it.
+    """Whether attention is predicted to run in blocks of queries: whether PyTorch has no fused kernel for it.
 
-    flash-attn, where it is installed, has one; what it needs is less than is predicted.
+    flash-attn has one. Where it is installed, attention needs less memory than is predicted.
     """
     return _holds_scores(op) or _windowed(op)
 
 
 def _holds_scores(op: Op) -> bool:
-    """Whether blocks of scores are computed in float32: a soft-cap, or asked for."""
+    """Whether blocks of scores are computed in float32: because of a soft-cap, or because 'eager' was asked for."""
     arguments = arguments_of(op)
     return bool(arguments["softcap"]) or arguments["implementation"] == "eager"
 
 
 def _windowed(op: Op) -> bool:
-    """Whether there is a window, and it is no window over everything."""
+    """Whether there is a window that does not span all keys."""
     return 0 < arguments_of(op)["window"] < op.inputs[0].shape[2]
 
 
 def flops(op: Op) -> Flops:
-    """Scores and weighted values for every pair of a query and a key that it sees.
+    """Two products, scores and weighted values, over every pair of a query and a key that the query sees.
 
-    The fused backward recomputes the scores for its four products: 2.5 times (arXiv:2307.08691, section 3.1.2).
+    The backward of a fused kernel has four products and computes the scores again: five products, or 2.5 times the
+    forward (arXiv:2307.08691, section 3.1.2).
     """
     query, _, value = op.inputs[:3]
     b, heads, length, d = query.shape
@@ -180,25 +181,27 @@ def flops(op: Op) -> Flops:
 
 
 def saves(op: Op) -> list[Tensor]:
-    """Blocks are recomputed from the inputs; a fused kernel's backward needs its output too."""
+    """The inputs, from which blocks are recomputed. The backward of a fused kernel needs its output too."""
     return op.inputs if takes_blocks(op) else [*op.inputs, *op.outputs]
 
 
 def saves_besides(op: Op) -> Shares:
-    """A fused kernel keeps the logarithm of the sum of exponentials of each row of scores, float32."""
+    """A fused kernel also saves the logarithm of the sum of exponentials of each query's scores, in float32."""
     query = op.inputs[0]
     return {} if takes_blocks(op) else {query: FLOAT32_BYTES / (query.dtype.itemsize * query.shape[-1])}
 
 
 def workspace(op: Op, phase: str) -> Shares:
+    """What attention holds while it runs, besides its inputs, its output and their gradients."""
     return _blocks_workspace(op, phase) if takes_blocks(op) else _flash_workspace(op, phase)
 
 
 def _flash_workspace(op: Op, phase: str) -> Shares:
-    """FlashAttention-2's backward (arXiv:2307.08691, algorithm 2, and its source).
+    """The workspace of a fused kernel: nothing in the forward.
 
-    It holds the query's gradient in float32, the row sums of grad * out, and, for grouped queries, each query head's
-    gradients of its key and value.
+    The backward of FlashAttention-2 (arXiv:2307.08691, algorithm 2, and its source) holds the gradient of the query in
+    float32, the sum of output * gradient for each query and head, and, if several query heads share a key, the
+    gradients of key and value for each query head.
     """
     query, key = op.inputs[:2]
     if phase == "forward":
@@ -208,12 +211,13 @@ def _flash_workspace(op: Op, phase: str) -> Shares:
 
 
 def _blocks_workspace(op: Op, phase: str) -> Shares:
-    """What _blockwise_attention holds.
+    """The workspace of _blockwise_attention.
 
-    Blocks of output before they are joined, and, in the backward, blocks' gradients padded with zeros. Of one block,
-    where scores are computed, their float32 copies: three in the forward, and in the backward the weights, the tanh and
-    two gradients. Else the mask while it is made (distances in int64 and three bytes for each pair), or the keys and
-    values for all heads with their gradients, whichever is more.
+    It holds the blocks of the output before they are joined, and in the backward the gradients of key and value from
+    one block, padded with zeros. To these comes what a single block needs. Where scores are computed in float32, that
+    is three tensors of their size in the forward, and in the backward the weights, the tanh and two gradients.
+    Elsewhere it is the mask while it is made (int64 distances and three bytes for each pair of a query and a key), or
+    the keys and values for all heads with their gradients, whichever is larger.
     """
     query, key, value = op.inputs[:3]
     length, window = query.shape[2], arguments_of(op)["window"]
@@ -229,18 +233,24 @@ def _blocks_workspace(op: Op, phase: str) -> Shares:
 
 
 def strides(op: Op, strided: bool) -> bool:
-    """The output lies as the query does, [b, heads, l, d], and is given as [b, l, heads, d]."""
+    """The output lies in memory as the query does, [b, heads, l, d], and is returned as [b, l, heads, d]."""
     return not strided or takes_blocks(op)
 
 
 def draws_random(op: Op) -> bool:
+    """Only dropout draws random numbers."""
     return bool(arguments_of(op)["dropout"])
 
 
 def is_one_kernel(op: Op) -> bool:
-    """Whether attention surely is one fused kernel, whose output a recomputation can take over."""
+    """Whether attention is certain to be one fused kernel, whose saved output a recomputation can use."""
     arguments = arguments_of(op)
     return not takes_blocks(op) and not arguments["dropout"] and arguments["implementation"] == "auto"
+
+
+def key_value_heads(op: Op) -> str:
+    """What the ranks of a plan share out, besides rows."""
+    return f"its {op.inputs[1].shape[1]} key-value heads"
 
 
 register_op(
@@ -253,5 +263,5 @@ register_op(
     workspace=workspace,
     strides=strides,
     draws_random=draws_random,
-    selective_recompute=SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention"),
+    selective_recompute=SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention", key_value_heads),
 )(attention)

@@ -1,6 +1,7 @@
-"""What the compiler has to know of chunk_linear_cross_entropy, a file that people lift out and that needs only PyTorch.
+"""What the compiler has to know of the loss, chunk_linear_cross_entropy.
 
-`RULES` are the fields of its OpSpec; train.py registers the loss with them and with its annotation.
+The loss itself is in a file that needs nothing but PyTorch, so that people can use it elsewhere. `RULES` are the fields
+of its OpSpec. train.py registers the loss with them and with its annotation.
 """
 
 from math import prod
@@ -12,9 +13,10 @@ from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, draws_nothin
 
 
 def flops(op: Op) -> Flops:
-    """Three products of equal size: the logits, and both gradients, which are made along with the losses.
+    """Three products of equal size: the logits and both gradients.
 
-    The gradients count as backward, where any other operator has them.
+    The gradients are made along with the losses, in the forward, but they count as the backward, as those of every
+    other operator do.
     """
     hidden_states, weight = op.inputs[:2]
     forward = 2.0 * prod(hidden_states.shape) * weight.shape[0]
@@ -22,20 +24,22 @@ def flops(op: Op) -> Flops:
 
 
 def saves(op: Op) -> list[Tensor]:
+    """All inputs: backward makes the gradient of the weight again where incoming gradients differ between tokens."""
     return op.inputs
 
 
 def saves_besides(op: Op) -> Shares:
-    """The gradients that the forward makes: the hidden states' in their dtype, the weight's in float32."""
+    """The gradients that the forward makes: that of the hidden states in their dtype, that of the weight in float32."""
     hidden_states, weight = op.inputs[:2]
     gradients = {hidden_states: 1.0, weight: FLOAT32_BYTES / weight.dtype.itemsize}
     return {tensor: share for tensor, share in gradients.items() if tensor.requires_grad}
 
 
 def workspace(op: Op, phase: str) -> Shares:
-    """Forward: one chunk's logits [chunk, n] and gradient of hidden states [chunk, d], float32.
+    """The forward holds one chunk's logits [chunk, n] and the gradient of its hidden states [chunk, d], in float32.
 
-    Backward: less than nothing, for gradients that were made in the forward and are handed on as they are.
+    The backward needs less than no workspace. The gradients that the forward made are returned as they are, in memory
+    that is counted as saved, so the memory that is counted for new gradients is subtracted.
     """
     hidden_states, weight, labels = op.inputs[:3]
     if phase == "backward":

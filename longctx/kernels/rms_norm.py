@@ -1,4 +1,4 @@
-"""RMSNorm, as generated code calls it: NVIDIA apex's fused kernel where it is installed, else PyTorch's."""
+"""RMSNorm, as generated code calls it: the fused kernel of NVIDIA's apex where that is installed, else PyTorch's."""
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ except Exception:  # that other project raises all sorts of things when imported
 def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, offset: float = 0.0) -> torch.Tensor:
     """x / sqrt(mean(x ** 2) + eps) * (weight + offset), computed in float32 (arXiv:1910.07467): [*, d], [d] -> [*, d].
 
-    Gemma keeps its weights around 0 and has offset 1, added in float32.
+    Gemma's weights are offsets from 1, so `offset` is 1 for it; the sum is in float32 too.
     """
     if offset:
         return F.rms_norm(hidden_states.float(), weight.shape, weight.float() + offset, eps).type_as(hidden_states)
@@ -25,23 +25,23 @@ def rms_norm(hidden_states: torch.Tensor, weight: torch.Tensor, eps: float, offs
     return F.rms_norm(hidden_states, weight.shape, weight, eps)
 
 
-# --- what the compiler knows of it -----------------------------------------------------------------------------------
+# --- what the compiler knows of RMSNorm ------------------------------------------------------------------------------
 
 
 def saves(op: Op) -> list[Tensor]:
-    """With an offset the fused kernel's input is a float32 copy, which saves_besides counts."""
+    """With an offset, the kernel's input is a float32 copy of x, which is saved instead; saves_besides counts it."""
     return op.inputs[1:] if arguments_of(op)["offset"] else op.inputs
 
 
 def saves_besides(op: Op) -> Shares:
-    """1 / rms of each row, float32, and with an offset the input in float32."""
+    """The inverse root mean square of each row, in float32; with an offset, the float32 copy of x as well."""
     x = op.inputs[0]
     float32 = FLOAT32_BYTES / x.dtype.itemsize
     return {x: float32 / x.shape[-1] + (float32 if arguments_of(op)["offset"] else 0.0)}
 
 
 def workspace(op: Op, phase: str) -> Shares:
-    """With an offset: the output in float32; backward, its gradient and the input's, before they are cast."""
+    """With an offset, the output in float32; in the backward, its gradient and that of x, before they are cast."""
     if not arguments_of(op)["offset"]:
         return {}
     float32 = FLOAT32_BYTES / op.inputs[0].dtype.itemsize

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
 from longctx.atomic import whole_file, whole_folder
@@ -147,7 +148,7 @@ def _stored_tensors(path: Path, kinds: tuple[str, ...]) -> Iterator[tuple[str, s
     """(kind, name, size, dtype) of every tensor of these kinds in a checkpoint folder."""
     for key, facts in FileSystemReader(path).read_metadata().state_dict_metadata.items():
         kind, name = key.split("/", 1)
-        if kind in kinds:
+        if kind in kinds and isinstance(facts, TensorStorageMetadata):
             yield kind, name, facts.size, facts.properties.dtype
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any, TextIO
 
 import torch
 from tqdm import tqdm
@@ -88,8 +89,8 @@ class MetricsLog:
     """Where rank 0 reports; `write` takes one step's metrics."""
 
     bar: tqdm
-    board: object
-    lines: object
+    board: Any  # a SummaryWriter, which is slow to import
+    lines: TextIO
 
     def write(self, metrics: StepMetrics) -> None:
         self.lines.write(json.dumps(asdict(metrics)) + "\n")
@@ -98,14 +99,14 @@ class MetricsLog:
             if name != "step" and value is not None:
                 self.board.add_scalar(f"train/{name}", value, metrics.step)
         mfu = {} if metrics.mfu is None else {"mfu": f"{metrics.mfu:.1%}", "causal": f"{metrics.mfu_causal:.1%}"}
-        self.bar.set_postfix(
-            loss=f"{metrics.loss:.4f}",
-            grad_norm=f"{metrics.grad_norm:.3g}",
-            tok_s=f"{metrics.tokens_per_s:,.0f}",
+        shown = {
+            "loss": f"{metrics.loss:.4f}",
+            "grad_norm": f"{metrics.grad_norm:.3g}",
+            "tok_s": f"{metrics.tokens_per_s:,.0f}",
             **mfu,
-            mem=f"{metrics.peak_memory_gb:.1f}GB",
-            refresh=False,
-        )
+            "mem": f"{metrics.peak_memory_gb:.1f}GB",
+        }
+        self.bar.set_postfix(shown, refresh=False)
         self.bar.update()
 
 

@@ -110,7 +110,7 @@ def _by_steps(folder: Path) -> Callable[[Path], tuple]:
     last = os.readlink(folder / LAST) if (folder / LAST).is_symlink() else None
 
     def key(path: Path) -> tuple:
-        epoch, step = (number for number in SAVED.fullmatch(path.name).groups() if number)
+        epoch, step = re.findall(r"\d+", path.name)[:2]
         return f"{epoch}-{step}" == last, int(step), int(epoch), not path.name.startswith(".")
 
     return key

@@ -166,7 +166,8 @@ def total_norm(model: ParallelModel) -> float:
         squares += torch.nn.utils.get_total_norm(own).double() ** 2
         dist.all_reduce(squares, group=model.mesh.get_group("plan"))
     if sharded:
-        squares += torch.nn.utils.get_total_norm(sharded).full_tensor().double() ** 2
+        norm = torch.nn.utils.get_total_norm(sharded)
+        squares += (norm.full_tensor() if isinstance(norm, DTensor) else norm).double() ** 2
     return squares.sqrt().item()
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "annotation_of",
     "arguments_of",
     "expression",
+    "import_of",
     "is_known",
     "legal_partitions",
     "register_op",
@@ -69,6 +70,14 @@ def _registered_annotation(op: Op) -> Annotation:
 def legal_partitions(op: Op, plan_size: int) -> list[placement.Partition]:
     """The legal partitions of an op over the ranks of a plan, the one that every rank computes whole first."""
     return placement.partitions(annotation_of(op), [t.shape for t in op.inputs], plan_size)
+
+
+def import_of(op: Op) -> tuple[str, str] | None:
+    """The module and the name that generated code imports to call an op; None for PyTorch's own operators."""
+    if aten.is_aten(op):
+        return None
+    module, name = op.target.rsplit(".", 1)
+    return module, name
 
 
 def expression(op: Op, values: Values) -> Expression:

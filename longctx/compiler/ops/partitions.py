@@ -10,9 +10,9 @@ from math import prod
 from longctx.compiler.ir import Op
 
 
-def names_of(shape: Sequence[int], mark: str = "") -> list[str]:
+def names_of(shape: Sequence[int]) -> list[str]:
     """A name for every dimension, by its place counted from the last, so that broadcast dimensions agree."""
-    return [f"{_LETTERS[len(shape) - 1 - i]}{mark}" for i in range(len(shape))]
+    return [_LETTERS[len(shape) - 1 - i] for i in range(len(shape))]
 
 
 _LETTERS = "zyxwvutsrqponm"

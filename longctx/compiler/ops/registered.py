@@ -21,8 +21,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from longctx.compiler.annotation import Annotation, parse
 from longctx.compiler.ir import Op, Tensor, map_tensors, nbytes
 from longctx.compiler.ops.python import by_name
-from longctx.compiler.ops.spec import Flops, OpSpec, Shares, may_draw
-from longctx.errors import AnnotationError
+from longctx.compiler.ops.spec import Flops, OpSpec, Shares, may_draw, not_partitioned
+from longctx.errors import AnnotationError, one_line
 
 
 @dataclass(frozen=True)
@@ -65,15 +65,17 @@ def register_op(annotation: str | Callable[..., str], **rules: Any) -> Callable[
 
     Args:
         annotation: a string, or a function of the op's arguments that returns one.
-        rules: fields of `OpSpec`, for what the defaults do not know. By default FLOPs and what autograd saves are
-            counted on meta tensors, inputs are read once and outputs written once, nothing is needed as workspace, and
-            the function may draw random numbers.
+        rules: fields of `OpSpec` but `name` and `partition`, for what the defaults do not know. By default FLOPs and
+            what autograd saves are counted on meta tensors, inputs are read once and outputs written once, nothing is
+            needed as workspace, and the function may draw random numbers.
 
     Raises:
         AnnotationError: the annotation is neither text nor a function, or breaks the grammar, or generated code could
             not import the function.
         TypeError: a rule is no field of `OpSpec`.
     """
+    if told := sorted({"name", "partition"} & set(rules)):
+        raise AnnotationError(f"register_op: {told[0]} is told by the function and its annotation; leave it out")
     if isinstance(annotation, str):
         parse(annotation)
     elif not isinstance(annotation, FunctionType):
@@ -112,16 +114,13 @@ def arguments_of(op: Op) -> dict[str, Any]:
 
 def _spec(fn: Callable, rules: dict[str, Any]) -> OpSpec:
     defaults = {
+        "python": by_name,
         "flops": lambda op: _counted(op).flops,
         "saves": lambda op: _counted(op).saves,
         "saves_besides": lambda op: _counted(op).saves_besides,
         "draws_random": may_draw,
     }
-    return OpSpec(fn.__name__, _annotated_elsewhere, by_name, **{**defaults, **rules})
-
-
-def _annotated_elsewhere(op: Op) -> str:
-    raise AssertionError(f"{op.target}: a registered op's annotation is its RegisteredOp's")
+    return OpSpec(fn.__name__, not_partitioned, **{**defaults, **rules})
 
 
 # --- the defaults: one call on meta tensors --------------------------------------------------------------------------
@@ -138,7 +137,13 @@ class _Counted:
 
 def _counted(op: Op) -> _Counted:
     """What a call of the op's function does, counted once for all calls with the same shapes and values."""
-    flops, saved_inputs, saved_outputs, other_bytes = _count(op.target, _key(op))
+    try:
+        flops, saved_inputs, saved_outputs, other_bytes = _count(op.target, _key(op))
+    except Exception as error:  # whatever a function that has no backward on meta tensors raises
+        raise AnnotationError(
+            f"register_op: {op.target} can't be run forward and backward on meta tensors, to count its FLOPs and what "
+            f"it saves ({one_line(error)}); give register_op its flops, saves and saves_besides"
+        ) from error
     saves = [op.inputs[i] for i in saved_inputs] + [op.outputs[i] for i in saved_outputs]
     return _Counted(flops, saves, {op.outputs[0]: other_bytes / nbytes(op.outputs[0])} if other_bytes else {})
 
@@ -166,7 +171,7 @@ def _key(op: Op) -> _Key:
 def _count(target: str, key: _Key) -> tuple[Flops, tuple[int, ...], tuple[int, ...], float]:
     """FLOPs; the places of the inputs and outputs that autograd keeps; and the bytes that it keeps besides them."""
     fn, op = REGISTERED_OPS[target].fn, key.op
-    metas = {t: torch.empty(t.shape, dtype=t.dtype, device="meta", requires_grad=t.requires_grad) for t in op.inputs}
+    metas = {t: _meta(t) for t in op.inputs}
     args, kwargs = map_tensors((op.args, op.kwargs), metas.__getitem__)
     kept: dict[int, torch.Tensor] = {}
 
@@ -188,6 +193,13 @@ def _count(target: str, key: _Key) -> tuple[Flops, tuple[int, ...], tuple[int, .
     saved_inputs = tuple(i for i, t in enumerate(op.inputs) if kept.pop(_storage(metas[t]), None) is not None)
     saved_outputs = tuple(i for i, out in enumerate(outputs) if kept.pop(_storage(out), None) is not None)
     return flops, saved_inputs, saved_outputs, float(sum(t.untyped_storage().nbytes() for t in kept.values()))
+
+
+def _meta(tensor: Tensor) -> torch.Tensor:
+    """A tensor without values, and no leaf of the graph: a function may write to its inputs in place."""
+    leaf = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
+    with torch.enable_grad():
+        return leaf.clone()
 
 
 def _storage(tensor: torch.Tensor) -> int:

@@ -16,14 +16,11 @@ from longctx.compiler.ops.spec import (
     draws_nothing,
     keeps_strides,
     never_strided,
+    not_partitioned,
     saves_nothing,
 )
 
 COLLECTIVES = "longctx.runtime.collectives"
-
-
-def _replicated(op: Op) -> str:
-    raise AssertionError(f"{op.target} is a reshard, and only operators are partitioned")
 
 
 def _needs_copy(op: Op, dim: str) -> bool:
@@ -50,14 +47,16 @@ def _copies_output(*phases: str):
 
 def _reshard(name: str, forward: str | None, backward: str | None, comment: str, **rest) -> OpSpec:
     shared = {"saves": saves_nothing, "strides": never_strided, "draws_random": draws_nothing}
-    return OpSpec(name, _replicated, by_name, resharding=Resharding(forward, backward, comment), **{**shared, **rest})
+    return OpSpec(
+        name, not_partitioned, by_name, resharding=Resharding(forward, backward, comment), **{**shared, **rest}
+    )
 
 
 def _no_traffic(name: str) -> OpSpec:
     """Of a weight: a view, for which nothing is sent."""
     return OpSpec(
         name,
-        _replicated,
+        not_partitioned,
         by_name,
         saves=saves_nothing,
         view=View.ALWAYS,
@@ -112,3 +111,8 @@ RESHARDS: dict[str, OpSpec] = {
         _no_traffic("own_slice"),
     )
 }
+
+
+def target_of_reshard(function: str) -> str:
+    """The `target` of the ops that call a function of longctx.runtime.collectives."""
+    return f"{COLLECTIVES}.{function}"

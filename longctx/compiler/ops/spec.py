@@ -55,16 +55,23 @@ class Resharding:
 
 @dataclass(frozen=True)
 class SelectiveRecompute:
-    """An operator so costly that a layer may recompute all else and keep this one's output.
+    """An operator so costly that a layer may recompute all else and keep this one's output, as attention is.
 
-    `applies` says for which calls that works; `context_fn` is the dotted name of what torch.utils.checkpoint takes.
+    `applies` says for which calls that works; `context_fn` is the dotted name of what torch.utils.checkpoint takes, the
+    same for all such operators of a layer; `shared_out` says for a report what the ranks of a plan can share of it.
     """
 
     applies: Callable[[Op], bool]
     context_fn: str
+    shared_out: Callable[[Op], str] = lambda op: "its dimensions that may be split"
 
 
 # --- rules that many operators share, the defaults among them --------------------------------------------------------
+
+
+def not_partitioned(op: Op) -> str:
+    """Of operators whose annotation is not for the spec to give: a reshard has none, a registered function its own."""
+    raise AssertionError(f"{op.target} has no annotation in its spec")
 
 
 def saves_all(op: Op) -> list[Tensor]:
@@ -87,10 +94,6 @@ def no_flops(op: Op) -> Flops:
 def reads_and_writes(inputs: Sequence[float], outputs: Sequence[float]) -> float:
     """Every input is read once and every output written once."""
     return sum(inputs) + sum(outputs)
-
-
-def moves_no_bytes(inputs: Sequence[float], outputs: Sequence[float]) -> float:
-    return 0.0
 
 
 def passes_strides_on(op: Op, strided: bool) -> bool:

@@ -19,6 +19,7 @@ from longctx.runtime.trainer import announce, train
 
 def run(job: Job) -> None:
     """Trains: checks first all that can be checked without a process group, then joins the ranks."""
+    assert job.dataset_path is not None, "parse_job refuses a run without rows"
     config = load_config(job.model_id)
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, config.vocab_size)
     resume = find_resume(job, len(rows), FORMATS)
@@ -32,10 +33,10 @@ def run(job: Job) -> None:
         check_weights(weights, plan.parameters)
     with parallel.process_group() as device:
         model = build_on_rank(job, folder, plan, device)
-        if resume is None and job.random_init:
-            parallel.load_tensors(model, random_weights(config, job.seed))
-        elif resume is None:
+        if weights is not None:
             parallel.load_safetensors(model, weights)
+        elif resume is None:
+            parallel.load_tensors(model, random_weights(config, job.seed))
         flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, hardware.peak_rate_here(DTYPES[job.precision]))
         announce(job, len(rows), resume)
         train(model, rows, job, flops, resume, functools.partial(save_hf_files, job.model_id, config))

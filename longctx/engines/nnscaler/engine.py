@@ -40,6 +40,7 @@ def ensure_compiled(job: Job) -> Path:
 
 def run(job: Job) -> None:
     """Trains: checks first all that can be checked without a process group, which nnScaler then starts."""
+    assert job.dataset_path is not None, "parse_job refuses a run without rows"
     check_gpu()
     parameters = check_model(job)
     check_generated(generated_folder(job))

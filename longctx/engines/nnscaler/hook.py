@@ -26,7 +26,9 @@ from longctx.runtime.trainer import check_finite, learning_rate
 
 def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> AggregatedOutputs:
     """Sums losses and tokens that count over micro-batches and data-parallel ranks."""
-    sums = sum(torch.stack((loss.double(), n_tokens.double())) for _, loss, n_tokens in outputs)
+    sums = functools.reduce(
+        torch.add, (torch.stack((loss.double(), n_tokens.double())) for _, loss, n_tokens in outputs)
+    )
     dist.all_reduce(sums, group=sync_group)
     loss_sum, n_tokens = sums.tolist()
     return AggregatedOutputs(

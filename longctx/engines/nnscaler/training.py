@@ -4,9 +4,12 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-import nnscaler
 import torch
 import transformers
+
+# Where nnScaler is not installed, pyright takes this folder, which has the same name, for it.
+from nnscaler import __version__ as nnscaler_version  # pyright: ignore[reportAttributeAccessIssue]
+from nnscaler import register_op  # pyright: ignore[reportAttributeAccessIssue]
 from nnscaler.cli.train_hook import TrainHook
 from nnscaler.cli.trainer import Trainer
 from nnscaler.cli.trainer_args import (
@@ -73,7 +76,7 @@ def register_ops() -> None:
     a function that transformers calls, so the tracer is told that place.
     """
     for op in REGISTERED_OPS.values():
-        nnscaler.register_op(op.annotation)(op.fn)
+        register_op(op.annotation)(op.fn)
     place = Location(huggingface_attention, huggingface_attention.attention.__name__)
     default_autowrap_leaf_function[huggingface_attention.attention] = LeafWrapInfo([place], is_force_trace=True)
 
@@ -155,7 +158,7 @@ def fingerprints(job: Job, config) -> dict[str, Any]:
     """Of our code, the versions and the weights, which nnScaler stores when it compiles; the same on every node."""
     weights = {} if job.random_init else find_weights(job.model_id, config)
     return {
-        "versions": [str(package.__version__) for package in (torch, transformers, nnscaler)],
+        "versions": [str(torch.__version__), str(transformers.__version__), str(nnscaler_version)],
         "sources": sources.hash_files(sources.files_in("kernels", "huggingface")),
         "ops": sources.hash_registered_ops(),
         "weights": [hash_ends(file) for file in sorted({stored.file for stored in weights.values()})],
@@ -176,6 +179,6 @@ def resume_options(resume: Checkpoint | None, parameters: Parameters, precision:
         return None
 
     def convert(merged: dict[str, Any]) -> dict[str, Any]:
-        return as_nnscaler(as_builtin(merged), list(parameters), precision, nnscaler.__version__)
+        return as_nnscaler(as_builtin(merged), list(parameters), precision, nnscaler_version)
 
     return ResumeOptions(checkpoint=str(resume.path), convert_fn=convert)

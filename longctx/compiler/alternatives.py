@@ -1,0 +1,73 @@
+"""What other plans would cost: those that differ in one decision, and the same partitions at other lengths.
+
+report.py words it. Each is planned as the chosen plan was, so that the figures compare.
+"""
+
+from dataclasses import dataclass
+
+from longctx.compiler.ir import Graph
+from longctx.compiler.ops import spec_of
+from longctx.compiler.plan import Fixed, Plan, Setting
+from longctx.compiler.planner import alternative
+from longctx.compiler.prediction import step_time
+from longctx.compiler.recompute import Recompute
+from longctx.compiler.resize import resize
+from longctx.errors import DecisionsError, SolverError
+
+
+@dataclass(frozen=True)
+class Other:
+    """Another plan, found or not."""
+
+    name: str  # what it differs in
+    plan: Plan | None = None
+    seconds: float = 0.0  # of a micro-batch
+    why_not: str = ""  # where there is no plan
+
+
+def other_plans(graph: Graph, plan: Plan, setting: Setting) -> list[Other]:
+    """The best plans with attention or the widest product split otherwise, and with every or no layer recomputed."""
+    chosen = plan.assignment.partitions
+    asked: list[tuple[str, Fixed]] = []
+    for kind in graph.kinds[:1] if setting.plan_size > 1 else ():
+        attention = next((op for op in kind.ops if spec_of(op).selective_recompute), None)
+        if attention:
+            asked.append(("attention split otherwise", Fixed(not_partitions={attention: chosen[attention].dim})))
+        products = [op for op in kind.ops if op is not attention and spec_of(op).flops(op).forward]
+        if products:
+            widest = max(products, key=lambda op: spec_of(op).flops(op).forward)
+            name = f"{widest.module or 'the widest product'} split otherwise"
+            asked.append((name, Fixed(not_partitions={widest: chosen[widest].dim})))
+    same = {op: partition.dim for op, partition in chosen.items()}
+    for policy, name in ((Recompute.EVERYTHING, "every layer recomputed"), (Recompute.NOTHING, "no layer recomputed")):
+        if set(plan.recompute) != {policy}:
+            asked.append((name, Fixed(same, boundary=plan.assignment.boundary, policy=policy)))
+    return [_planned(name, graph, setting, fixed) for name, fixed in asked]
+
+
+def at_other_lengths(graph: Graph, plan: Plan, setting: Setting) -> list[Other]:
+    """The same partitions at half and at twice the length, with the best recompute policies for each."""
+    sequence_length = graph.inputs[0].shape[-1]
+    found = []
+    for length in (sequence_length // 2, sequence_length * 2):
+        other = resize(graph, sequence_length, length)
+        if other is None:
+            why = "the length is also another size of the model: compile at that length to know"
+            found.append(Other(f"{length:,}", why_not=why))
+            continue
+        dims = {op.outputs[0].name: partition.dim for op, partition in plan.assignment.partitions.items()}
+        fixed = Fixed({op: dims[op.outputs[0].name] for op in other.all_ops()}, boundary=plan.assignment.boundary)
+        found.append(_planned(f"{length:,}", other, setting, fixed))
+    return found
+
+
+def _planned(name: str, graph: Graph, setting: Setting, fixed: Fixed) -> Other:
+    try:
+        plan = alternative(graph, setting, fixed)
+    except SolverError:
+        return Other(name, why_not="not known: the solver ran out of time")
+    except DecisionsError:
+        return Other(name, why_not="not legal")
+    if plan is None:
+        return Other(name, why_not="does not fit, or is not legal")
+    return Other(name, plan, step_time(graph, plan, setting).total)
