@@ -13,11 +13,14 @@ Where to look, in longctx/:
     the engines                                engines/table.py: ENGINES
     the compiler, from model to code           engines/builtin/compile.py: compile_plan
     what makes compiled code out of date       engines/builtin/cache.py: plan_inputs
-    where an all-to-all is emitted             compiler/localize.py: localize; it is run by runtime/collectives.py
+    where an all-to-all is decided             compiler/placement.py: find_reshard
+    where it is put between operators          compiler/localize.py: localize; it is run by runtime/collectives.py
+    a new operator                             compiler/ops/aten.py: ATEN; compiler/ops/registered.py: register_op
     new hardware                               compiler/hardware.py: HARDWARE
+    where fp8 products would go                compiler/ops/, with Hardware.matrix_rate; job.py: DTYPES
     a run, from weights to training            engines/builtin/run.py: run
     how weights are read                       runtime/parallel.py: load_safetensors
-    precision; fp8 would go beside bf16        job.py: DTYPES; runtime/parallel.py: parallelize
+    compute dtypes and float32 masters         job.py: DTYPES; runtime/parallel.py: parallelize
     the training loop                          runtime/trainer.py: train
     the learning rate                          runtime/trainer.py: learning_rate
     a loss that is not finite (NaN)            runtime/trainer.py: check_finite

@@ -97,7 +97,7 @@ def _decisions(facts: dict[str, Any]) -> Decisions:
 
 
 def read_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of a compiled folder; None where there is none that is whole."""
+    """The fingerprint of a compiled folder; None if its code is missing or its plan.json can't be read."""
     if not (folder / CODE).is_file():
         return None
     try:

@@ -118,7 +118,7 @@ def choose_sequence_length(options: Options) -> int:
 
 
 def check_name(job: Job) -> None:
-    if job.name in ("", "..") or Path(job.name).name != job.name:
+    if job.name == ".." or Path(job.name).name != job.name:
         raise UserError(f"--name {job.name!r}: it has to be a plain name, of one folder; leave out slashes and dots")
 
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.compiler.ir import Op, Tensor
-from longctx.compiler.memory import saved_tensors
+from longctx.compiler.lifetimes import saved_tensors
 from longctx.compiler.ops import aten, expression, is_known, legal_partitions
 from longctx.compiler.ops.python import Expression, Values
 

@@ -1,9 +1,7 @@
-"""What the documentation names, exists: links, files, scripts and options.
-
-A line with the mark TODO(lead) speaks of what is still to come and is left out.
-"""
+"""What the documentation names, exists: links, files, scripts, options, messages and places in the code."""
 
 import ast
+import os
 import re
 import shlex
 import subprocess
@@ -19,15 +17,10 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/README.md"), *ROOT.glob("longctx/**/*.md")]
 )
 FOLDERS = ("longctx", "docs", "examples", "benchmarks", "tests")
-SCRIPTS = ("train.py", "ckpt_merger.py", "create_mini_model.py", "bookcorpus.py")
-HARDWARE = "longctx.compiler.hardware"
+PROGRAMS = ("train.py", "ckpt_merger.py", "create_mini_model.py", "bookcorpus.py", "longctx.measure")
 QUOTED = 12  # characters that a piece of a message has at least, to be looked for
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-
-
-def text_of(page: Path) -> str:
-    return "\n".join(line for line in page.read_text().splitlines() if "TODO(lead)" not in line)
 
 
 def headings(page: Path) -> set[str]:
@@ -37,12 +30,12 @@ def headings(page: Path) -> set[str]:
 
 
 def code_spans(page: Path) -> list[str]:
-    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", text_of(page))
+    return re.findall(r"(?<!`)`([^`\n]+)`(?!`)", page.read_text())
 
 
 def commands(page: Path) -> Iterator[list[str]]:
     """The words of every command in the page's code blocks and code spans."""
-    blocks = re.findall(r"^(?: {4}|\$ )(\S.*)$", text_of(page).replace("\\\n", " "), re.MULTILINE)
+    blocks = re.findall(r"^(?: {4}|\$ )(\S.*)$", page.read_text().replace("\\\n", " "), re.MULTILINE)
     for line in (*blocks, *code_spans(page)):
         try:
             words = shlex.split(line, comments=True)
@@ -52,6 +45,10 @@ def commands(page: Path) -> Iterator[list[str]]:
             del words[0]
         if words and words[0] in ("python", "torchrun"):
             yield words
+
+
+def all_commands() -> Iterator[list[str]]:
+    return (command for page in PAGES for command in commands(page))
 
 
 def program_of(command: list[str]) -> tuple[str, list[str]]:
@@ -70,10 +67,13 @@ def options_in(words: list[str]) -> set[str]:
 
 @cache
 def help_of(program: str) -> str:
-    start = [program] if program in SCRIPTS else ["-m", program]
+    """What a script or module prints with --help."""
+    start = [program] if program.endswith(".py") else ["-m", program]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     result = subprocess.run(
-        [sys.executable, *start, "--help"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=300
+        [sys.executable, *start, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
     )
+    assert result.returncode == 0, result.stderr
     return result.stdout
 
 
@@ -81,9 +81,13 @@ def has_option(program: str, option: str) -> bool:
     return re.search(rf"{re.escape(option)}\b(?!_)", help_of(program)) is not None
 
 
+def test_the_commands_that_are_checked_include_those_that_run_a_module():
+    assert any(program_of(command) == ("longctx.measure", ["--output", "profile.json"]) for command in all_commands())
+
+
 @each_page
 def test_every_relative_link_of_a_page_leads_to_a_file_and_a_heading_in_it(page):
-    for link in re.findall(r"\]\(([^)\s]+)\)", text_of(page)):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         if re.match(r"[a-z]+:", link):
             continue
         name, _, anchor = link.partition("#")
@@ -108,19 +112,23 @@ def test_every_program_that_a_page_runs_exists(page):
 
 
 @each_page
-def test_every_option_that_a_page_gives_to_a_script_is_in_its_help(page):
+def test_every_option_that_a_page_gives_to_a_program_is_in_its_help(page):
     for command in commands(page):
         program, words = program_of(command)
-        if program in (*SCRIPTS, HARDWARE):
-            for option in options_in(words):
-                assert has_option(program, option), command
+        for option in options_in(words):
+            assert has_option(program, option), command
 
 
 @each_page
-def test_every_option_that_a_page_names_by_itself_is_in_the_help_of_a_script(page):
+def test_every_option_that_a_page_names_by_itself_is_in_the_help_of_a_program(page):
     for span in code_spans(page):
         for option in options_in(span.split()[:1]):
-            assert any(has_option(program, option.rstrip(":")) for program in (*SCRIPTS, HARDWARE)), span
+            assert any(has_option(program, option.rstrip(":")) for program in PROGRAMS), span
+
+
+@each_page
+def test_no_page_has_a_part_that_is_still_to_be_written(page):
+    assert "TODO" not in page.read_text()
 
 
 @cache
@@ -143,3 +151,20 @@ def test_every_message_that_the_troubleshooting_page_quotes_is_one_of_the_progra
         for piece in re.split("…|; ", message):
             found = len(piece) < QUOTED or any(piece.strip(" ;") in string for string in strings_of_the_program())
             assert found, f"{piece!r} of {span!r}"
+
+
+def names_defined_in(file: Path) -> set[str]:
+    """The functions, classes and variables at the top level of a file."""
+    names = set()
+    for node in ast.parse(file.read_text()).body:
+        targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+        names |= {getattr(node, "name", None), *(getattr(target, "id", None) for target in targets)}
+    return names - {None}
+
+
+def test_every_place_on_the_map_in_train_py_is_where_the_map_says():
+    text = ast.get_docstring(ast.parse((ROOT / "train.py").read_text()))
+    places = re.findall(r"([\w/]+\.py): (\w+(?:, \w+)*)", text)
+    assert len(places) > 10
+    for file, names in places:
+        assert set(names.split(", ")) <= names_defined_in(ROOT / "longctx" / file), (file, names)

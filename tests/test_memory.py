@@ -11,7 +11,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 import chunk_linear_cross_entropy as loss
 from benchmarks import memory as benchmark
 from longctx.compiled import read_plan_file, write_plan_file
-from longctx.compiler import codegen, memory
+from longctx.compiler import codegen, lifetimes
 from longctx.compiler.ir import Op, Tensor, map_tensors, nbytes
 from longctx.compiler.ops import aten
 from longctx.compiler.program import can_keep_attention
@@ -77,7 +77,7 @@ def test_what_a_layer_saves_is_the_sum_over_its_ops_and_less_the_more_it_recompu
     (kind,) = compiled.graph.kinds
     saved = {}
     for policy in Recompute:
-        made = [item for shares in memory.saved_by_op(kind.ops, policy).values() for item in shares.items()]
+        made = [item for shares in lifetimes.saved_by_op(kind.ops, policy).values() for item in shares.items()]
         saved[policy] = sum(share * nbytes(tensor) for tensor, share in made)
     width = LENGTH * 2  # bytes of one feature of all tokens
     logsumexp, rstd = 2 * width * 8, 2 * width
@@ -117,11 +117,11 @@ def test_autograd_saves_what_saved_tensors_says(family):
         values, saved = run_op(op)
         of_storage = {value.untyped_storage().data_ptr(): tensor for tensor, value in values.items()}
         found = {of_storage.get(value.untyped_storage().data_ptr()) for value in saved}
-        said = {of_storage[values[t].untyped_storage().data_ptr()] for t in memory.saved_tensors(op)}
+        said = {of_storage[values[t].untyped_storage().data_ptr()] for t in lifetimes.saved_tensors(op)}
         assert found - {None} == said, op.target
         extra = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved}
         unnamed = sum(size for pointer, size in extra.items() if pointer not in of_storage)
-        assert unnamed == pytest.approx(sum(s * nbytes(t) for t, s in memory.saved_besides(op).items())), op.target
+        assert unnamed == pytest.approx(sum(s * nbytes(t) for t, s in lifetimes.saved_besides(op).items())), op.target
 
 
 def peak_bytes(function, *tensors: torch.Tensor) -> int:

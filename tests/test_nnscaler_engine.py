@@ -213,7 +213,7 @@ def test_a_file_of_the_users_among_generated_code_is_refused_before_nnscaler_wou
         (tmp_path / name).write_text("generated")
     check_generated(tmp_path)
     (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(CompiledError, match="thesis.tex is none that nnscaler wrote, and compiling would remove it"):
+    with pytest.raises(CompiledError, match="thesis.tex is not one that nnscaler wrote, and compiling would remove it"):
         check_generated(tmp_path)
 
 

@@ -8,7 +8,7 @@ from longctx.compiler.alternatives import other_plans
 from longctx.compiler.cost import op_seconds
 from longctx.compiler.hardware import HARDWARE
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor
-from longctx.compiler.memory import saved_besides, saved_tensors
+from longctx.compiler.lifetimes import saved_besides, saved_tensors
 from longctx.compiler.ops import REGISTERED_OPS, legal_partitions, register_op, spec_of, target_of
 from longctx.compiler.ops.spec import no_flops, saves_nothing
 from longctx.compiler.plan import Setting

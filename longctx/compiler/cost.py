@@ -12,7 +12,7 @@ import torch
 
 from longctx.compiler.hardware import Hardware, collective_seconds
 from longctx.compiler.ir import Op, Tensor
-from longctx.compiler.memory import saved_tensors
+from longctx.compiler.lifetimes import saved_tensors
 from longctx.compiler.ops import View, spec_of
 from longctx.compiler.ops.reshards import RESHARDS, target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES

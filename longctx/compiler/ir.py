@@ -136,6 +136,17 @@ class Graph:
         return [op for _, ops in self.bodies() for op in ops]
 
 
+@dataclass(frozen=True, eq=False)
+class FlatGraph:
+    """The traced graph before its layers are folded. An op's `module` is the full path of the module here."""
+
+    inputs: tuple[Tensor, ...]
+    output: Tensor
+    parameters: dict[str, Tensor]
+    constants: dict[Tensor, torch.Tensor]
+    ops: list[Op]
+
+
 def tensors_in(value: Any) -> Iterator[Tensor]:
     """The Tensors in nested tuples, lists and dicts, in order."""
     if isinstance(value, Tensor):

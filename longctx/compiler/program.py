@@ -42,9 +42,10 @@ from longctx.compiler.cost import (
     saved_activations,
 )
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
+from longctx.compiler.lifetimes import saved_besides
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, Solution, scaled, total, value_of
 from longctx.compiler.localize import Assignment
-from longctx.compiler.memory import PERSISTENT_BYTES, gathered_bytes, saved_besides
+from longctx.compiler.memory import PERSISTENT_BYTES, gathered_bytes
 from longctx.compiler.ops import View, legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting

@@ -6,17 +6,13 @@ graph is flat, with every layer written out, and full of devices and assertions.
 a person would have drawn.
 """
 
-import ast
 import inspect
 import logging
-import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from io import StringIO
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -24,12 +20,11 @@ import torch
 from torch import fx, nn
 
 from longctx.compiler.annotation import output_shapes
-from longctx.compiler.ir import Device, Graph, LayerCall, LayerKind, Op, Statement, Tensor, map_tensors
+from longctx.compiler.ir import Device, FlatGraph, Graph, Op, Tensor, map_tensors
+from longctx.compiler.layers import fold_layers
 from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, aten, spec_of
+from longctx.compiler.statements import statement_of
 from longctx.errors import AnnotationError, ModelError, UserError, one_line
-
-PACKAGE = str(Path(__file__).parent.parent)  # stack frames in our own files say nothing of the model
-
 
 # --- export ----------------------------------------------------------------------------------------------------------
 
@@ -58,7 +53,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
             raise ModelError(f"torch.export can't trace {class_name}: {one_line(error)}") from error
     flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
     _check_learned_positions(flat, class_name)
-    return _fold_layers(flat, class_name, *_decoder_layers(model))
+    return fold_layers(flat, class_name, *_decoder_layers(model))
 
 
 @contextmanager
@@ -150,18 +145,7 @@ def _decoder_layers(model: nn.Module) -> tuple[str, dict[int, str]]:
 # --- ATen nodes -> ops -----------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class _Flat:
-    """The traced graph before its layers are folded. An op's `module` is the full path of the module here."""
-
-    inputs: tuple[Tensor, ...]
-    output: Tensor
-    parameters: dict[str, Tensor]
-    constants: dict[Tensor, torch.Tensor]
-    ops: list[Op]
-
-
-def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaque: dict[str, _Opaque]) -> _Flat:
+def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaque: dict[str, _Opaque]) -> FlatGraph:
     """The exported graph as one list of ops.
 
     Nested graphs are inlined, devices replaced by DEVICE, parameters and constants found, and ops that change nothing
@@ -192,7 +176,7 @@ def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaq
             constants[env[node]] = values[path]
     ops: list[Op] = []
     (output,) = _convert(exported.graph_module, env, ops, opaque)
-    return _Flat(tuple(inputs), output, parameters, constants, ops)
+    return FlatGraph(tuple(inputs), output, parameters, constants, ops)
 
 
 def _tensor(name: str, value: torch.Tensor, requires_grad: bool, kind: str = "activation") -> Tensor:
@@ -255,7 +239,7 @@ def _append_op(target: str, args: tuple, kwargs: dict, node: fx.Node, ops: list[
             return same
     path = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
     path = path.removeprefix("model").removeprefix(".")
-    op = Op(target, args, kwargs, (), path, _statement(node.meta.get("stack_trace") or ""))
+    op = Op(target, args, kwargs, (), path, statement_of(node.meta.get("stack_trace") or ""))
     requires_grad = any(t.requires_grad for t in op.inputs) and not spec_of(op).cuts_gradient
     values = node.meta["val"]
     outputs = tuple(
@@ -276,7 +260,7 @@ def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | No
     return first if same else None
 
 
-def _without_dead_ops(flat: _Flat) -> _Flat:
+def _without_dead_ops(flat: FlatGraph) -> FlatGraph:
     """The graph without the ops and constants that its output does not depend on.
 
     Raises:
@@ -297,7 +281,7 @@ def _without_dead_ops(flat: _Flat) -> _Flat:
     return replace(flat, ops=live[::-1], constants=constants)
 
 
-def _check_learned_positions(flat: _Flat, class_name: str) -> None:
+def _check_learned_positions(flat: FlatGraph, class_name: str) -> None:
     """Raises a ModelError if the model has learned positions for fewer tokens than a row has.
 
     Running the model would fail there, but tracing reads no entry of the table of positions.
@@ -327,133 +311,3 @@ def _check_learned_positions(flat: _Flat, class_name: str) -> None:
                     f"{class_name} has learned positions ({table.name}) for {length - missing} tokens and "
                     f"the rows have {length}; take rows of at most {length - missing}, or another model"
                 )
-
-
-# --- source statements -----------------------------------------------------------------------------------------------
-
-
-def _statement(stack_trace: str) -> Statement | None:
-    """The innermost statement of the model's source in a stack trace, or of ours if no statement is the model's."""
-    frames = [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', stack_trace)]
-    frames = [f for f in frames if "/torch/" not in f[0] and "\\torch\\" not in f[0]]
-    theirs = [f for f in frames if not f[0].startswith(PACKAGE)]
-    found = [s for file, line in theirs or frames if (s := _statements(file).get(line))]
-    return replace(found[-1], callers=tuple(found[:-1])) if found else None
-
-
-@lru_cache(maxsize=64)
-def _statements(file: str) -> dict[int, Statement]:
-    """The simple statement on each line of a source file: an assignment, a return or an expression."""
-    try:
-        with open(file) as source:
-            tree = ast.parse(source.read())
-    except (OSError, SyntaxError, ValueError):
-        return {}
-    lines = {}
-    for node in ast.walk(tree):
-        if isinstance(node, (ast.Assign, ast.AnnAssign, ast.AugAssign, ast.Return, ast.Expr)):
-            assigned = node.targets[0] if isinstance(node, ast.Assign) else getattr(node, "target", None)
-            names = assigned.elts if isinstance(assigned, ast.Tuple) else [assigned]
-            targets = tuple(n.id for n in names if isinstance(n, ast.Name))
-            for line in range(node.lineno, (node.end_lineno or node.lineno) + 1):
-                lines[line] = Statement((file, node.lineno), targets)
-    return lines
-
-
-# --- layers ----------------------------------------------------------------------------------------------------------
-
-
-def _fold_layers(flat: _Flat, class_name: str, layers_path: str, class_names: dict[int, str]) -> Graph:
-    """Gathers the ops of each layer, and makes one kind of the layers that differ in nothing but their parameters."""
-    layer_of: dict[Op, int] = {}
-    for op in flat.ops:
-        match = re.match(rf"{re.escape(layers_path)}\.(\d+)(\.|$)", op.module) if layers_path else None
-        if match:
-            layer_of[op] = int(match[1])
-    by_layer: dict[int, list[Op]] = {}
-    for op, index in layer_of.items():
-        by_layer.setdefault(index, []).append(op)
-
-    kinds: list[LayerKind] = []
-    signatures: list[tuple] = []
-    calls: dict[int, LayerCall] = {}
-    carried: Tensor | None = None
-    for index, ops in sorted(by_layer.items()):
-        call, kind = _cut_layer(flat, ops, index, f"{layers_path}.{index}.", class_names[index], carried)
-        signature = _signature(kind)
-        if signature not in signatures:
-            signatures.append(signature)
-            kinds.append(kind)
-        calls[index] = replace(call, kind=signatures.index(signature))
-        carried = call.outputs[0]
-
-    body: list[Op | LayerCall] = []
-    for op in flat.ops:
-        if op not in layer_of:
-            body.append(op)
-        elif op is by_layer[layer_of[op]][-1]:
-            body.append(calls[layer_of[op]])
-    in_layers = {t for kind in kinds for t in kind.constants}
-    return Graph(
-        class_name=class_name,
-        inputs=flat.inputs,
-        output=flat.output,
-        parameters={n: t for n, t in flat.parameters.items() if not re.match(rf"{re.escape(layers_path)}\.\d+\.", n)},
-        constants={t: v for t, v in flat.constants.items() if t not in in_layers},
-        body=tuple(body),
-        kinds=tuple(_numbered(kinds)),
-        layers_path=layers_path,
-    )
-
-
-def _cut_layer(
-    flat: _Flat, ops: list[Op], index: int, prefix: str, class_name: str, carried: Tensor | None
-) -> tuple[LayerCall, LayerKind]:
-    """Cuts layer `index`, with the values that flow into and out of it, from the flat graph.
-
-    `carried` is the output of the layer before it, and becomes the first input.
-
-    Raises:
-        ModelError: the layer uses a weight of another module.
-    """
-    made = {t for op in ops for t in op.outputs}
-    inside = set(ops)
-    used_outside = {t for op in flat.ops if op not in inside for t in op.inputs} | {flat.output}
-    taken = list(dict.fromkeys(t for op in ops for t in op.inputs if t not in made))
-    parameters = {t.name.removeprefix(prefix): t for t in taken if t.kind == "parameter"}
-    if outsiders := [t.name for t in parameters.values() if not t.name.startswith(prefix)]:
-        raise ModelError(f"layer {index} uses the weight {outsiders[0]}, which is not its own")
-    constants = {t: flat.constants[t] for t in taken if t.kind == "constant"}
-    inputs = [t for t in taken if t.kind not in ("parameter", "constant")]
-    inputs.sort(key=lambda t: (t is not carried, not t.requires_grad))  # stable: hidden states come first
-    outputs = tuple(t for op in ops for t in op.outputs if t in used_outside)
-    ops = [replace(op, module=op.module.removeprefix(prefix.removesuffix(".")).removeprefix(".")) for op in ops]
-    call = LayerCall(index, -1, tuple(inputs), outputs)
-    return call, LayerKind(class_name, class_name, tuple(inputs), outputs, parameters, constants, tuple(ops))
-
-
-def _signature(kind: LayerKind) -> tuple:
-    """A value that is equal for two layers if they compute the same from their inputs and parameters."""
-    number: dict[Tensor, Any] = {t: ("parameter", name) for name, t in kind.parameters.items()}
-    number |= {t: ("constant", tuple(v.flatten().tolist())) for t, v in kind.constants.items()}
-    for tensor in (*kind.inputs, *(t for op in kind.ops for t in op.outputs)):
-        number[tensor] = len(number)
-
-    def local(tensor: Tensor) -> tuple:
-        return number[tensor], tensor.shape, tensor.dtype, tensor.requires_grad
-
-    ops = tuple(repr((op.target, map_tensors((op.args, op.kwargs), local), op.module)) for op in kind.ops)
-    inputs, outputs = (tuple(local(t) for t in side) for side in (kind.inputs, kind.outputs))
-    return kind.class_name, inputs, outputs, ops
-
-
-def _numbered(kinds: list[LayerKind]) -> list[LayerKind]:
-    """Gives kinds of the same class different names: Gemma2DecoderLayer0, Gemma2DecoderLayer1."""
-    names = [kind.class_name for kind in kinds]
-    seen: dict[str, int] = {}
-    numbered = []
-    for kind in kinds:
-        number = seen[kind.class_name] = seen.get(kind.class_name, -1) + 1
-        alone = names.count(kind.class_name) == 1
-        numbered.append(kind if alone else replace(kind, class_name=f"{kind.class_name}{number}"))
-    return numbered

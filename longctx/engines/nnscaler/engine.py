@@ -91,7 +91,7 @@ def check_generated(folder: Path) -> None:
     """Raises a CompiledError for a file that nnScaler, which empties the folder to compile anew, did not write."""
     for file in folder.iterdir() if folder.is_dir() else ():
         if file.is_file() and not GENERATED_FILES.fullmatch(file.name):
-            raise CompiledError(f"{file} is none that nnscaler wrote, and compiling would remove it; move it")
+            raise CompiledError(f"{file} is not one that nnscaler wrote, and compiling would remove it; move it")
 
 
 def check_model(job: Job) -> Parameters:

@@ -1,0 +1,108 @@
+"""Layers that are equal but for their parameters become one kind, so that planning has one layer of each.
+
+What a layer's modules ran is told apart by the paths of the modules. Two layers are equal if numbering their values in
+the order in which they are made gives the same operators, arguments, shapes and constants.
+"""
+
+import re
+from dataclasses import replace
+from typing import Any
+
+from longctx.compiler.ir import FlatGraph, Graph, LayerCall, LayerKind, Op, Tensor, map_tensors
+from longctx.errors import ModelError
+
+
+def fold_layers(flat: FlatGraph, class_name: str, layers_path: str, class_names: dict[int, str]) -> Graph:
+    """Gathers the ops of each layer, and makes one kind of the layers that differ in nothing but their parameters."""
+    layer_of: dict[Op, int] = {}
+    for op in flat.ops:
+        match = re.match(rf"{re.escape(layers_path)}\.(\d+)(\.|$)", op.module) if layers_path else None
+        if match:
+            layer_of[op] = int(match[1])
+    by_layer: dict[int, list[Op]] = {}
+    for op, index in layer_of.items():
+        by_layer.setdefault(index, []).append(op)
+
+    kinds: list[LayerKind] = []
+    signatures: list[tuple] = []
+    calls: dict[int, LayerCall] = {}
+    carried: Tensor | None = None
+    for index, ops in sorted(by_layer.items()):
+        call, kind = _cut_layer(flat, ops, index, f"{layers_path}.{index}.", class_names[index], carried)
+        signature = _signature(kind)
+        if signature not in signatures:
+            signatures.append(signature)
+            kinds.append(kind)
+        calls[index] = replace(call, kind=signatures.index(signature))
+        carried = call.outputs[0]
+
+    body: list[Op | LayerCall] = []
+    for op in flat.ops:
+        if op not in layer_of:
+            body.append(op)
+        elif op is by_layer[layer_of[op]][-1]:
+            body.append(calls[layer_of[op]])
+    in_layers = {t for kind in kinds for t in kind.constants}
+    return Graph(
+        class_name=class_name,
+        inputs=flat.inputs,
+        output=flat.output,
+        parameters={n: t for n, t in flat.parameters.items() if not re.match(rf"{re.escape(layers_path)}\.\d+\.", n)},
+        constants={t: v for t, v in flat.constants.items() if t not in in_layers},
+        body=tuple(body),
+        kinds=tuple(_numbered(kinds)),
+        layers_path=layers_path,
+    )
+
+
+def _cut_layer(
+    flat: FlatGraph, ops: list[Op], index: int, prefix: str, class_name: str, carried: Tensor | None
+) -> tuple[LayerCall, LayerKind]:
+    """Cuts layer `index`, with the values that flow into and out of it, from the flat graph.
+
+    `carried` is the output of the layer before it, and becomes the first input.
+
+    Raises:
+        ModelError: the layer uses a weight of another module.
+    """
+    made = {t for op in ops for t in op.outputs}
+    inside = set(ops)
+    used_outside = {t for op in flat.ops if op not in inside for t in op.inputs} | {flat.output}
+    taken = list(dict.fromkeys(t for op in ops for t in op.inputs if t not in made))
+    parameters = {t.name.removeprefix(prefix): t for t in taken if t.kind == "parameter"}
+    if outsiders := [t.name for t in parameters.values() if not t.name.startswith(prefix)]:
+        raise ModelError(f"layer {index} uses the weight {outsiders[0]}, which is not its own")
+    constants = {t: flat.constants[t] for t in taken if t.kind == "constant"}
+    inputs = [t for t in taken if t.kind not in ("parameter", "constant")]
+    inputs.sort(key=lambda t: (t is not carried, not t.requires_grad))  # stable: hidden states come first
+    outputs = tuple(t for op in ops for t in op.outputs if t in used_outside)
+    ops = [replace(op, module=op.module.removeprefix(prefix.removesuffix(".")).removeprefix(".")) for op in ops]
+    call = LayerCall(index, -1, tuple(inputs), outputs)
+    return call, LayerKind(class_name, class_name, tuple(inputs), outputs, parameters, constants, tuple(ops))
+
+
+def _signature(kind: LayerKind) -> tuple:
+    """A value that is equal for two layers if they compute the same from their inputs and parameters."""
+    number: dict[Tensor, Any] = {t: ("parameter", name) for name, t in kind.parameters.items()}
+    number |= {t: ("constant", tuple(v.flatten().tolist())) for t, v in kind.constants.items()}
+    for tensor in (*kind.inputs, *(t for op in kind.ops for t in op.outputs)):
+        number[tensor] = len(number)
+
+    def local(tensor: Tensor) -> tuple:
+        return number[tensor], tensor.shape, tensor.dtype, tensor.requires_grad
+
+    ops = tuple(repr((op.target, map_tensors((op.args, op.kwargs), local), op.module)) for op in kind.ops)
+    inputs, outputs = (tuple(local(t) for t in side) for side in (kind.inputs, kind.outputs))
+    return kind.class_name, inputs, outputs, ops
+
+
+def _numbered(kinds: list[LayerKind]) -> list[LayerKind]:
+    """Gives kinds of the same class different names: Gemma2DecoderLayer0, Gemma2DecoderLayer1."""
+    names = [kind.class_name for kind in kinds]
+    seen: dict[str, int] = {}
+    numbered = []
+    for kind in kinds:
+        number = seen[kind.class_name] = seen.get(kind.class_name, -1) + 1
+        alone = names.count(kind.class_name) == 1
+        numbered.append(kind if alone else replace(kind, class_name=f"{kind.class_name}{number}"))
+    return numbered
