@@ -121,7 +121,7 @@ def check_log(folder: Path, resuming: bool) -> None:
     """Raises a LogError if a run that is resumed could not go on with the metrics that are there without losing any.
 
     Resuming rewrites the file without the steps that are to be taken again, and without a last line that a kill cut
-    short. A line that is no step's was written by somebody else, and would not be safe.
+    short. A line that describes no step was written by somebody else, and then the file is left alone.
     """
     file = folder / METRICS
     if file.exists() and not file.is_file():
