@@ -35,7 +35,7 @@ class Decisions:
 
     Attributes:
         boundary: the placement of the hidden states between layers.
-        ops: for each class in gencode.py the target of every op in order, and the dimension of its annotation along
+        ops: for each class in gencode.py the name of every op in order, and the dimension of its annotation along
             which it is partitioned; None if every rank computes it whole.
         recompute: what each layer recomputes.
     """

@@ -13,6 +13,7 @@ from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
 from longctx.compiler.prediction import Prediction, StepTime, step_time
 from longctx.compiler.recompute import Recompute
+from longctx.flops import step_flops
 
 # --- report.md -------------------------------------------------------------------------------------------------------
 
@@ -61,7 +62,8 @@ def _say_mfu(graph: Graph, prediction: Prediction, setting: Setting) -> str:
     if peak is None:
         return f"no MFU: {setting.hardware.name} has no published peak rate for this precision"
     available = peak * setting.plan_size * prediction.time.total
-    causal, whole = (3 * flops / available for flops in (prediction.forward_flops_causal, prediction.forward_flops))
+    forward = (prediction.forward_flops_causal, prediction.forward_flops)
+    causal, whole = (step_flops(flops) / available for flops in forward)
     return (
         f"MFU {causal:.1%}, counting attention as causal ({whole:.1%} as the reference program counts: all of "
         "attention, though half is computed)"
