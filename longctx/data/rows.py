@@ -3,7 +3,6 @@
 The label of a token is the id of the token after it, or IGNORE_INDEX where the loss should count none.
 """
 
-import functools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from longctx.errors import RowsError, one_line
 IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch's default
 
 
-@functools.lru_cache(maxsize=1)  # the job's options are checked against it, and then it is trained on
 def open_dataset(path: str) -> Any:
     """The rows that bookcorpus.py wrote, or any other saved dataset with a column `input_ids` of token ids.
 

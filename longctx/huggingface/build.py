@@ -54,13 +54,19 @@ def load_config(model_id: str) -> PreTrainedConfig:
     Raises:
         ModelError: there is no configuration, or it is not of a causal language model.
     """
-    return copy.deepcopy(_load_config(model_id))  # building a model writes to its configuration
-
-
-@functools.cache  # a name on the hub takes a request
-def _load_config(model_id: str) -> PreTrainedConfig:
-    if _looks_local(model_id) and not (Path(model_id) / "config.json").is_file():
+    if not _looks_local(model_id):
+        return copy.deepcopy(_hub_config(model_id))  # building a model writes to its configuration
+    if not (Path(model_id) / "config.json").is_file():
         raise ModelError("no config.json there; name a Hugging Face model folder or a hub model")
+    return _read_config(model_id)
+
+
+@functools.cache  # each look at the hub is a request; a folder's file may change, and is read each time
+def _hub_config(model_id: str) -> PreTrainedConfig:
+    return _read_config(model_id)
+
+
+def _read_config(model_id: str) -> PreTrainedConfig:
     try:
         config = AutoConfig.from_pretrained(model_id)
     except Exception as error:  # not JSON, no model type, values of a wrong type or that contradict each other
