@@ -23,12 +23,17 @@ def fold_layers(flat: FlatGraph, class_name: str, layers_path: str, class_names:
     for op, index in layer_of.items():
         by_layer.setdefault(index, []).append(op)
 
+    users: dict[Tensor, set[Op]] = {flat.output: set()}
+    for op in flat.ops:
+        for tensor in op.inputs:
+            users.setdefault(tensor, set()).add(op)
+
     kinds: list[LayerKind] = []
     signatures: list[tuple] = []
     calls: dict[int, LayerCall] = {}
     carried: Tensor | None = None
     for index, ops in sorted(by_layer.items()):
-        call, kind = _cut_layer(flat, ops, index, f"{layers_path}.{index}.", class_names[index], carried)
+        call, kind = _cut_layer(flat, users, ops, index, f"{layers_path}.{index}.", class_names[index], carried)
         signature = _signature(kind)
         if signature not in signatures:
             signatures.append(signature)
@@ -56,18 +61,25 @@ def fold_layers(flat: FlatGraph, class_name: str, layers_path: str, class_names:
 
 
 def _cut_layer(
-    flat: FlatGraph, ops: list[Op], index: int, prefix: str, class_name: str, carried: Tensor | None
+    flat: FlatGraph,
+    users: dict[Tensor, set[Op]],
+    ops: list[Op],
+    index: int,
+    prefix: str,
+    class_name: str,
+    carried: Tensor | None,
 ) -> tuple[LayerCall, LayerKind]:
     """Cuts layer `index`, with the values that flow into and out of it, from the flat graph.
 
-    `carried` is the output of the layer before it, and becomes the first input.
+    Args:
+        users: the ops that read each value, in the whole graph.
+        carried: the output of the layer before it, which becomes the first input.
 
     Raises:
         ModelError: the layer uses a weight of another module.
     """
     made = {t for op in ops for t in op.outputs}
     inside = set(ops)
-    used_outside = {t for op in flat.ops if op not in inside for t in op.inputs} | {flat.output}
     taken = list(dict.fromkeys(t for op in ops for t in op.inputs if t not in made))
     parameters = {t.name.removeprefix(prefix): t for t in taken if t.kind == "parameter"}
     if outsiders := [t.name for t in parameters.values() if not t.name.startswith(prefix)]:
@@ -75,7 +87,7 @@ def _cut_layer(
     constants = {t: flat.constants[t] for t in taken if t.kind == "constant"}
     inputs = [t for t in taken if t.kind not in ("parameter", "constant")]
     inputs.sort(key=lambda t: (t is not carried, not t.requires_grad))  # stable: hidden states come first
-    outputs = tuple(t for op in ops for t in op.outputs if t in used_outside)
+    outputs = tuple(t for op in ops for t in op.outputs if t is flat.output or users.get(t, inside) - inside)
     ops = [replace(op, module=op.module.removeprefix(prefix.removesuffix(".")).removeprefix(".")) for op in ops]
     call = LayerCall(index, -1, tuple(inputs), outputs)
     return call, LayerKind(class_name, class_name, tuple(inputs), outputs, parameters, constants, tuple(ops))

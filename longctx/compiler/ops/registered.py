@@ -107,9 +107,14 @@ def target_of(fn: Callable) -> str:
 
 def arguments_of(op: Op) -> dict[str, Any]:
     """A registered op's arguments by name, those that were left out with their defaults."""
-    bound = inspect.signature(REGISTERED_OPS[op.target].fn).bind_partial(*op.args, **op.kwargs)
+    bound = _signature(REGISTERED_OPS[op.target].fn).bind_partial(*op.args, **op.kwargs)
     bound.apply_defaults()
     return bound.arguments
+
+
+@cache
+def _signature(fn: Callable) -> inspect.Signature:
+    return inspect.signature(fn)
 
 
 def _spec(fn: Callable, rules: dict[str, Any]) -> OpSpec:
