@@ -363,6 +363,8 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
     layers = f"self.{graph.layers_path}"
     given = [body.names[t] for t in run[0].inputs]
     last = first + len(run) - 1
+    # The second turn of a loop reads its other inputs again, after the first has given its output a name.
+    body.last_use |= {t: max(body.last_use[t], last + 1) for t in run[0].inputs[1:]} if len(run) > 1 else {}
     made = [body.choose_name(t, [CARRIED], last) for t in run[-1].outputs]
     policy = plan.recompute[run[0].index]
     lines = ["", *(f"# {line}" for line in textwrap.wrap(_POLICIES[policy], LINE - 10))]
