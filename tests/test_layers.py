@@ -23,9 +23,10 @@ MAY_IMPORT = {
         "longctx.compiler.annotation",
         "longctx.compiler.ir",
         "longctx.compiler.placement",
+        "longctx.compiler.work",
         "longctx.errors",
     ),
-    "kernels": ("longctx.compiler.ops", "longctx.compiler.ir", "chunk_linear_cross_entropy"),
+    "kernels": ("longctx.compiler.ops", "longctx.compiler.ir", "longctx.compiler.work", "chunk_linear_cross_entropy"),
     "huggingface": (
         "longctx.huggingface",
         "longctx.kernels",

@@ -10,12 +10,18 @@ from math import prod
 
 from longctx.compiler.cost import (
     Seconds,
+    collective_time,
+    fsdp_copy_seconds,
     fsdp_seconds,
-    local_reshard_seconds,
+    gathers_of,
     op_seconds,
+    optimizer_seconds,
+    packing_time,
+    plan_sharded_copy_seconds,
     plan_sharded_seconds,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op
+from longctx.compiler.layout import layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction
 from longctx.compiler.ops import spec_of
@@ -28,8 +34,11 @@ from longctx.compiler.recompute import Recompute
 class StepTime:
     """Seconds of one micro-batch on one rank: what its wall clock is made of, and what is hidden behind it."""
 
-    compute: float
+    compute: float  # of the model's operators, forward and backward
     recompute: float
+    packing: float  # reshards' copies into and out of what they send
+    weight_copies: float  # FSDP's own, and casts of plan-sharded weights
+    optimizer: float  # a micro-batch's share of the norm and AdamW at the end of a step
     reshards: float  # of activations between the plan's ranks, waited for
     fsdp_exposed: float  # of weights and gradients, beyond the computing that hides it
     fsdp_hidden: float
@@ -37,7 +46,7 @@ class StepTime:
 
     @property
     def computing(self) -> float:
-        return self.compute + self.recompute
+        return self.compute + self.recompute + self.packing + self.weight_copies + self.optimizer
 
     @property
     def communication(self) -> float:
@@ -86,33 +95,49 @@ def _body_time(
     setting: Setting,
 ) -> StepTime:
     """The time of the root, or of all layers of a kind, which have these policies."""
-    plan_size, device, times = setting.plan_size, setting.hardware, len(policies)
+    plan_size, device, times, layout = setting.plan_size, setting.hardware, len(policies), layout_of(owner)
     recomputed = times - policies.count(Recompute.NOTHING)
     attention_recomputed = policies.count(Recompute.EVERYTHING)
-    compute = recompute = reshards = 0.0
+    compute = recompute = reshards = packing = 0.0
     for op in ops:
         if isinstance(op, Op):
-            seconds = op_seconds(op, plan.assignment.partitions[op], plan_size, device)
+            seconds = op_seconds(op, plan.assignment.partitions[op], layout, plan_size, device)
             compute += times * (seconds.forward + seconds.backward)
             recompute += (attention_recomputed if spec_of(op).selective_recompute else recomputed) * seconds.forward
     for op in local_ops:
-        seconds = local_reshard_seconds(op, plan_size, device) if isinstance(op, Op) else Seconds()
-        reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward
-    fsdp = times * _fsdp_seconds(owner, plan, setting)
+        if isinstance(op, Op):
+            seconds, copies = collective_time(op, plan_size, device), packing_time(op, layout, device)
+            reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward
+            packing += times * (copies.forward + copies.backward) + recomputed * copies.forward
+    fsdp, weight_copies, optimizer, reduced = (times * seconds for seconds in _weights_time(owner, plan, setting))
     exposed = max(0.0, fsdp - compute - recompute)
-    reduced = times * sum(
-        plan_sharded_seconds(prod(t.shape), plan_size, setting.world_size, device, setting.grad_accumulation_steps)
-        for t in owner.parameters.values()
-        if t in plan.assignment.plan_sharded
+    return StepTime(
+        compute=compute,
+        recompute=recompute,
+        packing=packing,
+        weight_copies=weight_copies,
+        optimizer=optimizer,
+        reshards=reshards,
+        fsdp_exposed=exposed,
+        fsdp_hidden=fsdp - exposed,
+        plan_sharded_gradients=reduced,
     )
-    return StepTime(compute, recompute, reshards, exposed, fsdp - exposed, reduced)
 
 
-def _fsdp_seconds(owner: Graph | LayerKind, plan: Plan, setting: Setting) -> float:
-    """Of FSDP's traffic for one layer, or for the root."""
-    sharded = [t for t in owner.parameters.values() if t not in plan.assignment.plan_sharded]
-    if not sharded:
-        return 0.0
-    size = sum(prod(t.shape) for t in sharded)
-    seconds = fsdp_seconds(size, sharded[0].dtype, setting.world_size, setting.hardware)
-    return seconds.forward + seconds.backward
+def _weights_time(owner: Graph | LayerKind, plan: Plan, setting: Setting) -> tuple[float, float, float, float]:
+    """Of the weights of one layer, or of the root: FSDP's traffic, copies, the optimizer, and what reduces the
+    gradients of plan-sharded weights."""
+    plan_size, world_size, device = setting.plan_size, setting.world_size, setting.hardware
+    accumulated = setting.grad_accumulation_steps
+    own = {t: prod(t.shape) for t in owner.parameters.values() if t in plan.assignment.plan_sharded}
+    sharded = {t: prod(t.shape) for t in owner.parameters.values() if t not in own}
+    copies = sum(plan_sharded_copy_seconds(n, t.dtype, plan_size, device) for t, n in own.items())
+    n_gathers = gathers_of(owner)
+    copies += sum(fsdp_copy_seconds(n, t.dtype, world_size, device, n_gathers) for t, n in sharded.items())
+    optimizer = optimizer_seconds(sum(own.values()), plan_size, device, accumulated)
+    optimizer += optimizer_seconds(sum(sharded.values()), world_size, device, accumulated)
+    reduced = sum(plan_sharded_seconds(n, plan_size, world_size, device, accumulated) for n in own.values())
+    fsdp = Seconds()
+    if sharded:
+        fsdp = fsdp_seconds(sum(sharded.values()), next(iter(sharded)).dtype, world_size, device)
+    return fsdp.forward + fsdp.backward, copies, optimizer, reduced

@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import arguments_of, register_op
 from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, SelectiveRecompute, Shares
+from longctx.compiler.work import Work
 
 try:
     import flash_attn
@@ -25,15 +26,6 @@ except ImportError:
 HAS_FLASH_ATTN = flash_attn is not None
 
 QUERY_BLOCK = 1024  # queries whose scores are held at a time where there is no fused kernel
-# On an H100, causal attention with heads of 128 features reaches some 640 TFLOP/s forward and 550 backward with
-# FlashAttention-3, where large matrix products reach 790 (arXiv:2407.08608, figures 5 and 6). FlashAttention-2, which
-# the package flash-attn runs there, reaches some 350 (same paper, section 1). With it, or in blocks of queries,
-# attention takes longer than is predicted.
-EFFICIENCY = 0.75
-EFFICIENCY_NOTE = (
-    ", which FlashAttention-3 reaches on an H100, whichever kernel runs: with a slower one, FlashAttention-2 say, it "
-    "takes longer"
-)
 
 
 def attention(
@@ -180,6 +172,20 @@ def flops(op: Op) -> Flops:
     return Flops(forward, 2.5 * forward)
 
 
+def passes(op: Op, phase: str) -> Shares:
+    """The small kernels around a fused backward.
+
+    One reads the output and its gradient, for their product in each row. The query's gradient is summed up in float32,
+    which is filled with zeros before and read and cast after. Where query heads share keys, each head's gradients of
+    key and value are read, to be added up.
+    """
+    if phase == "forward" or takes_blocks(op):
+        return {}
+    query, key = op.inputs[:2]
+    float32 = FLOAT32_BYTES / query.dtype.itemsize
+    return {op.outputs[0]: 2.0, query: 2 * float32 + 1 + (2.0 if key.shape[1] != query.shape[1] else 0.0)}
+
+
 def saves(op: Op) -> list[Tensor]:
     """The inputs, from which blocks are recomputed. The backward of a fused kernel needs its output too."""
     return op.inputs if takes_blocks(op) else [*op.inputs, *op.outputs]
@@ -256,8 +262,8 @@ def key_value_heads(op: Op) -> str:
 register_op(
     "b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^",
     flops=flops,
-    efficiency=EFFICIENCY,
-    efficiency_note=EFFICIENCY_NOTE,
+    rates=(Work.ATTENTION_FORWARD, Work.ATTENTION_BACKWARD),
+    passes=passes,
     saves=saves,
     saves_besides=saves_besides,
     workspace=workspace,

@@ -23,6 +23,22 @@ def flops(op: Op) -> Flops:
     return Flops(forward, 2 * forward)
 
 
+def passes(op: Op, phase: str) -> Shares:
+    """What the kernels between the products read and write, chunk by chunk.
+
+    In the forward, a product writes a chunk's logits in float32, the softmax reads them twice and writes their gradient
+    in the weight's dtype, and the weight's gradient is read and written in float32, to be added to. In the backward,
+    both gradients are scaled, and the weight's is cast.
+    """
+    hidden_states, weight = op.inputs[:2]
+    itemsize, width = weight.dtype.itemsize, hidden_states.shape[-1]
+    if phase == "backward":
+        return {hidden_states: 2.0, weight: FLOAT32_BYTES / itemsize + 1}
+    logits = (3 * FLOAT32_BYTES + itemsize) * weight.shape[0]  # bytes a row of hidden states
+    sums = 2 * FLOAT32_BYTES * prod(weight.shape) / CHUNK_SIZE
+    return {hidden_states: (logits + sums) / (width * itemsize)}
+
+
 def saves(op: Op) -> list[Tensor]:
     """All inputs: backward makes the gradient of the weight again where incoming gradients differ between tokens."""
     return op.inputs
@@ -51,6 +67,7 @@ def workspace(op: Op, phase: str) -> Shares:
 
 RULES: dict[str, Any] = {
     "flops": flops,
+    "passes": passes,
     "saves": saves,
     "saves_besides": saves_besides,
     "workspace": workspace,
