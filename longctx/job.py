@@ -42,7 +42,7 @@ class Options:
         "to plan for: a device's name, such as h100 or cpu, or a file that python -m longctx.measure "
         "measured (default: what is here)",
     )
-    gpu_mem_constraint: float = option(64.0, "GB a GPU that the plan may need", above=0)
+    gpu_mem_constraint: float = option(72.0, "GB a GPU that the plan may need", above=0)
     recompute_modules: tuple[str, ...] | None = option(
         None, "class names, separated by commas, of the layers to recompute; '' for none (default: planned)"
     )
