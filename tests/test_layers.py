@@ -25,7 +25,13 @@ MAY_IMPORT = {
         "longctx.compiler.placement",
         "longctx.errors",
     ),
-    "kernels": ("longctx.compiler.ops", "longctx.compiler.ir", "chunk_linear_cross_entropy"),
+    "kernels": (
+        "longctx.kernels",
+        "longctx.compiler.ops",
+        "longctx.compiler.ir",
+        "longctx.errors",
+        "chunk_linear_cross_entropy",
+    ),
     "huggingface": (
         "longctx.huggingface",
         "longctx.kernels",
