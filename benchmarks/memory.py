@@ -245,17 +245,15 @@ def _sdpa_on_gpu(query, key, value, scale, dropout, implementation="sdpa", is_ca
 
 class _KernelWorkspace(TorchDispatchMode):
     """What flash attention's backward holds while it runs, in C++ and so unseen: the row sums of grad * out and the
-    query's gradient in float32; for grouped queries the keys' and values' gradients of each query head; and the output
-    and its gradient as [b, l, heads, d], copied if they lie otherwise."""
+    query's gradient in float32, and for grouped queries the keys' and values' gradients of each query head."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **(kwargs or {}))
         if func is torch.ops.aten._scaled_dot_product_flash_attention_backward.default:
-            gradient, query, key, value, output = args[:5]
+            _, query, key, value = args[:4]
             grouped = query.shape[1] // key.shape[1]
             held = [torch.empty_like(x.repeat_interleave(grouped, 1)) for x in (key, value) if grouped > 1]
             held += [torch.empty_like(query, dtype=torch.float32), torch.empty(query.shape[:3], dtype=torch.float32)]
-            held += [x.transpose(1, 2).contiguous() for x in (gradient, output)]
             del held
         return result
 

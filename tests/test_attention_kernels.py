@@ -197,7 +197,7 @@ def test_a_deterministic_backward_of_flashattention_2_holds_a_gradient_for_every
 
 
 def test_a_compiled_folder_knows_the_option_and_the_shapes_of_its_attention(tmp_path):
-    compiled = compile_llama(tmp_path, *"--plan_ngpus 2 --hardware cpu --deterministic".split())
+    compiled = compile_llama(tmp_path, "--plan_ngpus", "2", "--hardware", "cpu", "--deterministic")
     assert compiled.inputs["deterministic"]
     assert compiled.module.fused_attention == [[[1, 4, 256, 64], [1, 1, 256, 64], [1, 1, 256, 64]]]
     assert "deterministic=True" in (tmp_path / "compiled" / "small" / "gencode.py").read_text()

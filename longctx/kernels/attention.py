@@ -196,16 +196,21 @@ def _fused_workspace(op: Op, phase: str) -> Shares:
     gradient for each query and head, and, if several query heads share a key, the gradients of key and value for each
     query head. At [1, 4, 131072, 128] with one key-value head that is, with the gradients of the inputs, the 0.740 GB
     which cuDNN was measured to take on an H200. PyTorch's flash backend took 1.009 GB there: it copies the output and
-    its gradient if they lie in memory as [b, heads, l, d]. Behind an all-to-all the output does, and as 'auto' may
-    come to that kernel, the copy counts. The gradient lies as [b, l, heads, d].
+    its gradient if they lie in memory as [b, heads, l, d]. Behind an all-to-all the output does; the gradient does not.
     """
     query, key = op.inputs[:2]
     if phase == "forward":
         return {}
     float32 = FLOAT32_BYTES / query.dtype.itemsize
     grouped = 2.0 if key.shape[1] != query.shape[1] else 0.0
-    copied_output = 1.0 if arguments_of(op)["implementation"] in ("auto", "sdpa", "flash") else 0.0
+    copied_output = 1.0 if _is_flash(op) else 0.0
     return {query: float32 * _query_gradients(op) + float32 / query.shape[-1] + grouped + copied_output}
+
+
+def _is_flash(op: Op) -> bool:
+    """Whether this is PyTorch's flash backend for certain: asked for, or the only one of PyTorch's that will do."""
+    arguments = arguments_of(op)
+    return arguments["implementation"] in (("flash", "auto", "sdpa") if arguments["deterministic"] else ("flash",))
 
 
 def _query_gradients(op: Op) -> int:
