@@ -6,6 +6,8 @@ What the options are is declared in job.py.
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from longctx import torchrun
 from longctx.atomic import why_not_writable
 from longctx.command_line import Cause, naming_options, parse, value_as_text
@@ -138,7 +140,8 @@ def check_engine_options(job: Job) -> None:
 def check_attention(job: Job) -> None:
     """Raises a KernelError for a kernel that is not there, and a UserError for one that is not deterministic."""
     name = job.attn_implementation
-    if reason := why_not(name, job.dtype, here=job.run_mode == "run"):
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if reason := why_not(name, job.dtype, None if job.run_mode == "compile" else device):
         raise KernelError(reason)
     if job.deterministic and name in KERNELS and not KERNELS[name].deterministic:
         others = ", ".join(other for other, kernel in KERNELS.items() if kernel.deterministic)

@@ -75,7 +75,7 @@ def test_a_kernel_that_refuses_a_shape_is_said_and_the_next_one_is_taken(no_gpu,
 
 
 def test_auto_tries_every_kernel_that_is_there_and_one_that_was_asked_for_alone(monkeypatch):
-    monkeypatch.setattr(choice, "why_not", lambda name, dtype, here: None if name in ("cudnn", "flash") else "absent")
+    monkeypatch.setattr(choice, "why_not", lambda name, dtype, device: None if name in ("cudnn", "flash") else "absent")
     assert candidates("auto", deterministic=False) == ("cudnn", "flash")
     assert candidates("fa4", deterministic=True) == ("fa4",)
     assert candidates("sdpa", deterministic=False) == candidates("eager", deterministic=True) == ()
@@ -129,7 +129,7 @@ def test_on_a_cpu_and_in_float32_nothing_is_timed(monkeypatch):
     [
         (r"--attn_implementation fa3: the package flash-attn-3 is not installed; install it \(from", "fa3"),
         (r"--attn_implementation fa4: the package flash-attn-4 is not installed; install it \(pip", "fa4"),
-        ("--attn_implementation flash: it runs on a GPU, and there is none here; choose auto, sdpa or", "flash"),
+        ("--attn_implementation flash: it runs on a GPU; choose auto, sdpa or eager", "flash"),
         ("--attn_implementation cudnn: it computes in 16 bits only; choose sdpa", "cudnn --precision fp32"),
         ("--deterministic: the backward of --attn_implementation cudnn gives other bits", "cudnn --deterministic"),
     ],
@@ -147,12 +147,11 @@ def test_a_kernel_that_is_not_there_is_refused_before_anything_is_compiled(tmp_p
 
 def test_a_kernel_for_another_kind_of_gpu_is_refused(monkeypatch):
     monkeypatch.setattr(fused, "_is_installed", lambda module: True)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     reason = "it runs on compute capability 9.x, and this GPU has 8.0; choose auto"
-    assert fused.why_not("fa3", torch.bfloat16, here=True) == reason
-    assert fused.why_not("fa3", torch.bfloat16, here=False) is None
-    assert fused.why_not("flash", torch.bfloat16, here=True) is None
+    assert fused.why_not("fa3", torch.bfloat16, "cuda") == reason
+    assert fused.why_not("fa3", torch.bfloat16, None) is None
+    assert fused.why_not("flash", torch.bfloat16, "cuda") is None
 
 
 @pytest.mark.parametrize("options", [{"sliding_window": 8}, {"softcap": 50.0}])
@@ -240,7 +239,7 @@ def tensors(shapes, dtype=torch.bfloat16) -> list[torch.Tensor]:
 
 
 def skip_unless_there(name: str) -> None:
-    if reason := fused.why_not(name, torch.bfloat16, here=True):
+    if reason := fused.why_not(name, torch.bfloat16, "cuda"):
         pytest.skip(reason)
 
 

@@ -45,7 +45,7 @@ def candidates(implementation: str, deterministic: bool) -> tuple[str, ...]:
         return (implementation,) if implementation in KERNELS else ()
     if deterministic:
         return ("flash",)
-    return tuple(name for name in KERNELS if why_not(name, torch.bfloat16, here=True) is None)
+    return tuple(name for name in KERNELS if why_not(name, torch.bfloat16, "cuda") is None)
 
 
 def choose(names: Sequence[str], shapes: Sequence[Shapes], dtype: torch.dtype) -> Choice:

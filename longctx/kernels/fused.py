@@ -83,12 +83,12 @@ def resolve(implementation: str) -> str:
     return _chosen if implementation == "auto" else implementation
 
 
-def why_not(implementation: str, dtype: torch.dtype, *, here: bool) -> str | None:
+def why_not(implementation: str, dtype: torch.dtype, device: str | None) -> str | None:
     """Why an implementation can't be used, and what to do, without its subject; None if it can.
 
     Args:
         dtype: what the model computes in.
-        here: whether it is to run on this machine, and not only to be compiled for another.
+        device: 'cuda' or 'cpu', which it is to run on; None if it is only to be compiled, for another machine perhaps.
     """
     kernel = KERNELS.get(implementation)
     if kernel is None:
@@ -98,7 +98,9 @@ def why_not(implementation: str, dtype: torch.dtype, *, here: bool) -> str | Non
         return f"the package {name} is not installed; install it ({how}) or choose sdpa"
     if dtype not in HALF:
         return "it computes in 16 bits only; choose sdpa, or compute in bf16"
-    return _why_not_this_device(kernel) if here else None
+    if device == "cpu":
+        return "it runs on a GPU; choose auto, sdpa or eager"
+    return _why_not_this_gpu(kernel) if device == "cuda" else None
 
 
 def _is_installed(module: str) -> bool:
@@ -108,9 +110,7 @@ def _is_installed(module: str) -> bool:
         return False
 
 
-def _why_not_this_device(kernel: Kernel) -> str | None:
-    if not torch.cuda.is_available():
-        return "it runs on a GPU, and there is none here; choose auto, sdpa or eager"
+def _why_not_this_gpu(kernel: Kernel) -> str | None:
     major, minor = torch.cuda.get_device_capability()
     if major not in kernel.capabilities:
         needed = ", ".join(f"{major}.x" for major in kernel.capabilities)

@@ -65,8 +65,10 @@ def choose_attention(job: Job, shapes: list[list[list[int]]], device: torch.devi
     Raises:
         KernelError: none takes the plan's shapes.
     """
+    if not shapes or device.type != "cuda" or job.dtype not in fused.HALF:
+        return
     names = choice.candidates(job.attn_implementation, job.deterministic)
-    if not (shapes and names) or device.type != "cuda" or job.dtype not in fused.HALF:
+    if not names:
         return
     found = [choice.choose(names, shapes, job.dtype) if torchrun.rank() == 0 else None]
     dist.broadcast_object_list(found)
