@@ -110,6 +110,8 @@ def compile_again(compiled: Path, folder: Path) -> Compiled:
     options = ("plan_ngpus", "runtime_ngpus", "precision", "attn_implementation", "gpu_mem_constraint")
     for name in (*options, "grad_accumulation_steps"):
         argv += [f"--{name}", str(inputs[name])]
+    if inputs["deterministic"]:
+        argv += ["--deterministic"]
     if inputs["recompute_modules"] is not None:
         argv += ["--recompute_modules", ",".join(inputs["recompute_modules"])]
     if inputs["plan"]:
@@ -222,14 +224,14 @@ def _gpu_kernels(module: nn.Module) -> Iterator[None]:
     gencode = type(module).forward.__globals__
     loss = {"chunk_linear_cross_entropy": loss_on_gpu} if "chunk_linear_cross_entropy" in gencode else {}
     with (
-        mock.patch.object(attention, "_sdpa", _sdpa_on_gpu),
+        mock.patch.object(attention, "sdpa", _sdpa_on_gpu),
         mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: _FusedRmsNorm.apply(x, weight)),
         mock.patch.dict(gencode, loss),
     ):
         yield
 
 
-def _sdpa_on_gpu(query, key, value, scale, dropout, is_causal=False, attn_mask=None):
+def _sdpa_on_gpu(query, key, value, scale, dropout, implementation="sdpa", is_causal=False, attn_mask=None):
     """FlashAttention-2 as torch has it; with a mask, the memory-efficient kernel, which wants a key for each query."""
     if attn_mask is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention.default

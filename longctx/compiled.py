@@ -29,6 +29,7 @@ class GeneratedModule:
     parameters: dict[str, list[int]]  # every weight's whole shape
     forward_flops: float  # of one row, attention counted whole
     forward_flops_causal: float  # of one row, attention counted by half
+    fused_attention: list[list[list[int]]]  # shapes of query, key, value of one rank's fused attentions, each once
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ What the options are is declared in job.py.
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
+
 from longctx import torchrun
 from longctx.atomic import why_not_writable
 from longctx.command_line import Cause, naming_options, parse, value_as_text
@@ -36,6 +38,7 @@ from longctx.errors import (
 )
 from longctx.huggingface.build import load_config
 from longctx.job import Job, Options
+from longctx.kernels.fused import KERNELS, why_not
 
 DESCRIPTION = "Trains a causal language model at long context: compiles a plan for it, then runs the generated code."
 
@@ -154,6 +157,22 @@ def check_rehearsal(job: Job) -> None:
         )
 
 
+def check_attention(job: Job) -> None:
+    """Raises a KernelError for a kernel that is not there, and a UserError for one that is not deterministic."""
+    name = job.attn_implementation
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if reason := why_not(name, job.dtype, None if job.run_mode == "compile" else device):
+        raise KernelError(reason)
+    if job.deterministic and name in KERNELS and not KERNELS[name].deterministic:
+        others = ", ".join(other for other, kernel in KERNELS.items() if kernel.deterministic)
+        raise UserError(
+            f"--deterministic: the backward of --attn_implementation {name} gives other bits each time; leave one of "
+            f"them out, or choose auto or one of {others}"
+        )
+    if job.deterministic and job.engine == NNSCALER:
+        raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
+
+
 def check_vocabulary(job: Job) -> None:
     """Raises a UserError if the tokenizer that made the rows has more entries than the model."""
     config = load_config(job.model_id)
@@ -180,6 +199,7 @@ CHECKS = (
     check_name,
     check_engine_options,
     check_rehearsal,
+    check_attention,
     nnscaler.check_policy,
     nnscaler.check_torchrun,
     check_vocabulary,

@@ -5,8 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.errors import KernelError
-from longctx.huggingface.attention import register_attention
 from longctx.kernels import attention as attention_module
 from longctx.kernels.attention import attention
 from longctx.kernels.rms_norm import rms_norm
@@ -60,8 +58,3 @@ def test_rms_norm_computes_its_formula(leading, d, offset):
     x, weight = torch.randn(*leading, d), torch.randn(d)
     expected = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5, offset).double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_forcing_flash_attention_says_what_is_missing():
-    with pytest.raises(KernelError, match="the package flash-attn is not installed; install it .* or choose sdpa"):
-        register_attention("flash_attention_2")

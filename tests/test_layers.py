@@ -26,7 +26,14 @@ MAY_IMPORT = {
         "longctx.compiler.work",
         "longctx.errors",
     ),
-    "kernels": ("longctx.compiler.ops", "longctx.compiler.ir", "longctx.compiler.work", "chunk_linear_cross_entropy"),
+    "kernels": (
+        "longctx.kernels",
+        "longctx.compiler.ops",
+        "longctx.compiler.ir",
+        "longctx.compiler.work",
+        "longctx.errors",
+        "chunk_linear_cross_entropy",
+    ),
     "huggingface": (
         "longctx.huggingface",
         "longctx.kernels",

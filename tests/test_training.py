@@ -97,8 +97,8 @@ def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uni
 
 @pytest.fixture(scope="module")
 def partitioned(job) -> dict[int, dict]:
-    """The same run, each row computed by both ranks together."""
-    run(command(job, 2, "partitioned", plan_ngpus=2))
+    """The same run, each row computed by both ranks together, with deterministic operators alone."""
+    run(command(job, 2, "partitioned", "--deterministic", plan_ngpus=2))
     return read_steps(job, 2, "partitioned")
 
 
@@ -118,10 +118,11 @@ def family_of(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("plan_ngpus", [1, 2])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partitioned, plan_ngpus):
-    expected = {1: uninterrupted, 2: partitioned}[plan_ngpus]
+    expected, options = {1: (uninterrupted, []), 2: (partitioned, ["--deterministic"])}[plan_ngpus]
     name = f"killed{plan_ngpus}"
+    start = command(job, 2, name, *options, plan_ngpus=plan_ngpus)
     process = subprocess.Popen(
-        command(job, 2, name, plan_ngpus=plan_ngpus),
+        start,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -135,7 +136,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partition
     before = read_steps(job, 2, name)
     assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"
 
-    result = run(command(job, 2, name, plan_ngpus=plan_ngpus))
+    result = run(start)
     assert "after step 4" in result.stdout
     after = read_steps(job, 2, name)
     for step in range(1, STEPS + 1):

@@ -3,15 +3,21 @@
 import functools
 from pathlib import Path
 
-from longctx import compiled
+import torch
+import torch.distributed as dist
+
+from longctx import compiled, torchrun
 from longctx.compiler import hardware
 from longctx.data.rows import Rows, open_dataset
 from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled, plan_inputs
 from longctx.engines.checkpoints import FORMATS
+from longctx.errors import KernelError
 from longctx.huggingface.build import load_config
 from longctx.huggingface.weights import check_weights, find_weights, random_weights, save_hf_files
 from longctx.job import Job
+from longctx.kernels import choice, fused
 from longctx.runtime import parallel
+from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
 from longctx.runtime.trainer import announce, check_checkpoint_places, train
@@ -37,7 +43,10 @@ def run(job: Job) -> tuple[int, int]:
         check_same_model(resume, plan.parameters)
     elif weights:
         check_weights(weights, plan.parameters)
+    if job.deterministic:
+        be_deterministic()
     with parallel.process_group() as device:
+        choose_attention(job, plan.fused_attention, device)
         model = build_on_rank(job, folder, plan, device)
         if weights is not None:
             parallel.load_safetensors(model, weights)
@@ -46,6 +55,30 @@ def run(job: Job) -> tuple[int, int]:
         flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, hardware.peak_rate_here(job.dtype))
         announce(job, len(rows), resume)
         return train(model, rows, job, flops, resume, functools.partial(save_hf_files, job.model_id, config))
+
+
+def choose_attention(job: Job, shapes: list[list[list[int]]], device: torch.device) -> None:
+    """Tries the fused attention kernels that are there, before there is a model; rank 0 says what was taken.
+
+    Rank 0 decides for all: kernels differ in the last bits, and ranks of one plan are to round alike.
+
+    Raises:
+        KernelError: none takes the plan's shapes.
+    """
+    if not shapes or device.type != "cuda" or job.dtype not in fused.HALF:
+        return
+    names = choice.candidates(job.attn_implementation, job.deterministic)
+    if not names:
+        return
+    found = [choice.choose(names, shapes, job.dtype) if torchrun.rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    (chosen,) = found
+    assert chosen is not None, "rank 0 has chosen"
+    if chosen.kernel is None and job.attn_implementation != "auto":
+        raise KernelError(f"{chosen.findings}; choose auto")
+    fused.set_auto(chosen.kernel or "sdpa")
+    if torchrun.rank() == 0:
+        print(f"attention: {chosen.findings if chosen.kernel else f'sdpa, since {chosen.findings}'}", flush=True)
 
 
 def build_on_rank(job: Job, folder: Path, plan: compiled.GeneratedModule, device) -> parallel.ParallelModel:
