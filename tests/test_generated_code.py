@@ -54,7 +54,8 @@ def compile_folder(model_id: Path, compiled_dir: Path, *more: str) -> Path:
 def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
     """The generated module has the reference's loss and gradients on one row."""
     module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    parallel.give_memory(module, torch.device("cpu"))
+    module.load_state_dict(dict(reference.named_parameters()))
     tokens, labels = random_rows(1, length, 256)
 
     loss, expected = module(tokens, labels), reference_loss(reference, tokens, labels)
@@ -166,7 +167,8 @@ def test_layers_that_alternate_have_a_class_each(tmp_path):
 def gradients_after(compiled: Path, reference, seed: int) -> dict[str, torch.Tensor]:
     """Every gradient of the generated module on one row, whatever it draws at random drawn from `seed`."""
     module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    parallel.give_memory(module, torch.device("cpu"))
+    module.load_state_dict(dict(reference.named_parameters()))
     torch.manual_seed(seed)
     module(*random_rows(1, LENGTH, 256)).backward()
     return gradients_of(module)

@@ -116,8 +116,16 @@ def parallelize(
     # 2. FSDP2 (ZeRO-3, arXiv:1910.02054) over all ranks: what the plan doesn't shard, it does.
     shard_with_fsdp(module, layers_path, compute_dtype, device, plan_sharded)
     # 3. Memory, only now: each rank allocates only its shards, and no rank ever holds the whole model.
-    module.to_empty(device=device)
+    give_memory(module, device)
     return ParallelModel(module, mesh, plan_sharded)
+
+
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Moves a module to the device. Its parameters are on meta and get memory without values; buffers keep their values."""
+    buffers = dict(module.named_buffers())
+    module.to_empty(device=device)
+    for name, buffer in buffers.items():
+        module.get_buffer(name).copy_(buffer)
 
 
 def make_mesh(device: torch.device, plan_size: int) -> DeviceMesh:
