@@ -52,6 +52,10 @@ class Predicted:
     time: dict[str, float]  # seconds, by what takes them
     memory: dict[str, float | str]  # bytes at the peak, by kind; and 'moment', when that is
 
+    @property
+    def peak_bytes(self) -> float:
+        return sum(size for size in self.memory.values() if not isinstance(size, str))
+
 
 @dataclass(frozen=True)
 class PlanFile:

@@ -6,7 +6,7 @@ What the options are is declared in job.py.
 from collections.abc import Mapping
 from pathlib import Path
 
-from longctx import torchrun
+from longctx import devices, torchrun
 from longctx.atomic import why_not_writable
 from longctx.command_line import Cause, naming_options, parse, value_as_text
 from longctx.data import rows
@@ -19,6 +19,7 @@ from longctx.errors import (
     CompiledError,
     CompiledFolderError,
     DecisionsError,
+    DeviceError,
     DoesNotFit,
     EngineError,
     HardwareError,
@@ -28,6 +29,7 @@ from longctx.errors import (
     ModelError,
     NoWeights,
     OtherEngine,
+    OutOfMemory,
     PlanSizeError,
     RowsError,
     TrainingError,
@@ -59,17 +61,30 @@ def complete(options: Options) -> Job:
     Raises:
         UserError: no value would do.
     """
-    engine, reason = nnscaler.choose_engine(options.engine)
+    device = choose_device(options)
+    engine, reason = nnscaler.choose_engine(options.engine, device)
+    if engine == NNSCALER and options.device == "cpu":
+        raise UserError("--device cpu: the nnscaler engine works on GPUs only; choose --engine torch")
     runtime_ngpus = choose_runtime_ngpus(options)
     length = choose_sequence_length(options)
     chosen = {
         "engine": engine,
         "engine_reason": reason,
         "runtime_ngpus": runtime_ngpus,
+        "device": device,
         "sequence_length": length,
         "name": options.name or f"{Path(options.model_id).name}-{length}-{options.plan_ngpus}of{runtime_ngpus}",
     }
     return Job(**{**vars(options), **chosen})
+
+
+def choose_device(options: Options) -> str:
+    """'cpu' or 'cuda'. To compile takes no device.
+
+    Raises:
+        DeviceError: there is no GPU, and one is asked for.
+    """
+    return devices.choose("auto" if options.run_mode == "compile" else options.device)
 
 
 def choose_runtime_ngpus(options: Options) -> int:
@@ -173,12 +188,17 @@ CAUSES: Mapping[type[UserError], Cause] = {
     ModelError: Cause("model_id"),
     NoWeights: Cause("model_id", "pass --random_init to start without"),
     RowsError: Cause("dataset_path"),
+    DeviceError: Cause("device"),
     KernelError: Cause("attn_implementation"),
     HardwareError: Cause("hardware"),
     PlanSizeError: Cause("plan_ngpus"),
     DoesNotFit: Cause(
         "gpu_mem_constraint",
         "raise it by {error.missing_gb:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
+    ),
+    OutOfMemory: Cause(
+        "gpu_mem_constraint",
+        "lower it, for a plan that keeps less, or take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
     ),
     DecisionsError: Cause("plan"),
     LayerNameError: Cause("recompute_modules"),
