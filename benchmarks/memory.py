@@ -33,6 +33,7 @@ from transformers import AutoConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
+from chunk_linear_cross_entropy import CHUNK_SIZE
 from longctx.compiled import PlanFile, read_plan_file
 from longctx.compiler import codegen, memory
 from longctx.compiler.ir import Graph
@@ -273,23 +274,23 @@ class _FusedRmsNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def loss_on_gpu(hidden_states, weight, labels, padding_idx=-100, chunk_size=1024, logit_softcap=0.0):
+def loss_on_gpu(hidden_states, weight, labels, padding_idx=-100, chunk_size=CHUNK_SIZE, logit_softcap=0.0):
     return _Loss.apply(hidden_states, weight, labels, chunk_size)
 
 
 class _Loss(torch.autograd.Function):
-    """Allocates what chunk_linear_cross_entropy does with its Triton kernel, every token counting."""
+    """Allocates what chunk_linear_cross_entropy does with its Triton kernel."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, chunk_size):
-        rows = torch.empty_like(labels)
+        checked, counts = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
         grad_hidden = torch.empty_like(hidden_states)
         grad_weight = torch.empty_like(weight, dtype=torch.float32)
         n_rows = -(-labels.numel() // -(-labels.numel() // chunk_size))
         logits = hidden_states.new_empty(n_rows, -(-weight.shape[0] // 16) * 16, dtype=torch.float32)
-        grad_chunk = hidden_states.new_empty(n_rows, weight.shape[1], dtype=torch.float32)
+        grad_chunk = hidden_states.new_empty(n_rows, weight.shape[1])
         del logits, grad_chunk
-        ctx.save_for_backward(hidden_states, weight, labels, rows, grad_hidden, grad_weight)
+        ctx.save_for_backward(hidden_states, weight, checked, counts, grad_hidden, grad_weight)
         return hidden_states.new_empty(labels.shape, dtype=torch.float32)
 
     @staticmethod

@@ -58,6 +58,10 @@ class Predicted:
         default_factory=dict
     )  # seconds of computing, by the parts that a rehearsal measures
 
+    @property
+    def peak_bytes(self) -> float:
+        return sum(size for size in self.memory.values() if not isinstance(size, str))
+
 
 @dataclass(frozen=True)
 class PlanFile:

@@ -32,6 +32,10 @@ class Options:
         None, "all GPUs, a multiple of plan_ngpus (default: the processes there are)", at_least=1
     )
 
+    device: str = option(
+        "auto", "what ranks compute on; auto: GPUs, where there are any", choices=("auto", "cpu", "cuda")
+    )
+
     # Where things go.
     name: str | None = option(None, "of the compiled folder and the logs (default: made of model, length and ranks)")
     compiled_dir: Path = option(Path("compiled"), "where compiled folders go")
@@ -88,6 +92,7 @@ class Job(Options):
 
     sequence_length: int = field()
     runtime_ngpus: int = field()
+    device: str = "cpu"  # or "cuda"
     name: str = field()
     engine_reason: str = ""  # why it is this engine
 

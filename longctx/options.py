@@ -6,9 +6,7 @@ What the options are is declared in job.py.
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
-
-from longctx import torchrun
+from longctx import devices, torchrun
 from longctx.atomic import why_not_writable
 from longctx.command_line import Cause, naming_options, parse, value_as_text
 from longctx.data import rows
@@ -21,6 +19,7 @@ from longctx.errors import (
     CompiledError,
     CompiledFolderError,
     DecisionsError,
+    DeviceError,
     DoesNotFit,
     EngineError,
     HardwareError,
@@ -30,6 +29,7 @@ from longctx.errors import (
     ModelError,
     NoWeights,
     OtherEngine,
+    OutOfMemory,
     PlanSizeError,
     RehearsalError,
     RowsError,
@@ -63,17 +63,30 @@ def complete(options: Options) -> Job:
     Raises:
         UserError: no value would do.
     """
-    engine, reason = nnscaler.choose_engine(options.engine)
+    device = choose_device(options)
+    engine, reason = nnscaler.choose_engine(options.engine, device)
+    if engine == NNSCALER and options.device == "cpu":
+        raise UserError("--device cpu: the nnscaler engine works on GPUs only; choose --engine torch")
     runtime_ngpus = choose_runtime_ngpus(options)
     length = choose_sequence_length(options)
     chosen = {
         "engine": engine,
         "engine_reason": reason,
         "runtime_ngpus": runtime_ngpus,
+        "device": device,
         "sequence_length": length,
         "name": options.name or f"{Path(options.model_id).name}-{length}-{options.plan_ngpus}of{runtime_ngpus}",
     }
     return Job(**{**vars(options), **chosen})
+
+
+def choose_device(options: Options) -> str:
+    """'cpu' or 'cuda'. To compile takes no device.
+
+    Raises:
+        DeviceError: there is no GPU, and one is asked for.
+    """
+    return devices.choose("auto" if options.run_mode == "compile" else options.device)
 
 
 def choose_runtime_ngpus(options: Options) -> int:
@@ -160,8 +173,9 @@ def check_rehearsal(job: Job) -> None:
 def check_attention(job: Job) -> None:
     """Raises a KernelError for a kernel that is not there, and a UserError for one that is not deterministic."""
     name = job.attn_implementation
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    if reason := why_not(name, job.dtype, None if job.run_mode == "compile" else device):
+    # Which GPU it is, is asked when this rank has taken its own: to ask before would start CUDA on another one.
+    runs_on_cpu = job.run_mode != "compile" and job.device == "cpu"
+    if reason := why_not(name, job.dtype, "cpu" if runs_on_cpu else None):
         raise KernelError(reason)
     if job.deterministic and name in KERNELS and not KERNELS[name].deterministic:
         others = ", ".join(other for other, kernel in KERNELS.items() if kernel.deterministic)
@@ -214,12 +228,17 @@ CAUSES: Mapping[type[UserError], Cause] = {
     ModelError: Cause("model_id"),
     NoWeights: Cause("model_id", "pass --random_init to start without"),
     RowsError: Cause("dataset_path"),
+    DeviceError: Cause("device"),
     KernelError: Cause("attn_implementation"),
     HardwareError: Cause("hardware"),
     PlanSizeError: Cause("plan_ngpus"),
     DoesNotFit: Cause(
         "gpu_mem_constraint",
         "raise it by {error.missing_gb:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
+    ),
+    OutOfMemory: Cause(
+        "gpu_mem_constraint",
+        "lower it, for a plan that keeps less, or take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
     ),
     DecisionsError: Cause("plan"),
     RehearsalError: Cause("rehearse_layers", "leave the option out"),

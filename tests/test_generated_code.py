@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from ranks import run_ranks
 import train
 from longctx.compiled import read_plan_file
 from longctx.compiler import codegen, hardware, memory, planner
+from longctx.compiler.ir import Tensor
 from longctx.compiler.localize import localize
 from longctx.compiler.ops import legal_partitions, register_op, spec_of
 from longctx.compiler.placement import Shard
@@ -54,7 +56,8 @@ def compile_folder(model_id: Path, compiled_dir: Path, *more: str) -> Path:
 def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
     """The generated module has the reference's loss and gradients on one row."""
     module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    parallel.give_memory(module, torch.device("cpu"))
+    module.load_state_dict(dict(reference.named_parameters()))
     tokens, labels = random_rows(1, length, 256)
 
     loss, expected = module(tokens, labels), reference_loss(reference, tokens, labels)
@@ -163,10 +166,29 @@ def test_layers_that_alternate_have_a_class_each(tmp_path):
     assert "window=16" not in text.split("class Gemma2DecoderLayer1")[1].split("class ")[0]
 
 
+def test_constants_are_buffers_that_move_with_the_module_and_that_checkpoints_do_not_have(tmp_path):
+    compiled, _ = compile_small(tmp_path, "llama")
+    text = (compiled / "gencode.py").read_text()
+    assert "self.inv_freq = nn.Buffer(INV_FREQ, persistent=False)" in text and "INV_FREQ.to" not in text
+    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
+    before = module.inv_freq.clone()
+    parallel.give_memory(module, torch.device("cpu"))
+    assert torch.equal(module.inv_freq, before) and before.device.type == "cpu"
+    assert set(module.state_dict()) == {name for name, _ in module.named_parameters()}
+
+
+def test_a_buffer_takes_no_name_that_a_part_of_the_model_has():
+    constant = Tensor("inv_freq", (2,), torch.float32, False)
+    parts = {"inv_freq.weight": Tensor("weight", (2,), torch.float32, True)}
+    graph = SimpleNamespace(constants={constant: torch.ones(2)}, parameters=parts, kinds=[], layers_path="")
+    assert codegen._name_constants(graph)[constant][0] == "INV_FREQ_1"
+
+
 def gradients_after(compiled: Path, reference, seed: int) -> dict[str, torch.Tensor]:
     """Every gradient of the generated module on one row, whatever it draws at random drawn from `seed`."""
     module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    parallel.give_memory(module, torch.device("cpu"))
+    module.load_state_dict(dict(reference.named_parameters()))
     torch.manual_seed(seed)
     module(*random_rows(1, LENGTH, 256)).backward()
     return gradients_of(module)

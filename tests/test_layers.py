@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "data": ("longctx.data", "longctx.errors"),
     "runtime": (
         "longctx.runtime",
+        "longctx.devices",
         "longctx.data",
         "longctx.job",
         "longctx.compiled",

@@ -231,7 +231,8 @@ class Prices:
         if op.target != LOSS:
             return self.at_work(op, partition)
         hidden, weight, labels = op.inputs[:3]
-        chunk = min(CHUNK_SIZE, prod(labels.shape)) * sum(weight.shape) * 4
+        n, d = weight.shape
+        chunk = min(CHUNK_SIZE, prod(labels.shape)) * (4 * n + d * hidden.dtype.itemsize)
         return self.at_work(op, partition) + self.bytes_of(hidden, partition.inputs[0]) + chunk + prod(weight.shape) * 4
 
     def layers(self, number: int, between: Between, partitions: Partitions) -> Callable[[PlanSharded, int, int], Cost]:

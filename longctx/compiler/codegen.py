@@ -82,18 +82,38 @@ def _selective_contexts(ops: Sequence[Op]) -> list[str]:
 
 
 def _name_constants(graph: Graph) -> dict[Tensor, tuple[str, torch.Tensor]]:
-    """A module-level name and the value of every constant tensor. Constants of equal value share a name."""
+    """A module-level name and the value of every constant tensor. Constants of equal value share a name.
+
+    The buffers that hold them take no name that a submodule or a parameter has.
+    """
+    reserved = {path.split(".")[0] for owner in (graph, *graph.kinds) for path in owner.parameters}
+    reserved |= {graph.layers_path.split(".")[0]}
     named: dict[Tensor, tuple[str, torch.Tensor]] = {}
     for tensors in (graph.constants, *(kind.constants for kind in graph.kinds)):
         for tensor, value in tensors.items():
             name = tensor.name.upper()
             taken = dict(named.values())
             number = 0
-            while name in taken and not (taken[name].shape == value.shape and torch.equal(taken[name], value)):
+            while _buffer(name) in reserved or name in taken and not _are_equal(taken[name], value):
                 number += 1
                 name = f"{tensor.name.upper()}_{number}"
             named[tensor] = (name, value)
     return dict(sorted(named.items(), key=lambda item: item[1][0]))
+
+
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _buffer(name: str) -> str:
+    """The buffer that holds a constant in a module. Buffers follow the module to its device, once and for all."""
+    return name.lower()
+
+
+def _buffers(owner: Graph | LayerKind, constants: dict[Tensor, tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """The expressions that make the buffers of a class. Checkpoints don't have them, since the code does."""
+    names = dict.fromkeys(constants[tensor][0] for tensor in owner.constants)
+    return {_buffer(name): f"nn.Buffer({name}, persistent=False)" for name in names}
 
 
 def _constant(name: str, value: torch.Tensor) -> str:
@@ -142,7 +162,7 @@ class _Body:
         if tensor in self.parameters:
             return Expression(self.parameters[tensor])
         if tensor in self.constants:
-            return Expression(f"{self.constants[tensor][0]}.to({self.device})")
+            return Expression(f"self.{_buffer(self.constants[tensor][0])}")
         return Expression(self.names[tensor])
 
     def reads(self, item: Op | LayerCall) -> Iterable[Tensor]:
@@ -302,7 +322,12 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
         lines += _write_op(op, index, body)
     which = _ranges([call.index for call in graph.layer_calls if call.kind == number])
     return _class(
-        kind.class_name, f"{graph.layers_path}: {which}.", _parameter_tree(kind), kind.inputs, arguments, lines
+        kind.class_name,
+        f"{graph.layers_path}: {which}.",
+        _parameter_tree(kind) | _buffers(kind, constants),
+        kind.inputs,
+        arguments,
+        lines,
     )
 
 
@@ -328,6 +353,7 @@ def _root_class(graph: Graph, plan: Plan, constants: dict) -> tuple[str, dict[Te
     if graph.kinds:
         *path, name = graph.layers_path.split(".")
         reduce(lambda node, part: node.setdefault(part, {}), path, tree)[name] = _module_list(graph)
+    tree |= _buffers(graph, constants)
     says = "The model with its loss, summed over tokens."
     return _class(graph.class_name, says, tree, graph.inputs, arguments, lines), body.names
 
@@ -389,7 +415,7 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
 
 
 def _class(name: str, says: str, tree: dict, inputs: Sequence[Tensor], arguments: list[str], lines: list[str]) -> str:
-    """The class of a module, with the parameters in `tree` and a forward that consists of `lines`."""
+    """The class of a module, with the parameters and buffers in `tree` and a forward that consists of `lines`."""
     assignments = "\n".join(f"self.{part} = {_parameters(value)}" for part, value in tree.items())
     shapes = ", ".join(f"{argument} {list(t.shape)}" for argument, t in zip(arguments, inputs, strict=True))
     forward = "\n".join([f"# {shapes}", *lines])

@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
-from longctx import compiled
+from longctx import compiled, devices
 from longctx.atomic import whole_file
 from longctx.compiler import hardware
 from longctx.engines.builtin.cache import ensure_compiled
+from longctx.engines.builtin.run import choose_attention, saying_what_was_predicted
 from longctx.errors import RehearsalError
 from longctx.flops import step_flops
 from longctx.huggingface.build import load_config
 from longctx.job import Job
 from longctx.runtime import parallel
+from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.rehearsal import Measured, keep_layers, measure_step, random_row, random_values
 from longctx.runtime.stand_in import stand_in_group
 
@@ -30,13 +32,16 @@ GB = 1e9
 
 def rehearse(job: Job) -> None:
     """Runs rank `rehearse_rank` of the job's plan; writes rehearsal.json and rehearsal.md into its compiled folder."""
+    device = devices.take(job.device)
     config = load_config(job.model_id)
     folder = ensure_compiled(job)
     plan = compiled.read_plan_file(folder)
     check_layers(job, plan)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     print(f"rehearse: rank {job.rehearse_rank} of {job.runtime_ngpus}, alone on {device_name(device)}", flush=True)
-    with stand_in_group(job.rehearse_rank, job.runtime_ngpus):
+    if job.deterministic:
+        be_deterministic()
+    with stand_in_group(job.rehearse_rank, job.runtime_ngpus), saying_what_was_predicted(plan.predicted):
+        choose_attention(job, plan.module.fused_attention, device)
         module = parallel.load_generated(folder, plan.module.class_name)
         layers = keep_layers(module, plan, job.rehearse_layers)
         here = {name: dim for name, dim in plan.module.plan_sharded.items() if name in dict(module.named_parameters())}
