@@ -1,5 +1,6 @@
 """The generated code computes what the Hugging Face model computes."""
 
+import ast
 import os
 from pathlib import Path
 
@@ -22,10 +23,12 @@ from ranks import run_ranks
 import train
 from longctx.compiled import read_plan_file
 from longctx.compiler import codegen, hardware, memory, planner
+from longctx.compiler.ir import Statement
 from longctx.compiler.localize import localize
 from longctx.compiler.ops import legal_partitions, register_op, spec_of
 from longctx.compiler.placement import Shard
 from longctx.compiler.plan import Fixed, Setting
+from longctx.compiler.statements import statement_of
 from longctx.compiler.trace import trace
 from longctx.engines.builtin import cache
 from longctx.errors import UserError
@@ -71,6 +74,27 @@ def test_loss_and_every_gradient_equal_hugging_faces(family, tmp_path):
     tied = list(FAMILIES).index(family) % 2 == 1
     compiled, reference = compile_small(tmp_path, family, tie_word_embeddings=tied)
     assert_equal_to(reference, compiled)
+
+
+def test_statements_of_the_model_are_found_in_a_folder_that_is_named_torch(tmp_path):
+    source = tmp_path / "torch" / "site-packages" / "transformers" / "model.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("def forward(x):\n    doubled = torch.relu(\n        x + x)\n")
+    pytorch = Path(torch.__file__).parent / "nn" / "functional.py"
+    frames = [(Path(train.__file__).parent / "longctx" / "huggingface" / "build.py", 36), (source, 3), (pytorch, 1)]
+    found = statement_of("".join(f'  File "{file}", line {line}, in forward\n' for file, line in frames))
+    assert found == Statement((str(source), 2), ("doubled",))
+
+
+def test_without_ruff_the_code_is_valid_and_compile_says_that_its_lines_are_long(tmp_path, monkeypatch, capsys):
+    formatted, reference = compile_small(tmp_path / "formatted", "gemma2")
+    assert ("ruff is not installed" in capsys.readouterr().out) == (not codegen.has_formatter())
+    monkeypatch.setattr(codegen, "has_formatter", lambda: False)
+    compiled, _ = compile_small(tmp_path / "as_written", "gemma2")
+    assert capsys.readouterr().out.endswith("compile: ruff is not installed, so gencode.py has long lines\n")
+    assert_equal_to(reference, compiled)
+    code = [ast.dump(ast.parse((folder / "gencode.py").read_text())) for folder in (compiled, formatted)]
+    assert code[0] == code[1]
 
 
 @pytest.mark.parametrize("length", [24, 48])  # within the 32 positions of pretraining, and beyond
