@@ -1,7 +1,9 @@
 """The generated code computes what the Hugging Face model computes."""
 
 import ast
+import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -38,6 +40,7 @@ from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime import parallel
 
 LENGTH = 48
+SIX_FAMILIES = ["llama", "qwen3", "phi3", "gemma2", "gpt_neox", "opt"]
 
 
 def compile_small(folder: Path, family: str, **changes) -> tuple[Path, object]:
@@ -54,11 +57,19 @@ def compile_folder(model_id: Path, compiled_dir: Path, *more: str) -> Path:
     return compiled_dir / model_id.name
 
 
+def load_module(compiled: Path, reference) -> torch.nn.Module:
+    """The generated module with the reference's weights, of its dtype and on its device."""
+    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(reference.dtype)
+    module.to_empty(device=reference.device).load_state_dict(dict(reference.named_parameters()))
+    return module
+
+
 def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
     """The generated module has the reference's loss and gradients on one row."""
-    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
-    tokens, labels = random_rows(1, length, 256)
+    module = load_module(compiled, reference)
+    tokens, labels = (x.to(reference.device) for x in random_rows(1, length, 256))
 
     loss, expected = module(tokens, labels), reference_loss(reference, tokens, labels)
     loss.backward()
@@ -69,11 +80,41 @@ def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
     assert error < 1e-4, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_every_gradient_equal_hugging_faces(family, tmp_path):
+def on_each_device(on_cpu: Iterable[str], on_gpu: Iterable[str]) -> pytest.MarkDecorator:
+    """Runs a test with some families on the CPU, and with some on a GPU where there is one."""
+    gpu = [pytest.param(family, "cuda", marks=pytest.mark.gpu) for family in on_gpu]
+    return pytest.mark.parametrize(("family", "device"), [*((f, "cpu") for f in on_cpu), *gpu], indirect=["device"])
+
+
+@on_each_device(FAMILIES, SIX_FAMILIES)
+def test_loss_and_every_gradient_equal_hugging_faces(family, device, tmp_path):
     tied = list(FAMILIES).index(family) % 2 == 1
     compiled, reference = compile_small(tmp_path, family, tie_word_embeddings=tied)
-    assert_equal_to(reference, compiled)
+    assert_equal_to(reference.to(device), compiled)
+
+
+def gradients_of_loss(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """All gradients of a loss as one vector in float64, in the order of the parameters' names."""
+    parameters = [parameter for _, parameter in sorted(model.named_parameters())]
+    return torch.cat([gradient.flatten().double() for gradient in torch.autograd.grad(loss, parameters)])
+
+
+@on_each_device(["llama", "gemma2"], SIX_FAMILIES)
+def test_in_bfloat16_loss_and_gradients_are_about_as_far_from_float32_as_hugging_faces(family, device, tmp_path):
+    exact = reference_model(small_config(family)).bfloat16().float()  # weights that bfloat16 has
+    exact.save_pretrained(tmp_path / family)
+    compiled = compile_folder(tmp_path / family, tmp_path / "compiled", "--precision", "bf16")
+    exact.to(device)
+    rounded = copy.deepcopy(exact).bfloat16()
+    module = load_module(compiled, rounded)
+    tokens, labels = (x.to(device) for x in random_rows(1, LENGTH, 256))
+
+    losses = [module(tokens, labels), *(reference_loss(model, tokens, labels) for model in (rounded, exact))]
+    ours, theirs, expected = (gradients_of_loss(x, m) for x, m in zip(losses, (module, rounded, exact), strict=True))
+
+    assert abs(losses[0] - losses[2]) < 0.01 * losses[2]
+    # Hugging Face's own ways to compute attention differ by chance from each other by a factor of up to 1.6.
+    assert (ours - expected).norm() < 2 * (theirs - expected).norm()
 
 
 def test_statements_of_the_model_are_found_in_a_folder_that_is_named_torch(tmp_path):
@@ -149,7 +190,7 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
             parallel.load_safetensors(sharded, find_weights(model_id, small_config(family)))
             tokens, labels = random_rows(n_ranks, LENGTH, 256)
             mine = slice(dist.get_rank(), dist.get_rank() + 1)
-            loss = module(tokens[mine], labels[mine])
+            loss = module(tokens[mine].to(device), labels[mine].to(device))
             loss.backward()
             loss = loss.detach()
             dist.all_reduce(loss)
@@ -158,16 +199,16 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
             expected = reference_loss(reference, tokens, labels)
             expected.backward()
             assert loss.item() == pytest.approx(expected.item(), rel=1e-6), family
-            gradients = {name: p.grad.full_tensor() for name, p in module.named_parameters()}
+            gradients = {name: p.grad.full_tensor().cpu() for name, p in module.named_parameters()}
             error, name = worst_gradient_error(gradients, gradients_of(reference))
             assert error < 1e-4, (family, name)
 
 
-def test_two_ranks_under_fsdp_sum_to_hugging_faces_gradients(tmp_path):
+def test_two_ranks_under_fsdp_sum_to_hugging_faces_gradients(device, tmp_path):
     families = ["llama", "gemma2", "phi3", "gpt_neox"]  # the last has its head by another name in files
     for family in families:
         compile_small(tmp_path / family, family)
-    run_ranks(2, _compare_on_ranks, tmp_path, families)
+    run_ranks(2, _compare_on_ranks, tmp_path, families, device=device.type)
 
 
 def test_equal_layers_share_one_class_however_many_there_are(tmp_path):
@@ -189,8 +230,7 @@ def test_layers_that_alternate_have_a_class_each(tmp_path):
 
 def gradients_after(compiled: Path, reference, seed: int) -> dict[str, torch.Tensor]:
     """Every gradient of the generated module on one row, whatever it draws at random drawn from `seed`."""
-    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    module = load_module(compiled, reference)
     torch.manual_seed(seed)
     module(*random_rows(1, LENGTH, 256)).backward()
     return gradients_of(module)
