@@ -122,7 +122,7 @@ def choose_sequence_length(options: Options) -> int:
         if options.sequence_length is None:
             raise UserError(f"--dataset_path: it is missing; give it, or --sequence_length, to {options.run_mode}")
         return options.sequence_length
-    length = len(rows.open_dataset(options.dataset_path)[0]["input_ids"])
+    length = len(rows.open_dataset(options.dataset_path)[0])
     if options.sequence_length not in (None, length):
         raise UserError(
             f"--sequence_length {options.sequence_length}: the rows of --dataset_path {options.dataset_path} have "

@@ -1,13 +1,14 @@
 """The chunked loss, by property, against torch.nn.functional.cross_entropy of the whole logits in float64.
 
-All but what concerns other processes runs on a GPU where there is one. The Triton kernel runs where Triton is, on a CPU
-under TRITON_INTERPRET=1.
+All but what concerns other processes runs on a GPU where there is one, and the tests of numbers on the CPU as well. The
+Triton kernel runs where Triton is, on a CPU under TRITON_INTERPRET=1.
 """
 
 import functools
 import inspect
 import math
 import os
+import sys
 import unittest.mock
 
 import hypothesis
@@ -35,6 +36,12 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(DEVICE == "cpu")
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_each_device(device, monkeypatch):
+    """The test makes its tensors on the CPU, and once more on a GPU where there is one."""
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", device.type)
 
 
 def make_inputs(b, l, d, n, dtype=torch.float32, seed=0, scale=1.0):
@@ -114,6 +121,7 @@ def test_losses_and_gradients_are_those_of_float64_whether_or_not_ignored_tokens
         check_against_float64(*problem)
 
 
+@pytest.mark.usefixtures("on_each_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
@@ -163,6 +171,7 @@ def pytorchs_chunked(hidden, weight, labels, chunk_size):
     return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
 
 
+@pytest.mark.usefixtures("on_each_device")
 @pytest.mark.parametrize("scale", [0.05, 0.3])
 def test_bfloat16_losses_are_no_further_from_float64_than_those_of_the_peers(scale):
     hidden, weight, labels = make_inputs(1, 256, 128, 8192, torch.bfloat16, scale=scale)
@@ -183,6 +192,7 @@ def test_bfloat16_losses_are_no_further_from_float64_than_those_of_the_peers(sca
         assert all(a <= 1.02 * b for a, b in zip(ours, theirs, strict=True)), (peer.__name__, ours, theirs)
 
 
+@pytest.mark.usefixtures("on_each_device")
 def test_float32_sums_over_a_large_vocabulary_are_rounded_once():
     hidden, weight, labels = make_inputs(1, 64, 32, 100_000, scale=0.5)
     expected, hidden64, weight64 = float64_losses(hidden, weight, labels)
@@ -193,6 +203,7 @@ def test_float32_sums_over_a_large_vocabulary_are_rounded_once():
     assert relative_error(weight.grad, weight64.grad) < 8 * EPS[torch.float32]
 
 
+@pytest.mark.usefixtures("on_each_device")
 def test_the_weight_gradient_is_summed_in_float32():
     # Each of 1,024 tokens adds to the gradient less than half of what bfloat16 can tell from it in the end.
     hidden = torch.ones(1, 1024, 1, dtype=torch.bfloat16, device=DEVICE)
@@ -228,6 +239,7 @@ def test_an_offset_that_all_logits_share_costs_no_digits():
     torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.usefixtures("on_each_device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_logits_of_any_size_do_not_overflow(dtype):
     hidden, weight, labels = make_inputs(1, 6, 64, 50, dtype, scale=1000.0)
@@ -510,6 +522,7 @@ def process_group():
     dist.destroy_process_group()
 
 
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("error:FSDP2-wrapped module.*returned a view")
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
 def test_gradients_of_a_weight_that_fsdp_gathers_and_frees_are_exact(process_group, reduction):
@@ -553,7 +566,7 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("on_each_device", "as_on_a_gpu")
 def test_losses_and_gradients_from_half_precision_operands_are_those_of_float64(dtype, logit_softcap):
     """A GPU's arithmetic: half-precision dx in the memory of float32 logits."""
     hidden, weight, labels = make_inputs(2, 5, 4, 30_000, dtype, scale=3.0)
@@ -576,7 +589,7 @@ def test_losses_and_gradients_from_half_precision_operands_are_those_of_float64(
 MULTIPLY = module._multiply
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("on_each_device", "as_on_a_gpu")
 def test_where_cublas_rounds_sums_to_bfloat16_errors_stay_within_its_rounding(monkeypatch):
     """As on a GPU with PyTorch 2.6 and 2.7: chunks' sums are rounded, but added in float32."""
     monkeypatch.setattr(module, "_multiply", MULTIPLY)
@@ -602,6 +615,7 @@ def test_losses_in_inference_mode_are_those_of_training():
     module.triton is None or not (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"),
     reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
 )
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("n", [1, 33, 4096, 9001])
@@ -639,6 +653,7 @@ def test_on_a_gpu_the_host_asks_the_device_for_no_value(monkeypatch, dtype):
 
 
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
+@pytest.mark.gpu
 def test_the_loss_of_a_sum_and_its_backward_do_not_wait_for_the_device():
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
     chunk_linear_cross_entropy(hidden, weight, labels).sum().backward()  # Triton compiles its kernel, and waits.

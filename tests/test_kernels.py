@@ -17,7 +17,7 @@ def formula(query, key, value, scale, window=0, softcap=0.0):
     scores = query @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    i = torch.arange(query.shape[2])
+    i = torch.arange(query.shape[2], device=query.device)
     distance = i[:, None] - i
     seen = (distance >= 0) & (distance < (window or len(i)))
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
@@ -49,6 +49,26 @@ def test_attention_computes_its_formula(b, heads, length, d, window, softcap, im
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (70, 0.0), (0, 5.0)])
+@pytest.mark.parametrize("implementation", ["auto", "sdpa", "eager"])
+def test_attention_computes_its_formula_in_every_precision(
+    implementation, window, softcap, dtype, tolerance, device, monkeypatch
+):
+    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 96)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 256, 64, generator=generator).to(device, dtype).requires_grad_() for heads in (4, 2, 2)
+    )
+    upstream = torch.randn(1, 256, 4, 64, generator=generator).to(device, dtype)
+    result = attention(query, key, value, 0.125, window, softcap, implementation=implementation)
+    expected = formula(query, key, value, 0.125, window, softcap)
+    found = [result, *torch.autograd.grad(result, (query, key, value), upstream)]
+    exact = [expected, *torch.autograd.grad(expected, (query, key, value), upstream.double())]
+    for name, ours, theirs in zip(("output", "query", "key", "value"), found, exact, strict=True):
+        assert (ours.double() - theirs).norm() < tolerance * theirs.norm(), name
 
 
 @settings(deadline=None, max_examples=30)

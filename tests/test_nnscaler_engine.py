@@ -14,10 +14,10 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from families import reference_model, small_config
+from saved_rows import save_rows
 from transformers import AutoModelForCausalLM
 
 import ckpt_merger
@@ -242,7 +242,7 @@ def job(tmp_path_factory) -> Path:
     rows = [torch.randint(0, 256, (ROWS, 1), generator=torch.Generator().manual_seed(1))]
     for _ in range(LENGTH - 1):
         rows.append((rows[-1] * 5 + 17) % 256)
-    datasets.Dataset.from_dict({"input_ids": torch.cat(rows, 1).int().numpy()}).save_to_disk(folder / "rows")
+    save_rows(folder / "rows", torch.cat(rows, 1))
     return folder
 
 

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from importlib.util import find_spec
 
 import numpy
 import torch
@@ -52,8 +53,15 @@ def generate(graph: Graph, plan: Plan, title: str) -> str:
     return format_code("\n\n".join(part.strip("\n") for part in parts) + "\n")
 
 
+def has_formatter() -> bool:
+    """Whether ruff is installed, which the generated code is formatted with."""
+    return find_spec("ruff") is not None
+
+
 def format_code(text: str) -> str:
-    """`text` as ruff formats it."""
+    """`text` as ruff formats it; unchanged, with long lines, where there is no ruff."""
+    if not has_formatter():
+        return text
     command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", str(LINE), "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
@@ -410,7 +418,7 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
     if given[0] != made[0]:
         lines.append(f"{made[0]} = {given[0]}")
     whole = len(run) == len(graph.layer_calls)
-    span = layers if whole else f"{layers}[{run[0].index} : {run[-1].index + 1}]"
+    span = layers if whole else f"{layers}[{run[0].index}:{run[-1].index + 1}]"
     return [*lines, f"for layer in {span}:", f"    {made[0]} = {call('layer', [made[0], *given[1:]])}", ""]
 
 

@@ -110,7 +110,13 @@ def build_model(
     route_rms_norms(model)
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
-    return CausalLMLoss(model).train()
+    wrapped = CausalLMLoss(model).train()
+    for module in model.modules():
+        if getattr(module, "layerdrop", None) == 0.0:
+            # OPT's decoder, in some versions, draws for every layer whether to leave it out even if it never does, and
+            # torch.export can't trace a branch on what is drawn. Dropout is the layers' own, which stay in train mode.
+            module.training = False
+    return wrapped
 
 
 @contextmanager

@@ -122,3 +122,5 @@ def say_what_was_compiled(job: Job, summary: list[str], tracing_seconds: float, 
         sep="\n",
         flush=True,
     )
+    if not codegen.has_formatter():
+        print(f"compile: ruff is not installed, so {compiled.CODE} has long lines", flush=True)
