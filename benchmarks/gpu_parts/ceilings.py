@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch.cuda.nccl as nccl
 
 from benchmarks.gpu_parts.measuring import (
     DEVICE,
@@ -50,8 +51,8 @@ def versions() -> str:
         except importlib.metadata.PackageNotFoundError:
             found.append(f"no {name}")
     if ON_GPU:
-        nccl = ".".join(map(str, torch.cuda.nccl.version()))
-        found.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {nccl}")
+        of_nccl = ".".join(map(str, nccl.version()))
+        found.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {of_nccl}")
     return ", ".join(found)
 
 

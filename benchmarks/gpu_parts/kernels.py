@@ -5,6 +5,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+import torch._functorch.config as functorch
 import torch.nn.functional as F
 
 from benchmarks.gpu_parts.attention import attention_measurements
@@ -51,7 +52,7 @@ def maybe_compiled(function: Callable, compiled: bool) -> Callable:
     """The function as it is, or under torch.compile; on a CPU without kernels of its own, which take long to build."""
     if not compiled:
         return function
-    torch._functorch.config.donated_buffer = False  # it would forbid a second backward of one forward
+    functorch.donated_buffer = False  # it would forbid a second backward of one forward
     return torch.compile(function, dynamic=False, backend="inductor" if ON_GPU else "aot_eager")
 
 

@@ -1,6 +1,7 @@
 """The loss of one rank against its peers, which are those of benchmarks/loss.py: time, memory, and errors."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -32,23 +33,21 @@ def all_at_once(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor
 
 def peer_rows(peer: benchmark.Peer, inputs: tuple[torch.Tensor, ...], size: Sizes) -> list[Row]:
     """Forward and backward. FLOPs are those of three products, so that the rates of all peers compare."""
+    hidden, weight, labels = inputs
+
+    def both() -> None:
+        hidden.grad = weight.grad = None
+        peer.loss(hidden, weight, labels).backward()
+
     try:
         benchmark.measure_peak_and_errors(peer, *inputs)
         flops = 3 * 2 * size.tokens * size.hidden * size.vocab
-        both = partial(benchmark.run, peer, *inputs)
-        loss, hidden, weight = peer.errors
-        return [
-            timed_row(
-                f"loss, {peer.name}",
-                both,
-                flops,
-                peak_gb=peer.peak_bytes / 1e9,
-                note=f"errors against float64: loss {loss:.1e}, dhidden {hidden:.1e}, dweight {weight:.1e}",
-                detail=kernel_table(both, 14),
-            )
-        ]
+        row = timed_row(f"loss, {peer.name}", both, flops, detail=kernel_table(both, 14))
     except torch.OutOfMemoryError as error:
         raise LeftOut("it does not fit in this GPU's memory") from error
+    of_loss, of_hidden, of_weight = peer.errors
+    note = f"errors against float64: loss {of_loss:.1e}, dhidden {of_hidden:.1e}, dweight {of_weight:.1e}"
+    return [replace(row, peak_gb=peer.peak_bytes / 1e9, note=note)]
 
 
 def not_here() -> list[Row]:
