@@ -56,6 +56,9 @@ def main(argv: list[str] | None = None) -> None:
     with naming_options(job, causes(job)):
         if job.run_mode == "compile":
             engine.ensure_compiled(job)
+        elif job.run_mode == "rehearse":
+            assert engine.rehearse is not None, "parse_job refuses a rehearsal by an engine that has none"
+            engine.rehearse(job)
         else:
             say_if_complete(*engine.run(job))
 

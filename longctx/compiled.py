@@ -1,20 +1,21 @@
 """The compiled folder: what compile writes and run reads, and all that passes between compiler/ and runtime/.
 
-It holds gencode.py, the generated module; plan.json, which `PlanFile` describes; report.md, for people to read; and
-what Python makes of gencode.py.
+It holds gencode.py, the generated module; plan.json, which `PlanFile` describes; report.md, for people to read; what a
+rehearsal wrote; and what Python makes of gencode.py.
 """
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from longctx.errors import CompiledError, DecisionsError
 
 PLAN, CODE, REPORT = "plan.json", "gencode.py", "report.md"
+REHEARSAL, REHEARSAL_TEXT = "rehearsal.json", "rehearsal.md"
 # All that a compiled folder may hold. The first is the mark of one: by it a folder is known to be this program's.
-FILES = (PLAN, CODE, REPORT, "__pycache__")
+FILES = (PLAN, CODE, REPORT, REHEARSAL, REHEARSAL_TEXT, "__pycache__")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class GeneratedModule:
 
     class_name: str
     layers_path: str  # the module's list of layers; "" if it has none
+    layer_results: int  # the values that a layer returns, at the most
     plan_sharded: dict[str, int]  # plan-sharded weights, and the dimension that each is split along
     parameters: dict[str, list[int]]  # every weight's whole shape
     forward_flops: float  # of one row, attention counted whole
@@ -51,6 +53,9 @@ class Predicted:
 
     time: dict[str, float]  # seconds, by what takes them
     memory: dict[str, float | str]  # bytes at the peak, by kind; and 'moment', when that is
+    parts: dict[str, float] = field(
+        default_factory=dict
+    )  # seconds of computing, by the parts that a rehearsal measures
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,10 @@ class DecisionsError(UserError):
     """The decisions of another plan can't be taken for this one."""
 
 
+class RehearsalError(UserError):
+    """Layers can't be left out of a rehearsal of this model."""
+
+
 class LayerNameError(UserError):
     """A layer class that the model doesn't have."""
 

@@ -17,7 +17,11 @@ DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # that a model may com
 class Options:
     """train.py's options, as they are given."""
 
-    run_mode: str = option("run", "compile: write the plan's code and stop", choices=("compile", "run"))
+    run_mode: str = option(
+        "run",
+        "compile: write the plan's code and stop; rehearse: time and weigh one rank of it, alone on this machine",
+        choices=("compile", "run", "rehearse"),
+    )
     engine: str = option("auto", "auto takes nnscaler where it works, else torch", choices=("auto", *ENGINE_NAMES))
     model_id: str = option(help="a Hugging Face model: a name on the hub, or a folder")
     dataset_path: str | None = option(None, "rows of tokens that bookcorpus.py wrote")
@@ -47,6 +51,12 @@ class Options:
         None, "class names, separated by commas, of the layers to recompute; '' for none (default: planned)"
     )
     plan: Path | None = option(None, "the plan.json whose partitions to take, at this sequence length")
+
+    # A rehearsal.
+    rehearse_rank: int = option(0, "the rank that is rehearsed", at_least=0)
+    rehearse_layers: int | None = option(
+        None, "layers of each kind that run; the others are counted like them (default: all run)", at_least=1
+    )
 
     # The model.
     random_init: bool = option(False, "start from seeded random weights, not from the model's")

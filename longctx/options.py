@@ -29,6 +29,7 @@ from longctx.errors import (
     NoWeights,
     OtherEngine,
     PlanSizeError,
+    RehearsalError,
     RowsError,
     TrainingError,
     UserError,
@@ -78,14 +79,14 @@ def choose_runtime_ngpus(options: Options) -> int:
     Raises:
         UserError: copies of the plan don't add up to them, or others are running.
     """
-    running, compiles = torchrun.world_size(), options.run_mode == "compile"
-    runtime_ngpus = options.runtime_ngpus or (options.plan_ngpus if compiles else running)
+    running, alone = torchrun.world_size(), options.run_mode != "run"
+    runtime_ngpus = options.runtime_ngpus or (options.plan_ngpus if alone else running)
     if runtime_ngpus % options.plan_ngpus:
         raise UserError(
             f"--runtime_ngpus {runtime_ngpus}: it has to be a multiple of --plan_ngpus {options.plan_ngpus}, "
             "since each copy of the plan spans that many"
         )
-    if not compiles and runtime_ngpus != running:
+    if not alone and runtime_ngpus != running:
         raise UserError(
             f"--runtime_ngpus {runtime_ngpus}: there are {running} processes; start with "
             f"torchrun --nproc_per_node={runtime_ngpus} train.py ..."
@@ -103,7 +104,7 @@ def choose_sequence_length(options: Options) -> int:
         if options.run_mode == "run":
             raise UserError("--dataset_path: it is missing; make rows of tokens with bookcorpus.py")
         if options.sequence_length is None:
-            raise UserError("--dataset_path: it is missing; give it, or --sequence_length, to compile")
+            raise UserError(f"--dataset_path: it is missing; give it, or --sequence_length, to {options.run_mode}")
         return options.sequence_length
     length = len(rows.open_dataset(options.dataset_path)[0]["input_ids"])
     if options.sequence_length not in (None, length):
@@ -134,6 +135,25 @@ def check_engine_options(job: Job) -> None:
             )
 
 
+def check_rehearsal(job: Job) -> None:
+    """Raises a UserError for a rehearsal of no rank, or by an engine or a launcher that can't do one."""
+    if job.run_mode != "rehearse":
+        return
+    if job.engine != TORCH:
+        raise UserError(
+            f"--run_mode rehearse: the {job.engine} engine has no rehearsal; choose --engine {TORCH}, or --run_mode run"
+        )
+    if job.rehearse_rank >= job.runtime_ngpus:
+        raise UserError(
+            f"--rehearse_rank {job.rehearse_rank}: it has to be below --runtime_ngpus {job.runtime_ngpus}, since ranks "
+            "count from 0"
+        )
+    if torchrun.world_size() > 1:
+        raise UserError(
+            "--run_mode rehearse: it runs one rank in one process; start it with python train.py, without torchrun"
+        )
+
+
 def check_vocabulary(job: Job) -> None:
     """Raises a UserError if the tokenizer that made the rows has more entries than the model."""
     config = load_config(job.model_id)
@@ -159,6 +179,7 @@ def check_folders(job: Job) -> None:
 CHECKS = (
     check_name,
     check_engine_options,
+    check_rehearsal,
     nnscaler.check_policy,
     nnscaler.check_torchrun,
     check_vocabulary,
@@ -181,6 +202,7 @@ CAUSES: Mapping[type[UserError], Cause] = {
         "raise it by {error.missing_gb:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
     ),
     DecisionsError: Cause("plan"),
+    RehearsalError: Cause("rehearse_layers", "leave the option out"),
     LayerNameError: Cause("recompute_modules"),
     CompiledError: Cause("compiled_dir"),
     CompiledFolderError: Cause("compiled_dir", "name another folder, or another --name"),

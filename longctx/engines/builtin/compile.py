@@ -78,6 +78,7 @@ def plan_file(inputs: dict[str, Any], graph: Graph, plan: Plan, predicted: Predi
     module = compiled.GeneratedModule(
         class_name=graph.class_name,
         layers_path=graph.layers_path,
+        layer_results=max((len(call.outputs) for call in graph.layer_calls), default=0),
         plan_sharded=graph.named(plan.assignment.plan_sharded),
         parameters={name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
         forward_flops=predicted.forward_flops,

@@ -1,0 +1,137 @@
+"""Rehearsals beside real runs on a CPU: computing and peak memory of each rank, alone and among others.
+
+    python benchmarks/rehearsal.py [--output FILE.md]      # some three minutes on two cores
+
+Of two small models and two plans over two ranks, every rank is rehearsed alone, and then both run together, joined by
+gloo; the same code measures them. Time is that of the computing thread, so that waiting for the other rank does not
+count. A rehearsal leaves out the copies that stand in for the network, and gloo's copies are made by its own threads.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import LlamaConfig, Qwen3Config
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import train
+from longctx import compiled, torchrun
+from longctx.engines import builtin
+from longctx.engines.builtin.run import build_on_rank
+from longctx.huggingface.build import load_config
+from longctx.options import parse_job
+from longctx.runtime.parallel import process_group
+from longctx.runtime.rehearsal import measure_step, random_row, random_values
+
+RANKS = 2
+SIZES: dict[str, Any] = {
+    "hidden_size": 256,
+    "intermediate_size": 688,
+    "num_hidden_layers": 3,
+    "vocab_size": 8000,
+    "head_dim": 32,
+}
+MODELS = {
+    "Llama": LlamaConfig(num_attention_heads=8, num_key_value_heads=4, **SIZES),
+    "Qwen3, tied": Qwen3Config(num_attention_heads=8, num_key_value_heads=2, tie_word_embeddings=True, **SIZES),
+}
+# Of a plan over two ranks the layers are partitioned; of a plan over one each rank has rows of its own.
+PLANS = {"plan over 2": ["--plan_ngpus", "2"], "plan over 1, recomputing": ["--plan_ngpus", "1"]}
+RECOMPUTED = {"Llama": "LlamaDecoderLayer", "Qwen3, tied": "Qwen3DecoderLayer"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--output", type=Path, help="a Markdown file to write the table to as well")
+    parser.add_argument("--as_rank", help=argparse.SUPPRESS)
+    args, rest = parser.parse_known_args()
+    if args.as_rank:
+        measure_as_rank(Path(args.as_rank), rest)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        table = compare(Path(folder))
+    print(table)
+    if args.output:
+        args.output.write_text(table + "\n")
+
+
+def compare(folder: Path) -> str:
+    """A Markdown table of every model, plan and rank: what the rehearsal gave, and its ratio to the real run."""
+    lines = [
+        f"PyTorch {torch.__version__}, {os.cpu_count()} cores, 2,048 tokens, float32; rehearsed / real\n",
+        "| model | plan | rank | s a micro-batch | ratio | peak MB | ratio |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for model, plan in tqdm([(model, plan) for model in MODELS for plan in PLANS], unit="plan"):
+        argv = arguments(folder, model, plan)
+        real = run_together(folder, argv)
+        for rank in range(RANKS):
+            alone = rehearse(argv, rank)
+            seconds, peak = alone["micro_batch"]["seconds"], peak_bytes(alone)
+            ratios = seconds / real[rank]["micro_batch"]["seconds"], peak / peak_bytes(real[rank])
+            lines.append(
+                f"| {model} | {plan} | {rank} | {seconds:.3f} | {ratios[0]:.3f} | {peak / 1e6:.1f} | {ratios[1]:.3f} |"
+            )
+    return "\n".join(lines)
+
+
+def arguments(folder: Path, model: str, plan: str) -> list[str]:
+    config = folder / model.split(",")[0]
+    MODELS[model].save_pretrained(config)
+    name = f"{config.name}-{plan.replace(' ', '-')}"
+    recompute = ["--recompute_modules", RECOMPUTED[model]] if "recomputing" in plan else []
+    argv = ["--run_mode", "rehearse", "--model_id", str(config), "--sequence_length", "2048", "--precision", "fp32"]
+    argv += ["--hardware", "cpu", "--runtime_ngpus", str(RANKS), "--compiled_dir", str(folder), "--name", name]
+    return [*argv, *PLANS[plan], *recompute]
+
+
+def rehearse(argv: list[str], rank: int) -> dict:
+    """What rehearsal.json has as measured of this rank."""
+    script = Path(__file__).parent.parent / "train.py"
+    run([sys.executable, str(script), *argv, "--rehearse_rank", str(rank)])
+    folder = Path(argv[argv.index("--compiled_dir") + 1]) / argv[argv.index("--name") + 1]
+    return json.loads((folder / compiled.REHEARSAL).read_text())["measured"]
+
+
+def run_together(folder: Path, argv: list[str]) -> list[dict]:
+    """The same of real ranks."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={RANKS}"]
+    run([*torchrun, __file__, "--as_rank", str(folder), *argv])
+    return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(RANKS)]
+
+
+def run(command: list[str]) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+def measure_as_rank(folder: Path, argv: list[str]) -> None:
+    """One of the real ranks: builds the compiled program and measures it as a rehearsal does."""
+    train.register_loss()
+    argv[argv.index("--run_mode") + 1] = "compile"
+    job = parse_job(argv)
+    compiled_folder = builtin.ensure_compiled(job)
+    with process_group() as device:
+        model = build_on_rank(job, compiled_folder, compiled.read_plan_file(compiled_folder).module, device)
+        random_values(model, job.seed)
+        measured = measure_step(model, job, random_row(load_config(job.model_id).vocab_size, job, device))
+    (folder / f"rank{torchrun.rank()}.json").write_text(json.dumps(dataclasses.asdict(measured)))
+
+
+def peak_bytes(measured: dict) -> float:
+    return 4 * measured["masters"] + measured["micro_batch"]["peak"]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""One rank of a plan, run alone: what it measures is what a rank among others would, and what its group hands out."""
+
+import json
+import math
+import os
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from families import small_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from ranks import run_ranks
+from torch.profiler import ProfilerActivity, profile
+
+import train
+from benchmarks.rehearsal import peak_bytes
+from longctx import compiled
+from longctx.engines import builtin
+from longctx.engines.builtin.run import build_on_rank
+from longctx.errors import UserError
+from longctx.huggingface.build import load_config
+from longctx.options import parse_job
+from longctx.runtime import collectives, parts
+from longctx.runtime.parallel import process_group
+from longctx.runtime.rehearsal import measure_step, random_row, random_values
+from longctx.runtime.stand_in import COPIES, stand_in_group
+
+CPU = torch.device("cpu")
+
+
+def arguments(folder: Path, family: str, *more: str, layers: int = 4, length: int = 64) -> list[str]:
+    small_config(family, num_hidden_layers=layers).save_pretrained(folder / family)
+    argv = ["--engine", "torch", "--model_id", str(folder / family), "--sequence_length", str(length)]
+    argv += ["--precision", "fp32", "--hardware", "cpu", "--compiled_dir", str(folder), "--name", "rehearsed"]
+    return [*argv, *more]
+
+
+def rehearse(folder: Path, argv: list[str], *more: str) -> dict:
+    train.main(["--run_mode", "rehearse", *argv, *more])
+    return json.loads((folder / "rehearsed" / compiled.REHEARSAL).read_text())
+
+
+# --- the group -------------------------------------------------------------------------------------------------------
+
+RESHARDS = {
+    "all_to_all": lambda x: collectives.all_to_all(x, 0, 1),
+    "all_gather": lambda x: collectives.all_gather(x, 0),
+    "all_gather_reduce": lambda x: collectives.all_gather_reduce(x, 1),
+    "take_slice": lambda x: collectives.take_slice(x, 1),
+    "replicate": collectives.replicate,
+    "all_reduce": collectives.all_reduce,
+    "all_reduce_both": collectives.all_reduce_both,
+    "reduce_scatter": lambda x: collectives.reduce_scatter(x, 0),
+}
+
+
+@settings(deadline=None, max_examples=20)
+@given(name=st.sampled_from(sorted(RESHARDS)), size=st.sampled_from([2, 3, 4]), parts_of=st.integers(1, 3))
+def test_every_reshard_gives_a_lone_rank_its_own_values_in_the_shape_that_real_ranks_give(name, size, parts_of):
+    x = torch.randn(size * parts_of, size * parts_of, 2, requires_grad=True)
+    with stand_in_group(size - 1, size):
+        collectives.set_plan_group(dist.group.WORLD)
+        y = RESHARDS[name](x)
+        y.sum().backward()
+    expected = {
+        "all_to_all": (x.shape[0] // size, x.shape[1] * size, 2),
+        "all_gather": (x.shape[0] * size, x.shape[1], 2),
+        "all_gather_reduce": (x.shape[0], x.shape[1] * size, 2),
+        "take_slice": (x.shape[0], x.shape[1] // size, 2),
+        "reduce_scatter": (x.shape[0] // size, x.shape[1], 2),
+    }.get(name, tuple(x.shape))
+    assert y.shape == expected
+    assert x.grad.shape == x.shape
+    assert x.grad.isfinite().all()
+    assert set(y.detach().flatten().tolist()) <= set(x.detach().flatten().tolist())
+
+
+# --- what is measured ------------------------------------------------------------------------------------------------
+
+
+def measure_among_real_ranks(argv: list[str], folder: str) -> None:
+    train.register_loss()
+    job = parse_job([*argv, "--run_mode", "compile"])
+    plan = compiled.read_plan_file(job.compiled_folder).module
+    with process_group() as device:
+        model = build_on_rank(job, builtin.ensure_compiled(job), plan, device)
+        random_values(model, job.seed)
+        measured = measure_step(model, job, random_row(load_config(job.model_id).vocab_size, job, device))
+    Path(folder, f"rank{os.environ['RANK']}").write_text(str(measured.peak))
+
+
+@pytest.mark.parametrize("family, plan_ngpus", [("llama", 2), ("gemma2", 1)])
+def test_a_rank_alone_takes_the_memory_that_it_takes_among_real_ranks(family, plan_ngpus, tmp_path):
+    argv = arguments(tmp_path, family, "--plan_ngpus", str(plan_ngpus), "--runtime_ngpus", "2", length=256)
+    rehearsed = [rehearse(tmp_path, argv, "--rehearse_rank", str(rank))["measured"] for rank in range(2)]
+    run_ranks(2, measure_among_real_ranks, argv, str(tmp_path))
+    for rank in range(2):
+        assert peak_bytes(rehearsed[rank]) == pytest.approx(float((tmp_path / f"rank{rank}").read_text()), rel=0.05)
+
+
+def test_layers_that_are_left_out_are_counted_like_those_of_their_kind_that_ran(tmp_path):
+    """Gemma 2 has two kinds of layers; of each, four run, or two."""
+    argv = arguments(tmp_path, "gemma2", "--plan_ngpus", "2", "--runtime_ngpus", "2", layers=8, length=128)
+    whole = rehearse(tmp_path, argv)["measured"]
+    some = rehearse(tmp_path, argv, "--rehearse_layers", "2")["measured"]
+    assert (some["layers_run"], whole["layers_run"], some["layers"]) == (4, 8, 8)
+    assert some["masters"] == whole["masters"]
+    assert peak_bytes(some) == pytest.approx(peak_bytes(whole), rel=0.02)
+    assert (tmp_path / "rehearsed" / compiled.REHEARSAL_TEXT).read_text().count("4 of 8 layers ran") == 1
+
+
+def test_a_rehearsal_says_what_it_measured_beside_what_was_predicted(tmp_path, capsys):
+    rehearsal = rehearse(tmp_path, arguments(tmp_path, "llama", "--plan_ngpus", "2", "--runtime_ngpus", "4"))
+    measured, projection = rehearsal["measured"], rehearsal["projection"]
+    assert set(measured["micro_batch"]["parts"]) == set(parts.PARTS)
+    for part in (
+        parts.ATTENTION_FORWARD,
+        parts.ATTENTION_BACKWARD,
+        parts.LINEAR,
+        parts.LOSS,
+        parts.PACKING,
+        parts.FSDP,
+    ):
+        assert measured["micro_batch"]["parts"][part] > 0, part
+    step = 4 * measured["micro_batch"]["seconds"] + measured["update_seconds"]
+    assert projection["step_seconds"] > step > 0
+    assert projection["tokens_per_s_per_gpu"] == pytest.approx(2 * 4 * 64 / projection["step_seconds"] / 4)
+    said = capsys.readouterr().out
+    assert "projection:" in said
+    assert "were predicted" in said
+
+
+def test_time_is_sorted_into_parts_by_what_an_operator_lies_in():
+    """A product inside the loss is the loss's, and one that no other part encloses a linear layer's."""
+    hidden = torch.randn(1, 64, 32, requires_grad=True)
+    weight = torch.randn(500, 32, requires_grad=True)
+    query = torch.randn(1, 2, 64, 16, requires_grad=True)
+    for call, expected in (
+        (lambda: torch.nn.functional.linear(hidden, weight), {parts.LINEAR}),
+        (lambda: train.chunk_linear_cross_entropy(hidden, weight, torch.zeros(1, 64, dtype=torch.long)), {parts.LOSS}),
+        (
+            lambda: torch.nn.functional.scaled_dot_product_attention(query, query, query, is_causal=True),
+            {parts.ATTENTION_FORWARD, parts.ATTENTION_BACKWARD},
+        ),
+    ):
+        with profile(activities=[ProfilerActivity.CPU]) as profiled:
+            call().sum().backward()
+        seconds = parts.seconds_by_part(profiled, CPU)
+        assert {part for part, value in seconds.items() if value > 0 and part != parts.REST} == expected
+        assert seconds[COPIES] == 0
+
+
+def test_bytes_allocated_are_counted_by_the_allocator_at_the_most_and_in_the_end():
+    kept = []
+
+    def call():
+        large = torch.ones(2**20)
+        kept.append(large[: 2**10].clone())
+
+    peak, held = parts.bytes_allocated(call, CPU)
+    assert (peak, held) == (2**22 + 2**12, 2**12)
+
+
+# --- what is refused -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        (["--rehearse_rank", "2"], "--rehearse_rank 2: it has to be below --runtime_ngpus 2"),
+        (["--rehearse_layers", "0"], "--rehearse_layers 0: it has to be 1 or more"),
+    ],
+)
+def test_a_rehearsal_that_can_not_be_is_refused_in_a_sentence(more, problem, tmp_path):
+    with pytest.raises(UserError, match=problem):
+        rehearse(tmp_path, arguments(tmp_path, "llama", "--runtime_ngpus", "2"), *more)
+    assert not (tmp_path / "rehearsed").exists()
+
+
+def test_a_rehearsal_under_torchrun_is_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="--run_mode rehearse: it runs one rank in one process"):
+        rehearse(tmp_path, arguments(tmp_path, "llama", "--runtime_ngpus", "2"))
+
+
+def test_a_projection_is_finite(tmp_path):
+    rehearsal = rehearse(tmp_path, arguments(tmp_path, "llama", layers=2))
+    assert all(math.isfinite(value) for value in rehearsal["projection"].values() if value is not None)
