@@ -26,6 +26,8 @@ BACKENDS = {
     "flash": SDPBackend.FLASH_ATTENTION,
     "efficient": SDPBackend.EFFICIENT_ATTENTION,
 }
+DETERMINISTIC = "flash" if ON_GPU else "auto"
+SAME_BITS = "the same bits twice"
 
 
 def attention_measurements(size: Sizes) -> Iterator[Measurement]:
@@ -35,6 +37,8 @@ def attention_measurements(size: Sizes) -> Iterator[Measurement]:
         for kernel in ("auto", *BACKENDS) if ON_GPU else ("auto", "eager"):
             name = f"attention at {length:,}, {kernel}"
             yield Measurement(name, partial(attention_rows, name, kernel, heads, length, size.head_dim))
+        name = f"attention at {length:,}, {DETERMINISTIC}, deterministic"
+        yield Measurement(name, partial(deterministic_rows, name, heads, length, size.head_dim))
 
 
 def attend(kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -68,8 +72,25 @@ def attention_rows(name: str, kernel: str, heads: int, length: int, head_dim: in
     return [ahead, back]
 
 
+def deterministic_rows(name: str, heads: int, length: int, head_dim: int) -> list[Row]:
+    """What --deterministic costs: the kernel that it takes, told to add in a fixed order, which needs more memory.
+
+    Raises:
+        RuntimeError: it gave other bits the second time.
+    """
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        rows = attention_rows(name, DETERMINISTIC, heads, length, head_dim)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    if SAME_BITS not in rows[1].note:
+        raise RuntimeError(rows[1].note)
+    return rows
+
+
 def same_bits(call: Callable[[], tuple[torch.Tensor, ...]], names: tuple[str, ...]) -> str:
     """Which of a call's results had other bits when it was called again."""
     pairs = zip(names, call(), call(), strict=True)
     differ = [name for name, first, second in pairs if not torch.equal(first, second)]
-    return f"other bits the second time: {', '.join(differ)}" if differ else "the same bits twice"
+    return f"other bits the second time: {', '.join(differ)}" if differ else SAME_BITS

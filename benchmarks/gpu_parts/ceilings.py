@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import platform
+import shutil
 import subprocess
 from collections.abc import Iterator
 from functools import partial
@@ -52,14 +53,17 @@ def versions() -> str:
             found.append(f"no {name}")
     if ON_GPU:
         of_nccl = ".".join(map(str, nccl.version()))
+        found.append(torch.cuda.get_device_name())
         found.append(f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}, NCCL {of_nccl}")
     return ", ".join(found)
 
 
 def nvidia_smi(fields: str) -> str:
-    """What nvidia-smi says of the first GPU; it is asked, and changes nothing."""
+    """What nvidia-smi says of its first GPU; it is asked, and changes nothing."""
     if not ON_GPU:
         raise LeftOut("there is no GPU")
+    if not shutil.which("nvidia-smi"):
+        raise LeftOut("nvidia-smi is not installed")
     command = ["nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     values = zip(fields.split(","), answer.strip().split(","), strict=True)
