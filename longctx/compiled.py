@@ -6,7 +6,7 @@ rehearsal wrote; and what Python makes of gencode.py.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,7 @@ class Predicted:
 
     time: dict[str, float]  # seconds, by what takes them
     memory: dict[str, float | str]  # bytes at the peak, by kind; and 'moment', when that is
-    parts: dict[str, float] = field(
-        default_factory=dict
-    )  # seconds of computing, by the parts that a rehearsal measures
+    parts: dict[str, float]  # seconds of computing, by the parts that a rehearsal measures
 
     @property
     def peak_bytes(self) -> float:

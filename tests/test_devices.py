@@ -102,7 +102,7 @@ def test_segments_can_grow_unless_the_user_has_settled_how_memory_is_taken(machi
 def test_a_gpu_out_of_memory_becomes_a_sentence_that_says_what_the_plan_had_predicted(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 70.04e9)
     monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 79.26e9)
-    predicted = Predicted(time={}, memory={"saved": 40e9, "loss": 23.8e9, "moment": "loss"})
+    predicted = Predicted(time={}, memory={"saved": 40e9, "loss": 23.8e9, "moment": "loss"}, parts={})
     sentence = (
         r"the GPU of rank 0 is out of memory, with 70.0 GB allocated and 79.3 reserved at most, where the plan had "
         r"predicted 63.8$"

@@ -4,6 +4,7 @@ The integer program minimizes these seconds; here they are added up again from t
 for people to read and for tests to hold the program to.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
@@ -21,7 +22,7 @@ from longctx.compiler.cost import (
     plan_sharded_seconds,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op
-from longctx.compiler.layout import layout_of
+from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction
 from longctx.compiler.ops import spec_of
@@ -65,6 +66,7 @@ class Prediction:
     forward_flops: float  # of one row, attention counted whole, as the reference program counts it
     forward_flops_causal: float  # attention counted by half, as causal attention needs
     time: StepTime
+    parts: dict[str, float]  # see seconds_by_part
     memory: MemoryPrediction
 
 
@@ -73,38 +75,83 @@ def predict(
 ) -> Prediction:
     """Seconds and bytes of a plan; `forward_flops` of one row are given, counted whole and counted causal."""
     memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
-    return Prediction(n_parameters, *forward_flops, step_time(graph, plan, setting), memory)
+    time, parts = step_time(graph, plan, setting), seconds_by_part(graph, plan, setting)
+    return Prediction(n_parameters, *forward_flops, time, parts, memory)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The root, or all layers of a kind: the ops of the whole model, those of one rank, and the layers' policies."""
+
+    owner: Graph | LayerKind
+    ops: Sequence[Op | LayerCall]
+    local_ops: Sequence[Op | LayerCall]
+    policies: tuple[Recompute, ...]
+
+    def recomputed(self, op: Op) -> int:
+        """How often an op runs again in the backward pass."""
+        if spec_of(op).selective_recompute:
+            return self.policies.count(Recompute.EVERYTHING)
+        return len(self.policies) - self.policies.count(Recompute.NOTHING)
+
+
+def _bodies(graph: Graph, plan: Plan) -> list[_Body]:
+    local = localize(graph, plan.assignment)
+    bodies = [_Body(graph, graph.body, local.body, (Recompute.NOTHING,))]
+    for number, (kind, own) in enumerate(zip(graph.kinds, local.kinds, strict=True)):
+        policies = tuple(plan.recompute[call.index] for call in graph.layer_calls if call.kind == number)
+        bodies.append(_Body(kind, kind.ops, own.ops, policies))
+    return bodies
 
 
 def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:
     """The time of a micro-batch under a plan, from the ops and reshards of one rank's graph."""
-    local = localize(graph, plan.assignment)
-    parts = [_body_time(graph, graph.body, local.body, (Recompute.NOTHING,), plan, setting)]
-    for number, (kind, own) in enumerate(zip(graph.kinds, local.kinds, strict=True)):
-        policies = tuple(plan.recompute[call.index] for call in graph.layer_calls if call.kind == number)
-        parts.append(_body_time(kind, kind.ops, own.ops, policies, plan, setting))
-    return StepTime(*(sum(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+    times = [_body_time(body, plan, setting) for body in _bodies(graph, plan)]
+    return StepTime(*(sum(values) for values in zip(*(vars(time).values() for time in times), strict=True)))
 
 
-def _body_time(
-    owner: Graph | LayerKind,
-    ops: Sequence[Op | LayerCall],
-    local_ops: Sequence[Op | LayerCall],
-    policies: tuple[Recompute, ...],
-    plan: Plan,
-    setting: Setting,
-) -> StepTime:
-    """The time of the root, or of all layers of a kind, which have these policies."""
-    plan_size, device, times, layout = setting.plan_size, setting.hardware, len(policies), layout_of(owner)
-    recomputed = times - policies.count(Recompute.NOTHING)
-    attention_recomputed = policies.count(Recompute.EVERYTHING)
+def seconds_by_part(graph: Graph, plan: Plan, setting: Setting) -> dict[str, float]:
+    """Seconds of a micro-batch's computing by what it is for, as a rehearsal measures them (runtime/parts.py).
+
+    What is recomputed counts with the operator that it is of.
+    """
+    seconds: Counter[str] = Counter()
+    for body in _bodies(graph, plan):
+        layout, times = layout_of(body.owner), len(body.policies)
+        for op in body.ops:
+            if isinstance(op, Op):
+                part, own = _part_of(op), _seconds_of(op, layout, plan, setting)
+                forward, backward = (f"{part}, forward", f"{part}, backward") if part == "attention" else (part, part)
+                seconds[forward] += (times + body.recomputed(op)) * own.forward
+                seconds[backward] += times * own.backward
+    time = step_time(graph, plan, setting)
+    return {**seconds, "FSDP's copies": time.weight_copies, "packing for reshards": time.packing}
+
+
+def _part_of(op: Op) -> str:
+    spec = spec_of(op)
+    if spec.selective_recompute:
+        return "attention"
+    if spec.memory_kind == "loss":
+        return "loss"
+    return "linear layers" if spec.flops(op).forward else "the rest of the layers"
+
+
+def _seconds_of(op: Op, layout: Layout, plan: Plan, setting: Setting) -> Seconds:
+    return op_seconds(op, plan.assignment.partitions[op], layout, setting.plan_size, setting.hardware)
+
+
+def _body_time(body: _Body, plan: Plan, setting: Setting) -> StepTime:
+    """The time of the root, or of all layers of a kind."""
+    owner, plan_size, device, times = body.owner, setting.plan_size, setting.hardware, len(body.policies)
+    recomputed, layout = times - body.policies.count(Recompute.NOTHING), layout_of(owner)
     compute = recompute = reshards = packing = 0.0
-    for op in ops:
+    for op in body.ops:
         if isinstance(op, Op):
-            seconds = op_seconds(op, plan.assignment.partitions[op], layout, plan_size, device)
+            seconds = _seconds_of(op, layout, plan, setting)
             compute += times * (seconds.forward + seconds.backward)
-            recompute += (attention_recomputed if spec_of(op).selective_recompute else recomputed) * seconds.forward
-    for op in local_ops:
+            recompute += body.recomputed(op) * seconds.forward
+    for op in body.local_ops:
         if isinstance(op, Op):
             seconds, copies = collective_time(op, plan_size, device), packing_time(op, layout, device)
             reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward

@@ -93,7 +93,8 @@ def plan_file(
         fused_attention=attention_shapes(local),
     )
     decisions = compiled.Decisions(**describe(graph, plan), recompute=tuple(policy.value for policy in plan.recompute))
-    facts = compiled.Predicted(dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory))
+    time, memory = dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory)
+    facts = compiled.Predicted(time, memory, predicted.parts)
     return compiled.PlanFile(inputs, decisions, module, facts)
 
 

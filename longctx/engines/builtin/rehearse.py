@@ -126,12 +126,11 @@ def write(folder: Path, rehearsal: Rehearsal, plan: compiled.PlanFile) -> None:
 def summary(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
     """The rehearsal in a few lines, as train.py prints it."""
     measured, projected = rehearsal.measured, rehearsal.projection
-    predicted_gb = sum(size for size in plan.predicted.memory.values() if not isinstance(size, str)) / GB
     lines = [
         f"rank {rehearsal.rank} alone on {rehearsal.device}, PyTorch {rehearsal.torch}: a micro-batch computes for "
         f"{measured.micro_batch.seconds:.3g} s, where {computing_predicted(plan):.3g} were predicted; an optimizer "
         f"step takes {measured.update_seconds:.3g} s",
-        f"{measured.peak / GB:.2f} GB at the peak, where {predicted_gb:.2f} were predicted{_say_device(measured)}",
+        f"{measured.peak / GB:.2f} GB at the peak, where {plan.predicted.peak_bytes / GB:.2f} were predicted{_say_device(measured)}",
         f"projection: {projected.step_seconds:.3g} s a step, {projected.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
         f"{_say_mfu(projected)}; reshards of {projected.reshards_seconds:.3g} s and FSDP's traffic of "
         f"{projected.fsdp_exposed_seconds:.3g} s ({projected.fsdp_hidden_seconds:.3g} s more hidden) a micro-batch "
@@ -156,14 +155,16 @@ def _say_mfu(projected: Projection) -> str:
 
 def computing_predicted(plan: compiled.PlanFile) -> float:
     """Seconds of computing that were predicted for a micro-batch."""
-    return plan.predicted.time["compute"] + plan.predicted.time["recompute"]
+    return sum(plan.predicted.parts.values())
 
 
 def tables(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
     """Markdown tables: seconds by part, bytes by kind, and a GPU's kernels."""
     measured = rehearsal.measured
     working = sum(measured.micro_batch.parts.values())
-    rows = [(name, seconds, plan.predicted.parts.get(name)) for name, seconds in measured.micro_batch.parts.items()]
+    rows = [
+        (name, seconds, plan.predicted.parts.get(name, 0.0)) for name, seconds in measured.micro_batch.parts.items()
+    ]
     rows += [("waiting for the host", max(0.0, measured.micro_batch.seconds - working), None)]
     rows += [("**a micro-batch**", measured.micro_batch.seconds, computing_predicted(plan))]
     rows += [("the optimizer, once a step", measured.update_seconds, None)]
