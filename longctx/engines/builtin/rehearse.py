@@ -130,7 +130,8 @@ def summary(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
         f"rank {rehearsal.rank} alone on {rehearsal.device}, PyTorch {rehearsal.torch}: a micro-batch computes for "
         f"{measured.micro_batch.seconds:.3g} s, where {computing_predicted(plan):.3g} were predicted; an optimizer "
         f"step takes {measured.update_seconds:.3g} s",
-        f"{measured.peak / GB:.2f} GB at the peak, where {plan.predicted.peak_bytes / GB:.2f} were predicted{_say_device(measured)}",
+        f"{measured.peak / GB:.2f} GB at the peak, where {plan.predicted.peak_bytes / GB:.2f} were predicted"
+        f"{_say_device(measured)}",
         f"projection: {projected.step_seconds:.3g} s a step, {projected.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
         f"{_say_mfu(projected)}; reshards of {projected.reshards_seconds:.3g} s and FSDP's traffic of "
         f"{projected.fsdp_exposed_seconds:.3g} s ({projected.fsdp_hidden_seconds:.3g} s more hidden) a micro-batch "
