@@ -8,6 +8,7 @@ import torch.distributed as dist
 from families import small_config
 from test_kernels import formula
 
+import train
 from longctx.compiled import read_plan_file
 from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import target_of
@@ -213,8 +214,6 @@ def test_a_compiled_folder_knows_the_option_and_the_shapes_of_its_attention(tmp_
 
 def compile_llama(folder, *options: str, length: int = 256):
     """8 query heads and 2 key-value heads of 64 features, in bfloat16."""
-    import train
-
     small_config(
         "llama",
         hidden_size=512,
