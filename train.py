@@ -16,6 +16,7 @@ Where to look, in longctx/:
     where an all-to-all is decided             compiler/placement.py: find_reshard
     where it is put between operators          compiler/localize.py: localize; it is run by runtime/collectives.py
     a new operator                             compiler/ops/aten.py: ATEN; compiler/ops/registered.py: register_op
+    attention's kernels, and their choice      kernels/fused.py: KERNELS; kernels/choice.py: choose
     new hardware                               compiler/hardware.py: HARDWARE
     where fp8 products would go                compiler/ops/, with Hardware.matrix_rate; job.py: DTYPES
     a run, from weights to training            engines/builtin/run.py: run

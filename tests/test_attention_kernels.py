@@ -8,6 +8,7 @@ import torch.distributed as dist
 from families import small_config
 from test_kernels import formula
 
+import train
 from longctx.compiled import read_plan_file
 from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import target_of
@@ -72,6 +73,15 @@ def test_a_kernel_that_refuses_a_shape_is_said_and_the_next_one_is_taken(no_gpu,
     assert found.kernel == "flash"
     assert found.findings.endswith("(cudnn can't: No available kernel. Aborting)")
     assert choose(("cudnn",), SHAPES, torch.bfloat16) == Choice(None, "cudnn can't: No available kernel. Aborting")
+
+
+def test_rows_of_any_length_take_no_longer_to_try_than_those_of_131072_tokens(no_gpu, monkeypatch):
+    tried = []
+    monkeypatch.setattr(choice, "time_kernel", lambda name, shapes, dtype: tried.append(shapes) or Milliseconds(1, 1))
+    longer = [[[1, 2, 2**20, 64]] * 3, [[2, 2, 1024, 64]] * 3]
+    found = choose(("flash",), longer, torch.bfloat16)
+    assert tried == [[[(1, 2, 131072, 64)] * 3, [(2, 2, 1024, 64)] * 3]]
+    assert found.findings == "flash, 1.0 + 1.0 ms at [1, 2, 131072, 64] and [2, 2, 1024, 64]"
 
 
 def test_auto_tries_every_kernel_that_is_there_and_one_that_was_asked_for_alone(monkeypatch):
@@ -204,8 +214,6 @@ def test_a_compiled_folder_knows_the_option_and_the_shapes_of_its_attention(tmp_
 
 def compile_llama(folder, *options: str, length: int = 256):
     """8 query heads and 2 key-value heads of 64 features, in bfloat16."""
-    import train
-
     small_config(
         "llama",
         hidden_size=512,

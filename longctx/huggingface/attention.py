@@ -14,9 +14,9 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longctx.errors import KernelError, ModelError
 from longctx.kernels.attention import attention
+from longctx.kernels.fused import KERNELS
 
 REGISTERED_NAME = "annotated"  # what models are told as attn_implementation
-MASK_ONLY_WHAT_FOLLOWS = ("cudnn", "flash", "fa3", "fa4")  # kernels that know neither a window nor a soft-cap
 
 
 def register_attention(implementation: str, deterministic: bool = False) -> None:
@@ -60,7 +60,8 @@ def attention_function(
             f"the attention of {type(module).__name__} takes {', '.join(unknown)}, which this program's attention "
             "does not have; choose a model without it"
         )
-    if implementation in MASK_ONLY_WHAT_FOLLOWS and (softcap or 0 < (sliding_window or 0) < query.shape[2]):
+    kernel = KERNELS.get(implementation)
+    if kernel and not kernel.masks_more and (softcap or 0 < (sliding_window or 0) < query.shape[2]):
         raise KernelError(
             f"the attention of {type(module).__name__} has a window or a soft-cap, which this kernel does not have; "
             "choose auto or flash_attention_2"

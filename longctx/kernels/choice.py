@@ -51,8 +51,10 @@ def candidates(implementation: str, deterministic: bool) -> tuple[str, ...]:
 def choose(names: Sequence[str], shapes: Sequence[Shapes], dtype: torch.dtype) -> Choice:
     """The fastest of these kernels on this process's GPU, over all the shapes together, each run alone.
 
-    Takes some 0.5 s for each kernel at 131,072 tokens and 4 heads, and the memory of one layer's attention.
+    Takes some 0.5 s for each kernel at 131,072 tokens and 4 heads, and the memory of one layer's attention. Longer rows
+    are cut to LONGEST.
     """
+    shapes = [[(*leading, min(length, LONGEST), width) for *leading, length, width in tensors] for tensors in shapes]
     times: dict[str, Milliseconds] = {}
     refusals = []
     for name in names:
@@ -70,19 +72,18 @@ def choose(names: Sequence[str], shapes: Sequence[Shapes], dtype: torch.dtype) -
 
 
 def time_kernel(name: str, shapes: Sequence[Shapes], dtype: torch.dtype) -> Milliseconds:
-    """The median times of a kernel's forward and backward, summed over the shapes, of at most LONGEST tokens."""
+    """The median times of a kernel's forward and backward, summed over the shapes."""
     forward, backward = zip(*(_time_at(name, shape, dtype) for shape in shapes), strict=True)
     return Milliseconds(sum(forward), sum(backward))
 
 
 def _time_at(name: str, shapes: Shapes, dtype: torch.dtype) -> tuple[float, float]:
     """Milliseconds of the forward and of the backward of a kernel, on random inputs that lie in memory as in a plan."""
-    sizes = [(*leading, min(length, LONGEST), width) for *leading, length, width in shapes]
-    query, key, value = (torch.randn(s, device="cuda", dtype=dtype).requires_grad_() for s in sizes)
-    scale = query.shape[-1] ** -0.5
+    query, key, value = (torch.randn(*shape, device="cuda", dtype=dtype).requires_grad_() for shape in shapes)
+    scale, deterministic = query.shape[-1] ** -0.5, torch.are_deterministic_algorithms_enabled()
 
     def forward() -> torch.Tensor:
-        return attention(query, key, value, scale, implementation=name)
+        return attention(query, key, value, scale, implementation=name, deterministic=deterministic)
 
     output = forward()
     gradient = torch.randn(output.shape, device="cuda", dtype=dtype)

@@ -34,6 +34,7 @@ class Kernel:
         capabilities: the major numbers of the CUDA compute capabilities that it runs on.
         module: the Python module that it comes in; None if PyTorch has it.
         package: what that module belongs to, and how to install it.
+        masks_more: whether it knows windows and soft-caps.
         deterministic: whether its backward can give the same bits each time.
     """
 
@@ -42,6 +43,7 @@ class Kernel:
     capabilities: tuple[int, ...] = NVIDIA
     module: str | None = None
     package: tuple[str, str] = ("", "")
+    masks_more: bool = False
     deterministic: bool = True
 
 
@@ -63,6 +65,7 @@ KERNELS = {
     "flash_attention_2": Kernel(
         module="flash_attn.flash_attn_interface",  # with flash-attn-4 alone there is a flash_attn without it
         package=("flash-attn", "pip install flash-attn --no-build-isolation"),
+        masks_more=True,
     ),
 }
 # In this order 'auto' tries PyTorch's own where none was chosen. The last takes what the others refuse.
