@@ -187,6 +187,17 @@ def test_random_state_comes_back_only_where_each_rank_does_what_it_did(tmp_path)
     run_ranks(2, load_on_rank, tmp_path, 2, [100, 100])  # ranks of one plan draw the same
 
 
+def load_where_there_is_a_gpu_on_rank(folder: Path) -> None:
+    state_of_a_cpu = checkpoint._random_state
+    checkpoint._random_state = lambda device_type: {**state_of_a_cpu("cpu"), "random/0/cuda": torch.get_rng_state()}
+    load_on_rank(folder, 1, [0])
+
+
+def test_a_run_on_a_gpu_goes_on_from_a_checkpoint_of_cpus(tmp_path):
+    run_ranks(1, save_on_rank, tmp_path, 1)
+    run_ranks(1, load_where_there_is_a_gpu_on_rank, tmp_path)
+
+
 def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
     for name in (".0000-000004.writing", ".0000-000005.old-host-12", ".0000-000009.old-12", ".mine"):
         (tmp_path / name / "inside").mkdir(parents=True)

@@ -493,8 +493,12 @@ def test_the_loss_is_a_plain_function_with_plain_annotations():
         (lambda h, w, y: (h, w.to("meta"), y), "same device, but are on .*, meta and "),
         (lambda h, w, y: (h, w, y, -100, 0), "chunk_size must be at least 1, but is 0"),
         (lambda h, w, y: (h, w, y, -100, 1, -2.0), "logit_softcap must be positive, or 0 for no cap, but is -2.0"),
-        (lambda h, w, y: (h, w, y.clamp(min=6)), r"in \[0, 6\) or equal padding_idx \(-100\), but 10 of 10 are not"),
-        (lambda h, w, y: (h, w, y, -1), "but [0-9]+ of 10 are not, the first being -100"),
+        # Labels on a CPU: on a GPU an assertion would fail on the device, and end the process's use of it.
+        (
+            lambda h, w, y: (h.cpu(), w.cpu(), y.cpu().clamp(min=6)),
+            r"in \[0, 6\) or equal padding_idx \(-100\), but 10 of 10 are not",
+        ),
+        (lambda h, w, y: (h.cpu(), w.cpu(), y.cpu(), -1), "but [0-9]+ of 10 are not, the first being -100"),
     ],
 )
 def test_inputs_that_do_not_go_together_are_refused_with_the_reason(change, message):
@@ -634,6 +638,7 @@ def test_the_triton_kernels_losses_and_gradients_are_those_of_float64(dtype, log
     assert_close(dx, exact, 4 * EPS[torch.float32] + EPS[dtype])
 
 
+@pytest.mark.skipif(DEVICE != "cpu", reason="on a GPU the next test shows it")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_on_a_gpu_the_host_asks_the_device_for_no_value(monkeypatch, dtype):
     """Fake tensors have no values: an operator that would hand one to the host raises an error."""

@@ -228,6 +228,28 @@ def test_a_slice_shares_no_memory_with_the_tensor_it_is_taken_from(rank_0_of_8):
     assert collectives.take_slice(whole, 0).untyped_storage().nbytes() == whole.nbytes // 8
 
 
+@pytest.mark.parametrize("name", REFERENCES)
+def test_what_is_sent_is_contiguous_as_nccl_demands_even_of_one_number_that_is_expanded(name, rank_0_of_8, monkeypatch):
+    sent = []
+    for owner, function in (
+        (collectives, "all_gather_single"),
+        (collectives, "reduce_scatter_single"),
+        (dist, "all_reduce"),
+        (dist, "all_to_all_single"),
+    ):
+        original = getattr(owner, function)
+
+        def spy(*args, original=original, **kwargs):
+            sent.extend(tensor.is_contiguous() for tensor in args)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, function, spy)
+    dims = {"all_to_all": (0, 1), "replicate": (), "all_reduce": (), "all_reduce_both": ()}.get(name, (0,))
+    x = torch.ones((), requires_grad=True).expand(8, 8)
+    getattr(collectives, name)(x, *dims).sum().backward()
+    assert sent and all(sent)
+
+
 def test_the_gradient_of_a_sum_of_gathered_losses_is_still_one_number_that_is_expanded(rank_0_of_8):
     """What lets the loss see, with no look at the values, that the gradients of all tokens are equal."""
     losses = torch.ones(1, 4, requires_grad=True)

@@ -207,7 +207,7 @@ def _sliced(x: torch.Tensor, dim: int) -> torch.Tensor:
 def _gathered(x: torch.Tensor, dim: int) -> torch.Tensor:
     parts = x.new_empty(plan_size(), *x.shape)
     # Both are flat, since gloo takes the output as a concatenation of the inputs and not as a stack of them.
-    all_gather_single(parts.view(-1), x.reshape(-1), group=_group())
+    all_gather_single(parts.view(-1), x.contiguous().view(-1), group=_group())
     return _joined(parts, dim)
 
 
