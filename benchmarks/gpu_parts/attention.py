@@ -7,17 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.gpu_parts.measuring import (
-    ON_GPU,
-    Measurement,
-    Row,
-    Sizes,
-    gradient_call,
-    kernel_table,
-    normal,
-    peak_gb,
-    timed_row,
-)
+from benchmarks.gpu_parts.measuring import ON_GPU, Sizes, gradient_call, kernel_table, normal, peak_gb, timed_row
+from benchmarks.gpu_parts.results import Measurement, Row
 from longctx.kernels.attention import attention
 
 RANKS, GROUP = 8, 4  # ranks that share the query heads; query heads that share a key
