@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 8 -m longctx.measure --output profile.json
 
-It times large products, a copy through memory, and every collective over every number of ranks that divides the whole.
-One process alone measures no collectives; its profile has the links of compiler/hardware.py's table.
+It times large products, attention by the kernel that training takes, copies through memory, in order and strided, and
+every collective over every number of ranks that divides the whole. One process alone measures no collectives; its
+profile has the links of compiler/hardware.py's table. Every rate in the profile says whether it was measured.
 """
 
 import argparse
@@ -23,8 +24,10 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from longctx.atomic import whole_file
-from longctx.compiler.hardware import HARDWARE, Hardware, Link, Timing, identify
+from longctx.compiler.hardware import HARDWARE, Hardware, Link, Rate, Timing, identify, in_proportion
+from longctx.compiler.work import Work
 from longctx.errors import UserError, run_script
+from longctx.kernels.attention import attention
 from longctx.runtime.collectives import all_gather_single, reduce_scatter_single
 from longctx.runtime.parallel import process_group
 
@@ -32,6 +35,8 @@ from longctx.runtime.parallel import process_group
 
 POINT_S = 0.1  # spent on one size of a measurement; the next size, four times as long or eight, may take that once
 LARGEST_PRODUCT = 8192
+QUERY_HEADS, KEY_HEADS, HEAD_FEATURES = 4, 1, 128  # a rank's of Llama-3-8B over 8
+LARGEST_ATTENTION = 131072  # tokens
 SMALLEST_COLLECTIVE, LARGEST_COLLECTIVE = 2**14, 2**30  # bytes
 PROFILE_FIELDS = ("machine", "torch", "ranks", "hardware")
 KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
@@ -41,15 +46,15 @@ def measure(device: torch.device) -> dict:
     """Measures this machine with all ranks of the default group; returns the profile, which every rank has."""
     n_ranks = dist.get_world_size()
     group_sizes = [size for size in range(2, n_ranks + 1) if n_ranks % size == 0]
-    rates, timings = {}, []
-    with tqdm(total=3 + len(KINDS) * len(group_sizes), unit="measurement", disable=dist.get_rank() != 0) as bar:
-        for dtype in (torch.bfloat16, torch.float32):
-            bar.set_description(f"products in {str(dtype).removeprefix('torch.')}")
-            rates[dtype] = _matrix_rate(dtype, device)
+    measurements = _rate_measurements(device)
+    rates: dict[Work, float] = {}
+    timings: list[Timing] = []
+    n_measurements = len(measurements) + len(KINDS) * len(group_sizes)
+    with tqdm(total=n_measurements, unit="measurement", disable=dist.get_rank() != 0) as bar:
+        for work, measurement in measurements.items():
+            bar.set_description(work)
+            rates[work] = measurement()
             bar.update()
-        bar.set_description("memory")
-        bandwidth = _copy_bandwidth(device)
-        bar.update()
         for size in group_sizes:
             group = dist.new_subgroups(size)[0]  # all groups of this size work at once, as plan groups do
             assert isinstance(group, dist.ProcessGroup), "every rank is in a group of each size"
@@ -57,9 +62,21 @@ def measure(device: torch.device) -> dict:
                 bar.set_description(f"{kind} over {size}")
                 timings.append(_time_collective(kind, group, device))
                 bar.update()
-    hardware = _measured_hardware(device, rates, bandwidth, tuple(timings))
+    hardware = _measured_hardware(device, rates, tuple(timings))
     facts = (hardware.name, torch.__version__, n_ranks, asdict(hardware))
     return dict(zip(PROFILE_FIELDS, facts, strict=True))
+
+
+def _rate_measurements(device: torch.device) -> dict[Work, Callable[[], float]]:
+    """For each kind of work that is measured, what measures it: FLOP/s of products, bytes/s of all else."""
+    return {
+        Work.PRODUCTS: partial(_matrix_rate, torch.bfloat16, device),
+        Work.FLOAT32_PRODUCTS: partial(_matrix_rate, torch.float32, device),
+        Work.ATTENTION_FORWARD: partial(_attention_rate, _attention_forward, device),
+        Work.ATTENTION_BACKWARD: partial(_attention_rate, _attention_backward, device),
+        Work.COPIES: partial(_copy_bandwidth, device),
+        Work.STRIDED: partial(_strided_bandwidth, device),
+    }
 
 
 def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -72,6 +89,44 @@ def _matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
         if n == LARGEST_PRODUCT or 8 * seconds > POINT_S:
             return best
         n *= 2
+
+
+def _attention_rate(make_call: Callable, device: torch.device) -> float:
+    """FLOP/s of one pass of causal attention at a rank's shapes in bfloat16, at the length that has most.
+
+    `make_call` makes of query, key and value the call to time, and says how many FLOPs it has for each of the forward.
+    """
+    best, length = 0.0, 256
+    while True:
+        shapes = [(1, heads, length, HEAD_FEATURES) for heads in (QUERY_HEADS, KEY_HEADS, KEY_HEADS)]
+        query_key_value = [torch.randn(s, device=device).bfloat16().requires_grad_() for s in shapes]
+        call, share = make_call(*query_key_value)
+        seconds = _seconds(call, device)
+        forward_flops = 2 * QUERY_HEADS * HEAD_FEATURES * length * (length + 1)  # two products over half of the pairs
+        best = max(best, share * forward_flops / seconds)
+        if length == LARGEST_ATTENTION or 4 * seconds > POINT_S:
+            return best
+        length *= 2
+
+
+def _attention_forward(*query_key_value: torch.Tensor) -> tuple[Callable[[], object], float]:
+    call = partial(attention, *query_key_value, scale=HEAD_FEATURES**-0.5)
+    return torch.no_grad()(call), 1.0
+
+
+def _attention_backward(*query_key_value: torch.Tensor) -> tuple[Callable[[], object], float]:
+    """The backward has five products for the forward's two: see longctx/kernels/attention.py."""
+    output = attention(*query_key_value, scale=HEAD_FEATURES**-0.5)
+    gradient = torch.randn_like(output)
+    return partial(torch.autograd.grad, output, query_key_value, gradient, retain_graph=True), 2.5
+
+
+def _strided_bandwidth(device: torch.device) -> float:
+    """Bytes/s, read and written, of a product as RoPE has it: of heads that were transposed, [1, heads, l, d]."""
+    length = 2**15 if device.type == "cuda" else 2**12
+    heads = torch.ones(1, length, 32, HEAD_FEATURES, dtype=torch.bfloat16, device=device).transpose(1, 2)
+    cos = torch.ones(1, 1, length, HEAD_FEATURES, dtype=torch.bfloat16, device=device)
+    return 2 * heads.nbytes / _seconds(partial(torch.mul, heads, cos, out=torch.empty_like(heads)), device)
 
 
 def _copy_bandwidth(device: torch.device) -> float:
@@ -124,13 +179,11 @@ def _batch_seconds(call: Callable[[], object], repeats: int, device: torch.devic
     return seconds.item()
 
 
-def _measured_hardware(
-    device: torch.device, rates: dict[torch.dtype, float], bandwidth: float, timings: tuple[Timing, ...]
-) -> Hardware:
+def _measured_hardware(device: torch.device, rates: dict[Work, float], timings: tuple[Timing, ...]) -> Hardware:
     """The table's entry for this device with what was measured in place; a known peak stays, since MFU counts by it."""
     known = identify(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     table = known or HARDWARE["h100" if device.type == "cuda" else "cpu"]
-    peak = known.matrix_flops if known else rates[torch.bfloat16]
+    peak = known.matrix_flops if known else rates[Work.PRODUCTS]
     ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
@@ -138,15 +191,13 @@ def _measured_hardware(
     else:
         memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / ranks_here
         name, n_devices = _cpu_name(), max(ranks_here, os.cpu_count() or 1)
+    source = f"measured, {name}, PyTorch {torch.__version__}"
     hardware = replace(
         table,
         name=name,
         matrix_flops=peak,
-        matrix_efficiency=rates[torch.bfloat16] / peak,
-        float32_flops=rates[torch.float32],
-        memory_bandwidth=bandwidth,
-        memory_efficiency=1.0,
         memory_bytes=memory_bytes,
+        rates=in_proportion({work: Rate(rate, source) for work, rate in rates.items()}),
         devices_per_node=n_devices,
         timings=timings,
         published_peak=known is not None,

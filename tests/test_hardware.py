@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from longctx import measure as measuring
 from longctx.compiler.hardware import HARDWARE, Timing, collective_seconds, identify, load
+from longctx.compiler.work import Work
 from longctx.errors import HardwareError, UserError
 from longctx.measure import KINDS
 
@@ -23,10 +24,14 @@ MIB = 2**20
 
 @pytest.mark.parametrize("entry", HARDWARE.values(), ids=lambda entry: entry.name)
 def test_every_entry_of_the_hardware_table_is_plausible(entry):
-    assert 0 < entry.matrix_efficiency <= 1 and 0 < entry.memory_efficiency <= 1
-    assert entry.matrix_rate(torch.bfloat16) == entry.matrix_flops * entry.matrix_efficiency
-    assert entry.matrix_rate(torch.float32) == entry.float32_flops
-    assert entry.achievable_bandwidth <= entry.memory_bandwidth
+    assert set(entry.rates) == set(Work)
+    rate = {work: rate.a_second for work, rate in entry.rates.items()}
+    assert entry.product_rate(Work.PRODUCTS, torch.bfloat16) == rate[Work.PRODUCTS] <= entry.matrix_flops
+    assert entry.product_rate(Work.PRODUCTS, torch.float32) == rate[Work.FLOAT32_PRODUCTS]
+    assert 0 < rate[Work.STRIDED] < rate[Work.COPIES]
+    if entry.published_peak:
+        assert 0 < rate[Work.ATTENTION_BACKWARD] < rate[Work.ATTENTION_FORWARD] < rate[Work.PRODUCTS]
+    assert all(rate.source.startswith(("measured, ", "derived from ", "published, ")) for rate in entry.rates.values())
     assert entry.network.bandwidth <= entry.node_link.bandwidth and entry.node_link.latency <= entry.network.latency
     for link in (entry.node_link, entry.network):
         assert 0 < link.pair_bandwidth <= link.bandwidth and 0 < link.efficiency <= 1
@@ -112,8 +117,10 @@ def test_a_profile_measured_on_two_ranks_loads_and_prices_collectives(tmp_path):
 
     measured = load(str(file))
     assert json.loads(json.dumps(asdict(measured))) == profile["hardware"]
-    assert 1e8 < measured.matrix_rate(torch.bfloat16) < 1e14 and 1e9 < measured.matrix_rate(torch.float32) < 1e14
-    assert 1e8 < measured.achievable_bandwidth < 1e13
+    derived = {work for work, rate in measured.rates.items() if not rate.is_measured}
+    assert derived == {Work.FSDP_COPIES, Work.OPTIMIZER}
+    assert measured.rates[Work.STRIDED].source == f"measured, {profile['machine']}, PyTorch {torch.__version__}"
+    assert all(1e8 < rate.a_second < 1e14 for rate in measured.rates.values())
     assert [(timing.kind, timing.n_ranks) for timing in measured.timings] == [(kind, 2) for kind in KINDS]
     for kind in KINDS:
         seconds = [collective_seconds(measured, kind, 4**exponent, 2) for exponent in range(18)]
@@ -138,6 +145,7 @@ def test_a_wrong_name_or_profile_of_hardware_is_refused_with_the_names_there_are
         "{}",
         json.dumps({"hardware": {**good, "more": 1}}),
         json.dumps({"hardware": {**good, "matrix_flops": -1.0}}),
+        json.dumps({"hardware": {**good, "rates": {"matrix products": good["rates"]["matrix products"]}}}),
         json.dumps({"hardware": {**good, "memory_bytes": "80 GB"}}),
         json.dumps({"hardware": {name: value for name, value in good.items() if name != "network"}}),
     ]
@@ -148,6 +156,15 @@ def test_a_wrong_name_or_profile_of_hardware_is_refused_with_the_names_there_are
         with pytest.raises(HardwareError, match=r"(?s)one of a100, b200, cpu, h100, h200, mi300x$") as error:
             load(name)
         assert "\n" not in str(error.value)
+
+
+def test_a_profile_from_before_there_were_rates_by_kind_of_work_is_to_be_measured_again(tmp_path):
+    file = tmp_path / "profile.json"
+    file.write_text(json.dumps({"hardware": {"name": "H100", "matrix_flops": 9e14, "matrix_efficiency": 0.8}}))
+    with pytest.raises(
+        HardwareError, match=r"^it is an older profile, .*; write it anew with python -m longctx.measure"
+    ):
+        load(str(file))
 
 
 def test_measuring_needs_somewhere_to_write_and_replaces_nothing_but_a_profile(monkeypatch, tmp_path):

@@ -8,6 +8,7 @@ from longctx.compiler.alternatives import other_plans
 from longctx.compiler.cost import op_seconds
 from longctx.compiler.hardware import HARDWARE
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor
+from longctx.compiler.layout import Layout
 from longctx.compiler.lifetimes import saved_besides, saved_tensors
 from longctx.compiler.ops import REGISTERED_OPS, legal_partitions, register_op, spec_of, target_of
 from longctx.compiler.ops.spec import no_flops, saves_nothing
@@ -48,7 +49,7 @@ def linear() -> Op:
 
 def seconds(op: Op) -> tuple[float, float]:
     whole, *_ = legal_partitions(op, 1)
-    found = op_seconds(op, whole, 1, HARDWARE["h100"])
+    found = op_seconds(op, whole, Layout(frozenset(), {}), 1, HARDWARE["h100"])
     return found.forward, found.backward
 
 

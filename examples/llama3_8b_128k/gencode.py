@@ -115,6 +115,7 @@ class LlamaForCausalLM(nn.Module):
             layers=nn.ModuleList(LlamaDecoderLayer() for _ in range(32)),
         )
         self.lm_head = module(weight=(128256, 4096))
+        self.inv_freq = nn.Buffer(INV_FREQ, persistent=False)
 
     def forward(self, tokens, labels):
         # tokens [1, 131072], labels [1, 131072]
@@ -123,7 +124,7 @@ class LlamaForCausalLM(nn.Module):
         position_ids = position_ids.unsqueeze(0)  # [1, 131072]
         # own slice, nothing moves: rotary_emb's unsqueeze is split along dimension 1 of its output
         position_ids = take_slice(position_ids, dim=1)  # [1, 16384]
-        freqs = position_ids.unsqueeze(2).to(torch.float32) * INV_FREQ.to(tokens.device)  # [1, 16384, 64]
+        freqs = position_ids.unsqueeze(2).to(torch.float32) * self.inv_freq  # [1, 16384, 64]
         emb = torch.cat((freqs, freqs), dim=-1)  # [1, 16384, 128]
         cos = emb.cos()  # [1, 16384, 128]
         sin = emb.sin()  # [1, 16384, 128]

@@ -1,22 +1,25 @@
 """The time of an operator under a partition, and of a reshard, by a roofline model with achievable rates.
 
-An operator takes as long as its matrix products take at the hardware's achievable rate, or as its bytes take at the
-achievable bandwidth of the memory, whichever is longer (Williams et al., doi:10.1145/1498765.1498785). Its OpSpec says
-how many FLOPs and bytes these are, and hardware.py what a device and a link achieve.
+An operator takes as long as its matrix products take at the rate of their kind, or as its bytes take at the achievable
+bandwidth of the memory, whichever is longer (Williams et al., doi:10.1145/1498765.1498785). Its OpSpec says how many
+FLOPs and bytes these are, layout.py which bytes come on top, and hardware.py what a device and a link achieve.
 """
 
+from collections import Counter
 from dataclasses import dataclass, replace
 from math import prod
 
 import torch
 
 from longctx.compiler.hardware import Hardware, collective_seconds
-from longctx.compiler.ir import Op, Tensor
-from longctx.compiler.lifetimes import saved_tensors
-from longctx.compiler.ops import View, spec_of
-from longctx.compiler.ops.reshards import RESHARDS, target_of_reshard
+from longctx.compiler.ir import Graph, LayerKind, Op, Tensor, nbytes
+from longctx.compiler.layout import Layout
+from longctx.compiler.lifetimes import saved_tensors, wants_gradient
+from longctx.compiler.ops import Shares, View, spec_of
+from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape
+from longctx.compiler.work import Work
 
 
 @dataclass(frozen=True)
@@ -32,51 +35,141 @@ def bytes_of(tensor: Tensor, placement: Placement = REPLICATE, plan_size: int = 
     return prod(local_shape(tensor.shape, placement, plan_size)) * tensor.dtype.itemsize
 
 
-def op_seconds(op: Op, partition: Partition, plan_size: int, hardware: Hardware) -> Seconds:
-    """The time that a rank takes for its part of an op."""
+def op_seconds(op: Op, partition: Partition, layout: Layout, plan_size: int, hardware: Hardware) -> Seconds:
+    """The time that a rank takes for its part of an op; `layout` is that of the body which the op is in."""
+    forward = _phase_seconds(op, "forward", partition, layout, plan_size, hardware)
+    if not wants_gradient(op):
+        return Seconds(forward)
+    backward = _phase_seconds(op, "backward", partition, layout, plan_size, hardware)
+    for place in layout.added_gradients.get(op, ()):  # both are read, and the sum is written
+        size = bytes_of(op.inputs[place], partition.inputs[place], plan_size)
+        backward += hardware.copy_seconds(Work.COPIES, 3 * size)
+    return Seconds(forward, backward)
+
+
+def _phase_seconds(
+    op: Op, phase: str, partition: Partition, layout: Layout, plan_size: int, hardware: Hardware
+) -> float:
     spec = spec_of(op)
     share = plan_size if partition.dim is not None else 1
-    flops = spec.flops(op)
-    rate = hardware.matrix_rate(op.inputs[0].dtype) * spec.efficiency if flops.forward or flops.backward else 1.0
-    moved = _traffic(op, partition, plan_size)
-    forward = max(flops.forward / share / rate, moved / hardware.achievable_bandwidth)
-    if not op.outputs[0].requires_grad:
-        return Seconds(forward)
-    return Seconds(forward, max(flops.backward / share / rate, 2 * moved / hardware.achievable_bandwidth))
+    flops = getattr(spec.flops(op), phase) / share
+    rate = (
+        hardware.product_rate(spec.rates[phase == "backward"], op.inputs[0].dtype) * spec.efficiency if flops else 1.0
+    )
+    work = Work.STRIDED if layout.is_strided(op) else Work.COPIES
+    moved = _local_bytes(op, _traffic(op, phase, layout), partition, plan_size)
+    passed = _local_bytes(op, spec.passes(op, phase), partition, plan_size)
+    return max(flops / rate, hardware.copy_seconds(work, moved)) + hardware.copy_seconds(Work.COPIES, passed)
 
 
-def _traffic(op: Op, partition: Partition, plan_size: int) -> float:
-    """Bytes that a rank reads and writes in the forward of an op. A view reads and writes none."""
+def _local_bytes(op: Op, shares: Shares, partition: Partition, plan_size: int) -> float:
+    """The bytes on a rank of shares of an op's inputs and outputs."""
+    places = dict(zip((*op.inputs, *op.outputs), (*partition.inputs, *partition.outputs), strict=True))
+    return sum(share * bytes_of(tensor, places[tensor], plan_size) for tensor, share in shares.items())
+
+
+def _traffic(op: Op, phase: str, layout: Layout) -> Shares:
+    """What an op reads and writes in a phase.
+
+    In general a forward reads every input and writes every output once. For each gradient that a backward makes it
+    reads that of the output and writes that of the input, and in all it reads once what autograd has saved. A view
+    moves nothing, and a gradient that is the output's own is not made.
+    """
     spec = spec_of(op)
-    if spec.view is View.ALWAYS:
-        return 0.0
-    inputs = [bytes_of(t, p, plan_size) for t, p in zip(op.inputs, partition.inputs, strict=True)]
-    outputs = [bytes_of(t, p, plan_size) for t, p in zip(op.outputs, partition.outputs, strict=True)]
-    return spec.traffic(inputs, outputs)
+    if spec.traffic is not None:
+        return spec.traffic(op, phase)
+    if phase == "forward":
+        is_view = spec.view is View.ALWAYS or (spec.view is View.IF_CONTIGUOUS and not layout.is_strided(op))
+        return {} if is_view else Counter([*op.inputs, *op.outputs])
+    output = op.outputs[0]
+    made = [t for t in op.inputs if t.requires_grad and not spec.shares_gradient(t, output)]
+    return Counter([*made, *(len(made) * [*op.outputs]), *(saved_tensors(op) if made else [])])
 
 
-def reshard_seconds(tensor: Tensor, reshard: Reshard | None, plan_size: int, hardware: Hardware) -> Seconds:
-    """The time of a reshard of a tensor. It is not hidden behind computation, since the next op waits for it."""
-    resharding = RESHARDS[target_of_reshard(reshard.function)].resharding if reshard else None
+def reshard_op(
+    tensor: Tensor, reshard: Reshard | None, source: Placement, target: Placement, plan_size: int
+) -> Op | None:
+    """A reshard of a tensor of the whole graph, as the op that it is in the graph of one rank."""
+    if reshard is None or plan_size == 1:
+        return None
+    before, after = (replace(tensor, shape=local_shape(tensor.shape, p, plan_size)) for p in (source, target))
+    return Op(target_of_reshard(reshard.function), (before,), dict(reshard.arguments), (after,), "", None)
+
+
+def collective_time(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
+    """The time of the collectives of an op of one rank's graph; zero if it is no reshard.
+
+    It is not hidden behind computation, since the next op waits for it.
+    """
+    resharding = spec_of(op).resharding
     if resharding is None or plan_size == 1:
         return Seconds()
+    whole = max(map(nbytes, (op.inputs[0], op.outputs[0])))
+    if resharding.forward == "all_to_all":  # a rank has only a part of the tensor, before and after
+        whole = nbytes(op.inputs[0]) * plan_size
     forward, backward = (
-        collective_seconds(hardware, kind, bytes_of(tensor), plan_size) if kind else 0.0
+        collective_seconds(hardware, kind, whole, plan_size) if kind else 0.0
         for kind in (resharding.forward, resharding.backward)
     )
-    return Seconds(forward, backward if tensor.requires_grad else 0.0)
+    return Seconds(forward, backward if op.inputs[0].requires_grad else 0.0)
 
 
-def local_reshard_seconds(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
-    """The time of an op of one rank's graph if the op is a reshard; zero for every other op."""
-    spec = spec_of(op)
-    if spec.resharding is None:
+def packing_time(op: Op, layout: Layout, hardware: Hardware) -> Seconds:
+    """The time of a reshard's copies, which cut a tensor into the ranks' parts and join parts; zero for other ops.
+
+    A strided tensor is packed in the order of its dimensions, and its gradient comes back in that order and is copied
+    into the tensor's own.
+    """
+    spec, tensor = spec_of(op), op.inputs[0] if op.inputs else None
+    if spec.resharding is None or tensor is None:
         return Seconds()
-    before, after = op.inputs[0], op.outputs[0]
-    whole = max((before, after), key=bytes_of)
-    if spec.resharding.forward == "all_to_all":  # a rank has only a part of the tensor, before and after
-        whole = replace(before, shape=(prod(before.shape) * plan_size,))
-    return reshard_seconds(whole, Reshard(spec.name), plan_size, hardware)
+    forward, backward = (Counter(spec.workspace(op, phase)) for phase in ("forward", "backward"))
+    if spec.resharding.forward and layout.is_strided(op):
+        forward[tensor] = 1.0
+        backward[tensor] += 1.0
+    seconds = [
+        sum(hardware.copy_seconds(Work.STRIDED, 2 * share * nbytes(t)) for t, share in copies.items())
+        for copies in (forward, backward)
+    ]
+    return Seconds(seconds[0], seconds[1] if tensor.requires_grad else 0.0)
+
+
+GRADIENT_SUM_BYTES = 3 * FLOAT32_BYTES  # of a parameter: a gradient is added to those of the micro-batches before
+STEP_BYTES = 10 * FLOAT32_BYTES  # of a parameter: the norm reads the gradient, the scale reads and writes it, and AdamW
+# reads master, gradient and two moments and writes all but the gradient
+
+
+def gathers_of(owner: Graph | LayerKind) -> int:
+    """How often FSDP gathers weights in a micro-batch: a layer's for each pass, the root's once for both."""
+    return 2 if isinstance(owner, LayerKind) else 1
+
+
+def fsdp_copy_seconds(
+    n_parameters: float, dtype: torch.dtype, world_size: int, hardware: Hardware, n_gathers: int
+) -> float:
+    """The time of FSDP's own copies in a micro-batch, which PyTorch's fully_shard makes around its collectives.
+
+    Before each of `n_gathers` all-gathers a rank casts its shard and copies it into the buffer, and behind it the whole
+    weights are copied out of the buffer. Before the reduce-scatter the whole gradients are copied and cast into its
+    buffer, and behind it the shard's is added to those of the micro-batches before.
+    """
+    c = dtype.itemsize
+    of_shard = n_gathers * (FLOAT32_BYTES + 3 * c) + GRADIENT_SUM_BYTES
+    of_whole = n_gathers * 2 * c + c + FLOAT32_BYTES
+    n_bytes = n_parameters * (of_shard / world_size + of_whole)
+    return n_bytes / hardware.rates[Work.FSDP_COPIES].a_second
+
+
+def plan_sharded_copy_seconds(n_parameters: float, dtype: torch.dtype, plan_size: int, hardware: Hardware) -> float:
+    """The time in a micro-batch of casting a plan-sharded weight and its gradient, and of adding up the gradient."""
+    n_bytes = n_parameters / plan_size * (2 * (dtype.itemsize + FLOAT32_BYTES) + GRADIENT_SUM_BYTES)
+    return n_bytes / hardware.rates[Work.COPIES].a_second
+
+
+def optimizer_seconds(n_parameters: float, n_ranks: int, hardware: Hardware, grad_accumulation_steps: int) -> float:
+    """A micro-batch's share of a step's end, for parameters that lie on `n_ranks`: norm, scale and AdamW."""
+    n_bytes = n_parameters / n_ranks * STEP_BYTES
+    return n_bytes / hardware.rates[Work.OPTIMIZER].a_second / grad_accumulation_steps
 
 
 def fsdp_seconds(n_parameters: float, dtype: torch.dtype, world_size: int, hardware: Hardware) -> Seconds:

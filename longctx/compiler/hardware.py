@@ -1,6 +1,6 @@
 """Speeds of devices and of the links between them: tables with sources, and profiles that longctx/measure.py wrote.
 
-A new device is one entry of HARDWARE.
+A new device is one entry of HARDWARE. Every rate says whether it was measured, and where.
 """
 
 import json
@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from longctx.compiler.work import PRODUCT_KINDS, Work
 from longctx.errors import HardwareError
 
 
@@ -40,24 +41,32 @@ class Timing:
 
 
 @dataclass(frozen=True)
+class Rate:
+    """What a kind of work reaches a second, and where the figure is from: 'measured, ...' or 'derived, ...'."""
+
+    a_second: float
+    source: str
+
+    @property
+    def is_measured(self) -> bool:
+        return self.source.startswith("measured")
+
+
+@dataclass(frozen=True)
 class Hardware:
     """One device and its links.
 
-    matrix_flops: dense bfloat16 (and float16) matrix rate, FLOP/s; matrix_efficiency: the fraction of it that large
-    products reach; float32_flops: float32 matrix rate that large products reach, FLOP/s, without TF32;
-    memory_bandwidth: bytes/s; memory_efficiency: the fraction of it that a large copy reaches, counting bytes read and
-    written; memory_bytes; launch_latency: seconds that any collective takes before its first step; devices_per_node:
-    that `node_link` joins; published_peak: whether matrix_flops is its maker's figure, by which MFU counts. `timings`
-    are of measured profiles only.
+    matrix_flops: dense bfloat16 (and float16) matrix rate at peak, FLOP/s; memory_bytes; rates: what each kind of work
+    reaches; kernel_latency: seconds that a kernel takes however little it does; launch_latency: seconds that any
+    collective takes before its first step; devices_per_node: that `node_link` joins; published_peak: whether
+    matrix_flops is its maker's figure, by which MFU counts. `timings` are of measured profiles only.
     """
 
     name: str
     matrix_flops: float
-    memory_bandwidth: float
     memory_bytes: float
-    matrix_efficiency: float
-    float32_flops: float
-    memory_efficiency: float
+    rates: dict[Work, Rate]
+    kernel_latency: float
     launch_latency: float
     node_link: Link
     network: Link
@@ -65,33 +74,31 @@ class Hardware:
     published_peak: bool = True
     timings: tuple[Timing, ...] = ()
 
-    def matrix_rate(self, dtype: torch.dtype) -> float:
-        """FLOP/s that large products of this dtype reach."""
-        return self.float32_flops if dtype == torch.float32 else self.matrix_flops * self.matrix_efficiency
+    def product_rate(self, work: Work, dtype: torch.dtype) -> float:
+        """FLOP/s of products or attention in this dtype; in float32 attention is to products as on the H200."""
+        if dtype != torch.float32:
+            return self.rates[work].a_second
+        share = _H200_RATES[work].a_second / _H200_RATES[Work.PRODUCTS].a_second
+        return self.rates[Work.FLOAT32_PRODUCTS].a_second * share
+
+    def copy_seconds(self, work: Work, n_bytes: float) -> float:
+        """Seconds of a kernel that reads and writes so many bytes; 0 if it has none, since then there is no kernel."""
+        return n_bytes / self.rates[work].a_second + self.kernel_latency if n_bytes else 0.0
 
     def peak_rate(self, dtype: torch.dtype) -> float | None:
         """FLOP/s that MFU counts by: the datasheet's, for 16 bits; None for float32 and for CPUs, which have none."""
         return self.matrix_flops if self.published_peak and dtype != torch.float32 else None
 
-    @property
-    def achievable_bandwidth(self) -> float:
-        """Bytes/s, read and written, that a large copy reaches."""
-        return self.memory_bandwidth * self.memory_efficiency
-
 
 # Sources.
-# Rates, memory, link bandwidths: NVIDIA's A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 datasheets; AMD's Instinct
-#   MI300X datasheet. Dense: the headline matrix rates, "with sparsity", are twice these. float32 is the CUDA cores'
-#   (MI300X: the matrix cores'), times matrix_efficiency, which nobody publishes for float32. A datasheet's link
+# Peak rates, memory, link bandwidths: NVIDIA's A100 80GB SXM, H100 SXM, H200 SXM and HGX B200 datasheets; AMD's
+#   Instinct MI300X datasheet. Dense: the headline matrix rates, "with sparsity", are twice these. A datasheet's link
 #   bandwidth counts both directions, and is twice these: NVLink 3, 4, 5 give 300, 450, 900 GB/s each way, all of it to
 #   any one peer through NVSwitch; an MI300X has 7 xGMI links of 64 GB/s, one to each peer.
-# matrix_efficiency: "Maximum Achievable Matmul FLOPS" in github.com/stas00/ml-engineering, compute/accelerator: 271.2,
-#   794.5 (H200 "is the same"), 1745.0 and 668.4 TFLOP/s.
-# memory_efficiency: a copy of 4.3 GB through PyTorch on an H200 moved 4.3 TB/s of 4.8; taken for NVIDIA's others too.
-#   MI300X: BabelStream copy, 4.18 of 5.3 TB/s, in AMD's MI300X system validation guide.
-# node_link.efficiency: bus bandwidths of large ring collectives on 8 devices, same book, network: A100 235 of 300;
-#   H200 363 of 450 (H100 has the same links); B200 682 of 900; MI300X 313 of 448 (48 of 64 on two). NVLink SHARP makes
-#   all-reduce, and it alone, up to 1.3 times faster on H100 and later: not counted, a measured profile knows.
+# node_link.efficiency: bus bandwidths of large ring collectives on 8 devices in github.com/stas00/ml-engineering,
+#   network: A100 235 of 300; H200 363 of 450 (H100 has the same links); B200 682 of 900; MI300X 313 of 448 (48 of 64 on
+#   two). NVLink SHARP makes all-reduce, and it alone, up to 1.3 times faster on H100 and later: not counted, a measured
+#   profile knows.
 # network: one adapter a device, of 200 Gb/s (DGX A100) or 400 Gb/s (DGX H100, H200, B200; AMD's reference design).
 #   Efficiency: all-reduces of 4 GiB and up on 4 nodes of 8 B200, same book, under the ring model below; taken for all.
 # Latencies: NCCL's tuning model, src/graph/tuning.cc, ring with the Simple protocol: 8.4 us, and 3.4 us a step over
@@ -103,20 +110,100 @@ _NVLINK_4 = Link(450e9, 450e9, 0.80, 3.4e-6)
 _NVLINK_5 = Link(900e9, 900e9, 0.76, 3.4e-6)
 _XGMI = Link(448e9, 64e9, 0.70, 2.1e-6)
 
+# What one H200 reached with PyTorch 2.11 and cuDNN 9.19 on 28 November 2026, while it ran whole micro-batches of rank 0
+# of 8 of Llama-3-8B: at that heat products run slower than in a test of their own (798 TFLOP/s, 8,192 cubed).
+# Products: the linear layers together, at 131,072, 32,768 and 8,192 tokens: 758, 763, 754 TFLOP/s.
+# Attention, 4 heads of 128 features: 566 forward and 524 backward at 131,072 tokens, 578 and 530 at 32,768, and 401
+#   and 402 at 8,192, where a kernel is too short to fill the device.
+# Copies: 4.2 TB/s; residual additions and SwiGLU's product ran at 4.4. Strided: RoPE's products on transposed heads and
+#   the packing for all-to-all, 1.4 TB/s. FSDP's copies: the all-gathers' outputs 4.1, the reduce-scatters' inputs 2.1.
+# The optimizer: fused AdamW of 268 million parameters.
+# kernel_latency: what kernels of 8,192 tokens took beyond their bytes.
+_H200_SOURCE = "measured, an H200, PyTorch 2.11, cuDNN 9.19"
+_H200_RATES = {
+    Work.PRODUCTS: Rate(758e12, f"{_H200_SOURCE}, in whole micro-batches"),
+    Work.FLOAT32_PRODUCTS: Rate(51e12, f"{_H200_SOURCE}, 4,096 cubed"),
+    Work.ATTENTION_FORWARD: Rate(570e12, f"{_H200_SOURCE}, in whole micro-batches"),
+    Work.ATTENTION_BACKWARD: Rate(525e12, f"{_H200_SOURCE}, in whole micro-batches"),
+    Work.COPIES: Rate(4.2e12, f"{_H200_SOURCE}, 2 GB"),
+    Work.STRIDED: Rate(1.4e12, f"{_H200_SOURCE}, in whole micro-batches"),
+    Work.FSDP_COPIES: Rate(2.6e12, f"{_H200_SOURCE}, in whole micro-batches"),
+    Work.OPTIMIZER: Rate(3.4e12, f"{_H200_SOURCE}, 268 million parameters"),
+}
+KERNEL_LATENCY = 3e-6
+
+
+def in_proportion(rates: dict[Work, Rate]) -> dict[Work, Rate]:
+    """Rates of every kind, where only products' and copies' are known: the others as on the H200.
+
+    Attention is slower than the known products, and other copies than the known ones, by as much as on the H200.
+    """
+    of = {work: Work.PRODUCTS if work in PRODUCT_KINDS else Work.COPIES for work in Work}
+    derived = {
+        work: Rate(
+            rates[of[work]].a_second * rate.a_second / _H200_RATES[of[work]].a_second,
+            f"derived from the {of[work]}, in the H200's proportion",
+        )
+        for work, rate in _H200_RATES.items()
+    }
+    return derived | rates
+
+
+def _published(
+    products: float, float32: float, copies: float, products_from: str, copies_from: str
+) -> dict[Work, Rate]:
+    """Rates of a device of which only these are published; float32's is taken to fall as short of its peak."""
+    return in_proportion(
+        {
+            Work.PRODUCTS: Rate(products, products_from),
+            Work.FLOAT32_PRODUCTS: Rate(float32, "derived from the peak, as far below it as the matrix products are"),
+            Work.COPIES: Rate(copies, copies_from),
+        }
+    )
+
+
+# products: "Maximum Achievable Matmul FLOPS" in github.com/stas00/ml-engineering, compute/accelerator: 271.2, 1745.0
+#   and 668.4 TFLOP/s. Float32 is the CUDA cores' (MI300X: the matrix cores').
+# copies: NVIDIA's datasheets, less what the H200's copy falls short of its own, 4.2 of 4.8 TB/s. MI300X: BabelStream
+#   copy, 4.18 of 5.3 TB/s, in AMD's MI300X system validation guide.
+_BOOK = "published, Maximum Achievable Matmul FLOPS"
+_OF_DATASHEET = "derived from the datasheet, in the H200's proportion"
+_A100_RATES = _published(271e12, 0.87 * 19.5e12, 2.039e12 * 4.2 / 4.8, _BOOK, _OF_DATASHEET)
+_B200_RATES = _published(1745e12, 0.78 * 80e12, 8.0e12 * 4.2 / 4.8, _BOOK, _OF_DATASHEET)
+_MI300X_RATES = _published(668e12, 0.51 * 163.4e12, 4.18e12, _BOOK, "published, AMD's BabelStream copy")
+# The same chip as an H200's, with slower memory.
+_OF_H200 = "derived from the H200, which has the same cores"
+_H100_RATES = in_proportion(
+    {
+        **{work: Rate(_H200_RATES[work].a_second, _OF_H200) for work in PRODUCT_KINDS},
+        Work.COPIES: Rate(3.35e12 * 4.2 / 4.8, _OF_DATASHEET),
+    }
+)
+
 # One core, as torchrun gives each process one thread. Rough, and of one class only: what longctx/measure.py gave on a
 # 2-core virtual machine of an AMD EPYC without bfloat16 instructions, its ranks joined by gloo over the loopback.
 _LOOPBACK = Link(0.5e9, 0.5e9, 1.0, 300e-6)
-_CPU = Hardware("cpu", 1.2e9, 10e9, 8e9, 1.0, 65e9, 1.0, 300e-6, _LOOPBACK, _LOOPBACK, published_peak=False)
+_CPU_SOURCE = "measured, one core of an AMD EPYC, PyTorch 2.13"
+_CPU_RATES = in_proportion(
+    {
+        Work.PRODUCTS: Rate(1.2e9, _CPU_SOURCE),
+        Work.FLOAT32_PRODUCTS: Rate(65e9, _CPU_SOURCE),
+        Work.ATTENTION_FORWARD: Rate(20e9, _CPU_SOURCE),
+        Work.ATTENTION_BACKWARD: Rate(1.5e9, _CPU_SOURCE),
+        Work.COPIES: Rate(10e9, _CPU_SOURCE),
+        Work.STRIDED: Rate(8e9, _CPU_SOURCE),
+    }
+)
 
 HARDWARE = {
     hardware.name: hardware
     for hardware in (
-        Hardware("h100", 989e12, 3.35e12, 80e9, 0.80, 0.80 * 67e12, 0.90, 8.4e-6, _NVLINK_4, _NETWORK_400G),
-        Hardware("h200", 989e12, 4.8e12, 141e9, 0.80, 0.80 * 67e12, 0.90, 8.4e-6, _NVLINK_4, _NETWORK_400G),
-        Hardware("a100", 312e12, 2.039e12, 80e9, 0.87, 0.87 * 19.5e12, 0.90, 8.4e-6, _NVLINK_3, _NETWORK_200G),
-        Hardware("b200", 2250e12, 8.0e12, 180e9, 0.78, 0.78 * 80e12, 0.90, 8.4e-6, _NVLINK_5, _NETWORK_400G),
-        Hardware("mi300x", 1307e12, 5.3e12, 192e9, 0.51, 0.51 * 163.4e12, 0.79, 8.4e-6, _XGMI, _NETWORK_400G),
-        _CPU,
+        Hardware("h100", 989e12, 80e9, _H100_RATES, KERNEL_LATENCY, 8.4e-6, _NVLINK_4, _NETWORK_400G),
+        Hardware("h200", 989e12, 141e9, _H200_RATES, KERNEL_LATENCY, 8.4e-6, _NVLINK_4, _NETWORK_400G),
+        Hardware("a100", 312e12, 80e9, _A100_RATES, KERNEL_LATENCY, 8.4e-6, _NVLINK_3, _NETWORK_200G),
+        Hardware("b200", 2250e12, 180e9, _B200_RATES, KERNEL_LATENCY, 8.4e-6, _NVLINK_5, _NETWORK_400G),
+        Hardware("mi300x", 1307e12, 192e9, _MI300X_RATES, KERNEL_LATENCY, 8.4e-6, _XGMI, _NETWORK_400G),
+        Hardware("cpu", 1.2e9, 8e9, _CPU_RATES, KERNEL_LATENCY, 300e-6, _LOOPBACK, _LOOPBACK, published_peak=False),
     )
 }
 
@@ -151,7 +238,12 @@ def load(name_or_path: str | None) -> Hardware:
     if not path.is_file():
         raise HardwareError(f"it is neither a profile's file nor one of {names}")
     try:
-        return _from_json(json.loads(path.read_text())["hardware"])
+        fields = json.loads(path.read_text())["hardware"]
+        if "matrix_efficiency" in fields:
+            raise HardwareError(
+                "it is an older profile, without rates by kind of work; write it anew with python -m longctx.measure"
+            )
+        return _from_json(fields)
     except (OSError, ValueError, KeyError, TypeError) as error:
         written_by = "python -m longctx.measure"
         raise HardwareError(f"it is no profile that {written_by} wrote, nor one of {names}") from error
@@ -222,9 +314,12 @@ def _from_json(fields: dict) -> Hardware:
         for entry in fields["timings"]
     )
     links = {name: Link(**fields[name]) for name in ("node_link", "network")}
-    numbers = [value for name, value in fields.items() if name not in ("name", "timings", "published_peak", *links)]
+    rates = {Work(name): Rate(float(rate["a_second"]), str(rate["source"])) for name, rate in fields["rates"].items()}
+    others = ("name", "rates", "timings", "published_peak", *links)
+    numbers = [value for name, value in fields.items() if name not in others]
     numbers += [value for link in links.values() for value in asdict(link).values()]
+    numbers += [rate.a_second for rate in rates.values()]
     numbers += [value for timing in timings for value in (*timing.whole_bytes, *timing.seconds)]
-    if not all(isfinite(value) and value > 0 for value in numbers):
-        raise ValueError("a figure is not a number above 0")
-    return Hardware(**{"published_peak": False, **fields, **links, "timings": timings})
+    if set(rates) != set(Work) or not all(isfinite(value) and value > 0 for value in numbers):
+        raise ValueError("a figure is missing, or is not a number above 0")
+    return Hardware(**{"published_peak": False, **fields, **links, "rates": rates, "timings": timings})

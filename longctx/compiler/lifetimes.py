@@ -36,25 +36,30 @@ def saved_besides(op: Op) -> Shares:
 # --- storages --------------------------------------------------------------------------------------------------------
 
 
-def storages(items: Iterable[Op | LayerCall]) -> dict[Tensor, Tensor]:
-    """For each output of `items`, the first value that has the same storage: a view shares the storage of its input.
+def strided_values(items: Iterable[Op | LayerCall]) -> set[Tensor]:
+    """The outputs of `items` whose elements lie in another order than their dimensions.
 
-    A value is strided if its elements lie in another order than its dimensions. The outputs of elementwise ops are then
-    strided too, and a reshape copies the value.
+    The outputs of elementwise ops of such a value are strided too, and a reshape copies the value.
     """
-    storage: dict[Tensor, Tensor] = {}
     strided: set[Tensor] = set()
+    for item in items:
+        if isinstance(item, Op) and item.inputs and spec_of(item).strides(item, item.inputs[0] in strided):
+            strided.update(item.outputs)
+    return strided
+
+
+def storages(items: Sequence[Op | LayerCall]) -> dict[Tensor, Tensor]:
+    """For each output of `items`, the first value that has the same storage: a view shares the storage of its input."""
+    storage: dict[Tensor, Tensor] = {}
+    strided = strided_values(items)
     for item in items:
         if isinstance(item, LayerCall):
             storage.update({out: out for out in item.outputs})
             continue
         spec, source = spec_of(item), next(iter(item.inputs), None)
-        from_strided = source in strided
-        is_view = spec.view is View.ALWAYS or (spec.view is View.IF_CONTIGUOUS and not from_strided)
+        is_view = spec.view is View.ALWAYS or (spec.view is View.IF_CONTIGUOUS and source not in strided)
         for out in item.outputs:
             storage[out] = storage.get(source, source) if is_view and source is not None else out
-        if source is not None and spec.strides(item, from_strided):
-            strided.update(item.outputs)
     return storage
 
 

@@ -4,18 +4,25 @@ The integer program minimizes these seconds; here they are added up again from t
 for people to read and for tests to hold the program to.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import prod
 
 from longctx.compiler.cost import (
     Seconds,
+    collective_time,
+    fsdp_copy_seconds,
     fsdp_seconds,
-    local_reshard_seconds,
+    gathers_of,
     op_seconds,
+    optimizer_seconds,
+    packing_time,
+    plan_sharded_copy_seconds,
     plan_sharded_seconds,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op
+from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction
 from longctx.compiler.ops import spec_of
@@ -28,8 +35,11 @@ from longctx.compiler.recompute import Recompute
 class StepTime:
     """Seconds of one micro-batch on one rank: what its wall clock is made of, and what is hidden behind it."""
 
-    compute: float
+    compute: float  # of the model's operators, forward and backward
     recompute: float
+    packing: float  # reshards' copies into and out of what they send
+    weight_copies: float  # FSDP's own, and casts of plan-sharded weights
+    optimizer: float  # a micro-batch's share of the norm and AdamW at the end of a step
     reshards: float  # of activations between the plan's ranks, waited for
     fsdp_exposed: float  # of weights and gradients, beyond the computing that hides it
     fsdp_hidden: float
@@ -37,7 +47,7 @@ class StepTime:
 
     @property
     def computing(self) -> float:
-        return self.compute + self.recompute
+        return self.compute + self.recompute + self.packing + self.weight_copies + self.optimizer
 
     @property
     def communication(self) -> float:
@@ -56,6 +66,7 @@ class Prediction:
     forward_flops: float  # of one row, attention counted whole, as the reference program counts it
     forward_flops_causal: float  # attention counted by half, as causal attention needs
     time: StepTime
+    parts: dict[str, float]  # see seconds_by_part
     memory: MemoryPrediction
 
 
@@ -64,55 +75,116 @@ def predict(
 ) -> Prediction:
     """Seconds and bytes of a plan; `forward_flops` of one row are given, counted whole and counted causal."""
     memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
-    return Prediction(n_parameters, *forward_flops, step_time(graph, plan, setting), memory)
+    time, parts = step_time(graph, plan, setting), seconds_by_part(graph, plan, setting)
+    return Prediction(n_parameters, *forward_flops, time, parts, memory)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The root, or all layers of a kind: the ops of the whole model, those of one rank, and the layers' policies."""
+
+    owner: Graph | LayerKind
+    ops: Sequence[Op | LayerCall]
+    local_ops: Sequence[Op | LayerCall]
+    policies: tuple[Recompute, ...]
+
+    def recomputed(self, op: Op) -> int:
+        """How often an op runs again in the backward pass."""
+        if spec_of(op).selective_recompute:
+            return self.policies.count(Recompute.EVERYTHING)
+        return len(self.policies) - self.policies.count(Recompute.NOTHING)
+
+
+def _bodies(graph: Graph, plan: Plan) -> list[_Body]:
+    local = localize(graph, plan.assignment)
+    bodies = [_Body(graph, graph.body, local.body, (Recompute.NOTHING,))]
+    for number, (kind, own) in enumerate(zip(graph.kinds, local.kinds, strict=True)):
+        policies = tuple(plan.recompute[call.index] for call in graph.layer_calls if call.kind == number)
+        bodies.append(_Body(kind, kind.ops, own.ops, policies))
+    return bodies
 
 
 def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:
     """The time of a micro-batch under a plan, from the ops and reshards of one rank's graph."""
-    local = localize(graph, plan.assignment)
-    parts = [_body_time(graph, graph.body, local.body, (Recompute.NOTHING,), plan, setting)]
-    for number, (kind, own) in enumerate(zip(graph.kinds, local.kinds, strict=True)):
-        policies = tuple(plan.recompute[call.index] for call in graph.layer_calls if call.kind == number)
-        parts.append(_body_time(kind, kind.ops, own.ops, policies, plan, setting))
-    return StepTime(*(sum(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+    times = [_body_time(body, plan, setting) for body in _bodies(graph, plan)]
+    return StepTime(*(sum(values) for values in zip(*(vars(time).values() for time in times), strict=True)))
 
 
-def _body_time(
-    owner: Graph | LayerKind,
-    ops: Sequence[Op | LayerCall],
-    local_ops: Sequence[Op | LayerCall],
-    policies: tuple[Recompute, ...],
-    plan: Plan,
-    setting: Setting,
-) -> StepTime:
-    """The time of the root, or of all layers of a kind, which have these policies."""
-    plan_size, device, times = setting.plan_size, setting.hardware, len(policies)
-    recomputed = times - policies.count(Recompute.NOTHING)
-    attention_recomputed = policies.count(Recompute.EVERYTHING)
-    compute = recompute = reshards = 0.0
-    for op in ops:
+def seconds_by_part(graph: Graph, plan: Plan, setting: Setting) -> dict[str, float]:
+    """Seconds of a micro-batch's computing by what it is for, as a rehearsal measures them (runtime/parts.py).
+
+    What is recomputed counts with the operator that it is of.
+    """
+    seconds: Counter[str] = Counter()
+    for body in _bodies(graph, plan):
+        layout, times = layout_of(body.owner), len(body.policies)
+        for op in body.ops:
+            if isinstance(op, Op):
+                part, own = _part_of(op), _seconds_of(op, layout, plan, setting)
+                forward, backward = (f"{part}, forward", f"{part}, backward") if part == "attention" else (part, part)
+                seconds[forward] += (times + body.recomputed(op)) * own.forward
+                seconds[backward] += times * own.backward
+    time = step_time(graph, plan, setting)
+    return {**seconds, "FSDP's copies": time.weight_copies, "packing for reshards": time.packing}
+
+
+def _part_of(op: Op) -> str:
+    spec = spec_of(op)
+    if spec.selective_recompute:
+        return "attention"
+    if spec.memory_kind == "loss":
+        return "loss"
+    return "linear layers" if spec.flops(op).forward else "the rest of the layers"
+
+
+def _seconds_of(op: Op, layout: Layout, plan: Plan, setting: Setting) -> Seconds:
+    return op_seconds(op, plan.assignment.partitions[op], layout, setting.plan_size, setting.hardware)
+
+
+def _body_time(body: _Body, plan: Plan, setting: Setting) -> StepTime:
+    """The time of the root, or of all layers of a kind."""
+    owner, plan_size, device, times = body.owner, setting.plan_size, setting.hardware, len(body.policies)
+    recomputed, layout = times - body.policies.count(Recompute.NOTHING), layout_of(owner)
+    compute = recompute = reshards = packing = 0.0
+    for op in body.ops:
         if isinstance(op, Op):
-            seconds = op_seconds(op, plan.assignment.partitions[op], plan_size, device)
+            seconds = _seconds_of(op, layout, plan, setting)
             compute += times * (seconds.forward + seconds.backward)
-            recompute += (attention_recomputed if spec_of(op).selective_recompute else recomputed) * seconds.forward
-    for op in local_ops:
-        seconds = local_reshard_seconds(op, plan_size, device) if isinstance(op, Op) else Seconds()
-        reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward
-    fsdp = times * _fsdp_seconds(owner, plan, setting)
+            recompute += body.recomputed(op) * seconds.forward
+    for op in body.local_ops:
+        if isinstance(op, Op):
+            seconds, copies = collective_time(op, plan_size, device), packing_time(op, layout, device)
+            reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward
+            packing += times * (copies.forward + copies.backward) + recomputed * copies.forward
+    fsdp, weight_copies, optimizer, reduced = (times * seconds for seconds in _weights_time(owner, plan, setting))
     exposed = max(0.0, fsdp - compute - recompute)
-    reduced = times * sum(
-        plan_sharded_seconds(prod(t.shape), plan_size, setting.world_size, device, setting.grad_accumulation_steps)
-        for t in owner.parameters.values()
-        if t in plan.assignment.plan_sharded
+    return StepTime(
+        compute=compute,
+        recompute=recompute,
+        packing=packing,
+        weight_copies=weight_copies,
+        optimizer=optimizer,
+        reshards=reshards,
+        fsdp_exposed=exposed,
+        fsdp_hidden=fsdp - exposed,
+        plan_sharded_gradients=reduced,
     )
-    return StepTime(compute, recompute, reshards, exposed, fsdp - exposed, reduced)
 
 
-def _fsdp_seconds(owner: Graph | LayerKind, plan: Plan, setting: Setting) -> float:
-    """Of FSDP's traffic for one layer, or for the root."""
-    sharded = [t for t in owner.parameters.values() if t not in plan.assignment.plan_sharded]
-    if not sharded:
-        return 0.0
-    size = sum(prod(t.shape) for t in sharded)
-    seconds = fsdp_seconds(size, sharded[0].dtype, setting.world_size, setting.hardware)
-    return seconds.forward + seconds.backward
+def _weights_time(owner: Graph | LayerKind, plan: Plan, setting: Setting) -> tuple[float, float, float, float]:
+    """Of the weights of one layer, or of the root: FSDP's traffic, copies, the optimizer, and what reduces the
+    gradients of plan-sharded weights."""
+    plan_size, world_size, device = setting.plan_size, setting.world_size, setting.hardware
+    accumulated = setting.grad_accumulation_steps
+    own = {t: prod(t.shape) for t in owner.parameters.values() if t in plan.assignment.plan_sharded}
+    sharded = {t: prod(t.shape) for t in owner.parameters.values() if t not in own}
+    copies = sum(plan_sharded_copy_seconds(n, t.dtype, plan_size, device) for t, n in own.items())
+    n_gathers = gathers_of(owner)
+    copies += sum(fsdp_copy_seconds(n, t.dtype, world_size, device, n_gathers) for t, n in sharded.items())
+    optimizer = optimizer_seconds(sum(own.values()), plan_size, device, accumulated)
+    optimizer += optimizer_seconds(sum(sharded.values()), world_size, device, accumulated)
+    reduced = sum(plan_sharded_seconds(n, plan_size, world_size, device, accumulated) for n in own.values())
+    fsdp = Seconds()
+    if sharded:
+        fsdp = fsdp_seconds(sum(sharded.values()), next(iter(sharded)).dtype, world_size, device)
+    return fsdp.forward + fsdp.backward, copies, optimizer, reduced

@@ -16,7 +16,7 @@ minimize
     seconds of operators, forward + backward, and of what is recomputed                             add_op
     + seconds of reshards, and of those that recomputation repeats                                  add_reshards
     + what FSDP's traffic takes beyond the computing that hides it                                  add_weights
-    + all-reduces of the gradients of plan-sharded weights                                          add_weights
+    + copies of weights and gradients, the optimizer, and all-reduces of plan-sharded gradients     add_weights
 
 subject to
 
@@ -35,13 +35,20 @@ import numpy as np
 from longctx.compiler.cost import (
     Seconds,
     bytes_of,
+    collective_time,
+    fsdp_copy_seconds,
     fsdp_seconds,
+    gathers_of,
     op_seconds,
+    optimizer_seconds,
+    packing_time,
+    plan_sharded_copy_seconds,
     plan_sharded_seconds,
-    reshard_seconds,
+    reshard_op,
     saved_activations,
 )
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
+from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.lifetimes import saved_besides
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, Solution, scaled, total, value_of
 from longctx.compiler.localize import Assignment
@@ -83,6 +90,7 @@ class _Scope:
 
     owner: Graph | LayerKind
     times: int
+    layout: Layout
     recomputed: int | None = None  # the variables m and a
     attention_recomputed: int | None = None
     flows: dict[Tensor, _Flow] = field(default_factory=dict)
@@ -103,6 +111,7 @@ class Program(LinearProgram):
         self.x: dict[Op, list[tuple[Partition, int]]] = {}
         self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
         self.recomputing: list[tuple[int, int]] = []  # m and a of each layer kind
+        self.fixed_seconds = 0.0  # that every plan takes
         self.persistent: Expression = {}
         self.kept: Expression = {}  # saved from the forward to the backward, all layers
         self.build()
@@ -133,7 +142,7 @@ class Program(LinearProgram):
     # --- the root and the layer kinds
 
     def build_root(self) -> _Scope:
-        scope = _Scope(self.graph, 1)
+        scope = _Scope(self.graph, 1, layout_of(self.graph))
         scope.flows.update({t: _Flow({REPLICATE: ALWAYS}) for t in self.graph.inputs})
         handed_on: set[Tensor] = set()
         for item in self.graph.body:
@@ -161,7 +170,7 @@ class Program(LinearProgram):
         self.recomputing.append((m, a))
         self.row({m: 1.0, a: -1.0}, lower=0)
         self.fix_policy(kind, m, a, len(calls))
-        scope = _Scope(kind, len(calls), m, a)
+        scope = _Scope(kind, len(calls), layout_of(kind), m, a)
         for place, tensor in enumerate(kind.inputs):
             scope.flows[tensor] = _Flow(self.boundary if place == 0 else self.extra[calls[0].inputs[place]])
         for op in kind.ops:
@@ -192,7 +201,7 @@ class Program(LinearProgram):
         self.row({x: 1.0 for _, x in self.x[op]}, 1, 1)
         recomputed = scope.attention_recomputed if spec_of(op).selective_recompute else scope.recomputed
         for partition, x in self.x[op]:
-            seconds = op_seconds(op, partition, self.plan_size, self.setting.hardware)
+            seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware)
             self.costs[x] = scope.times * (seconds.forward + seconds.backward)
             scope.compute[x] = self.costs[x]
             if recomputed is not None and seconds.forward:
@@ -260,7 +269,7 @@ class Program(LinearProgram):
                 wanted.setdefault(demand, []).append(expression)
         for (target, partitioned), expressions in wanted.items():
             sources = [s for s in flow.sources if not flow.is_resharded_later(s, target)]
-            seconds = {s: self.reshard_seconds(tensor, s, target, partitioned) for s in sources}
+            seconds = {s: self.reshard_seconds(tensor, s, target, partitioned, scope.layout) for s in sources}
             if len(sources) == len(flow.sources) and all(cost == Seconds() for cost in seconds.values()):
                 continue
             z = {s: self.variable(scope.times * (cost.forward + cost.backward)) for s, cost in seconds.items()}
@@ -272,16 +281,24 @@ class Program(LinearProgram):
                     repeated = self.product(variable, scope.recomputed, scope.times)
                     self.costs[repeated] = seconds[source].forward
 
-    def reshard_seconds(self, tensor: Tensor, source: Placement, target: Placement, partitioned: bool) -> Seconds:
+    def reshard_seconds(
+        self, tensor: Tensor, source: Placement, target: Placement, partitioned: bool, layout: Layout
+    ) -> Seconds:
+        """The time of a reshard and of its copies."""
         reshard = find_reshard(source, target, partitioned, tensor.requires_grad)
-        return reshard_seconds(tensor, reshard, self.plan_size, self.setting.hardware)
+        op = reshard_op(tensor, reshard, source, target, self.plan_size)
+        if op is None:
+            return Seconds()
+        sent = collective_time(op, self.plan_size, self.setting.hardware)
+        copied = packing_time(op, layout, self.setting.hardware)
+        return Seconds(sent.forward + copied.forward, sent.backward + copied.backward)
 
     # --- weights
 
     def add_weights(self, scope: _Scope) -> None:
         """r[w, j], what reducing those weights' gradients takes, and FSDP's traffic for the others, as far as computing
         does not hide it."""
-        world_size, hardware = self.setting.world_size, self.setting.hardware
+        world_size = self.setting.world_size
         parameters = list(scope.owner.parameters.values())
         sharded: Expression = {CONSTANT: 0.0}  # parameters that FSDP gathers for one layer
         for tensor in parameters:
@@ -289,11 +306,10 @@ class Program(LinearProgram):
             bytes_of_all = scope.times * size * PERSISTENT_BYTES / GB
             self.persistent = total(self.persistent, {CONSTANT: bytes_of_all / world_size})
             sharded = total(sharded, {CONSTANT: size})
-            reduced = plan_sharded_seconds(
-                size, self.plan_size, world_size, hardware, self.setting.grad_accumulation_steps
-            )
+            by_fsdp, plan_sharded = self.weight_seconds(tensor, gathers_of(scope.owner))
+            self.fixed_seconds += scope.times * by_fsdp
             for _, r in self.add_plan_sharded(tensor, scope):
-                self.costs[r] = scope.times * reduced
+                self.costs[r] = scope.times * (plan_sharded - by_fsdp)
                 more = bytes_of_all * (1 / self.plan_size - 1 / world_size)
                 self.persistent = total(self.persistent, {r: more})
                 sharded = total(sharded, {r: -float(size)})
@@ -301,6 +317,17 @@ class Program(LinearProgram):
         if size and world_size > 1:
             self.add_fsdp_traffic(size, sharded, scope)
         scope.gathered.update(scaled(sharded, gathered_bytes(scope.owner) / GB))
+
+    def weight_seconds(self, tensor: Tensor, n_gathers: int) -> tuple[float, float]:
+        """What a weight costs in copies and in the optimizer if FSDP shards it; and if it is plan-sharded, with what
+        reduces its gradient."""
+        size, accumulated = prod(tensor.shape), self.setting.grad_accumulation_steps
+        plan_size, world_size, hardware = self.plan_size, self.setting.world_size, self.setting.hardware
+        by_fsdp = fsdp_copy_seconds(size, tensor.dtype, world_size, hardware, n_gathers)
+        by_fsdp += optimizer_seconds(size, world_size, hardware, accumulated)
+        own = plan_sharded_copy_seconds(size, tensor.dtype, plan_size, hardware)
+        own += optimizer_seconds(size, plan_size, hardware, accumulated)
+        return by_fsdp, own + plan_sharded_seconds(size, plan_size, world_size, hardware, accumulated)
 
     def add_plan_sharded(self, tensor: Tensor, scope: _Scope) -> list[tuple[int, int]]:
         """The dimensions along which a weight may be plan-sharded, each with its r: all readers have to want it so."""
@@ -397,7 +424,7 @@ class Program(LinearProgram):
         inputs = {tensor: _chosen(choice, values) for tensor, choice in self.extra.items()}
         plan_sharded = {t: d for t, choices in self.plan_sharded.items() for d, r in choices if values[r] > 0.5}
         assignment = Assignment(self.plan_size, partitions, boundary, inputs, plan_sharded)
-        seconds = float(np.dot(self.costs, values))
+        seconds = self.fixed_seconds + float(np.dot(self.costs, values))
         return Plan(assignment, self.policies(values), seconds, value_of(self.memory, values) * GB, solution.gap)
 
     def policies(self, values: np.ndarray) -> tuple[Recompute, ...]:
@@ -420,8 +447,10 @@ def can_keep_attention(kind: LayerKind) -> bool:
 
 
 def is_relayout(op: Op) -> bool:
-    """Whether an op gives the same elements in other dimensions, at no cost: a view, a transpose."""
-    if spec_of(op).view is not View.ALWAYS:
+    """Whether an op gives the same elements, in the same order, in other dimensions, so that resharding costs the same
+    before and after it. A transpose does not: a strided value has to be copied before it is sent."""
+    spec = spec_of(op)
+    if spec.view is not View.ALWAYS or spec.strides(op, False):
         return False
     return len(op.inputs) == len(op.outputs) == 1 and prod(op.inputs[0].shape) == prod(op.outputs[0].shape)
 

@@ -3,17 +3,23 @@
 from collections.abc import Sequence
 
 from longctx.compiler.alternatives import at_other_lengths, other_plans
-from longctx.compiler.cost import local_reshard_seconds, op_seconds
-from longctx.compiler.ir import Graph, LayerCall, Op, nbytes
+from longctx.compiler.cost import collective_time, op_seconds, packing_time
+from longctx.compiler.hardware import Hardware
+from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, nbytes
+from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
-from longctx.compiler.memory import MemoryPrediction, say_bytes
+from longctx.compiler.memory import MemoryPrediction, in_use, say_bytes
 from longctx.compiler.ops import is_known, spec_of
 from longctx.compiler.placement import Placement, Shard
 from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
 from longctx.compiler.prediction import Prediction, StepTime, step_time
 from longctx.compiler.recompute import Recompute
+from longctx.compiler.work import PRODUCT_KINDS
 from longctx.flops import step_flops
+
+# A forward of Llama-3-8B on 8 ranks at 8,192 tokens took the host of an H200 81 ms, for 1,392 operators of the graph.
+HOST_SECONDS_AN_OP = 58e-6
 
 # --- report.md -------------------------------------------------------------------------------------------------------
 
@@ -24,8 +30,9 @@ def report(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) -
     sections = [
         f"# {graph.class_name} at {sequence_length:,} tokens on {setting.world_size} x {setting.hardware.name}",
         "\n".join(f"- {line}" for line in summary(graph, plan, setting, prediction)),
-        "All times and bytes are predictions, of one micro-batch (one row) on one rank." + _say_efficiencies(graph),
+        "All times and bytes are predictions, of one micro-batch (one row) on one rank.",
         _time_section(prediction.time),
+        _prices_section(setting.hardware),
         _memory_section(prediction.memory, setting),
         *_operator_sections(graph, plan, setting),
         _alternatives_section(graph, plan, setting),
@@ -50,6 +57,8 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         f"between layers hidden states are {_say(plan.assignment.boundary)}; {_say_weights(graph, plan)}",
         f"layers: {_say_policies(plan)}",
         f"bound by {_bound(prediction.time)}",
+        _say_prices(setting.hardware),
+        *_say_host_bound(graph, prediction.time),
         *([f"attention is computed whole by every rank: {why}"] if why else []),
         *([f"the solver ran out of time: another plan may be faster, by {plan.gap:.1%} at most"] if plan.gap else []),
         *(f"warning: {target} is not known: every rank computes it whole" for target in unknown_operators(graph)),
@@ -75,13 +84,10 @@ def _say_policies(plan: Plan) -> str:
     return ", ".join(f"{plan.recompute.count(p)} recompute {p.value}" for p in policies if p in plan.recompute)
 
 
-def _say_efficiencies(graph: Graph) -> str:
-    """A sentence for each operator whose matrix products are assumed to be slower than large ones are."""
-    specs = {spec.name: spec for spec in map(spec_of, graph.all_ops()) if spec.efficiency != 1.0}
-    return "".join(
-        f" {name.capitalize()} counts at {spec.efficiency:.0%} of the rate of large products{spec.efficiency_note}."
-        for name, spec in specs.items()
-    )
+def _say_prices(hardware: Hardware) -> str:
+    """How many of the rates that times are predicted by were measured."""
+    n_measured = sum(rate.is_measured for rate in hardware.rates.values())
+    return f"prices: {n_measured} of {len(hardware.rates)} rates of {hardware.name} are measured; report.md has each"
 
 
 def unknown_operators(graph: Graph) -> list[str]:
@@ -114,10 +120,26 @@ def _bound(time: StepTime) -> str:
     return f"communication, {time.communication / time.total:.0%} of the time, most of it {most}"
 
 
+def _say_host_bound(graph: Graph, time: StepTime) -> list[str]:
+    """A warning if the device is so fast that the host, which issues its work, may not keep up."""
+    n_ops = sum(isinstance(item, Op) for item in graph.body)
+    n_ops += sum(len(graph.kinds[call.kind].ops) for call in graph.layer_calls)
+    an_op = time.total / (2 * n_ops)  # each is issued forward and backward
+    if an_op > HOST_SECONDS_AN_OP:
+        return []
+    return [
+        f"warning: an operator takes {1e6 * an_op:.0f} us on average, and a host takes some "
+        f"{1e6 * HOST_SECONDS_AN_OP:.0f} to issue one: the host may set the pace, and a row take longer"
+    ]
+
+
 def _time_section(time: StepTime) -> str:
     rows = [
         ("computing, forward and backward", time.compute),
         ("recomputing", time.recompute),
+        ("packing and unpacking what reshards send", time.packing),
+        ("copies of weights and gradients, most of them FSDP's", time.weight_copies),
+        ("norm and optimizer (a row's share of one a step)", time.optimizer),
         ("reshards of activations, waited for", time.reshards),
         ("FSDP's traffic, exposed", time.fsdp_exposed),
         ("all-reduces of plan-sharded weights' gradients (a row's share of one a step)", time.plan_sharded_gradients),
@@ -128,9 +150,29 @@ def _time_section(time: StepTime) -> str:
     return f"## Time\n\n| | ms | of the total |\n| --- | ---: | ---: |\n{table}"
 
 
+def _prices_section(hardware: Hardware) -> str:
+    """The rates that times are predicted by, and where each is from."""
+    rows = [
+        f"| {work} | {rate.a_second / 1e12:.3g} {'TFLOP/s' if work in PRODUCT_KINDS else 'TB/s'} | {rate.source} |"
+        for work, rate in hardware.rates.items()
+    ]
+    collectives = "measured, by longctx.measure" if hardware.timings else "published; hardware.py has the sources"
+    rows.append(f"| collectives | a model of links | {collectives} |")
+    return "\n".join(
+        [
+            "## Prices\n",
+            f"What {hardware.name} is taken to reach.\n",
+            "| | rate | source |",
+            "| --- | ---: | --- |",
+            *rows,
+        ]
+    )
+
+
 def _memory_section(memory: MemoryPrediction, setting: Setting) -> str:
     rows = [(name.replace("_", " "), value) for name, value in vars(memory).items() if not isinstance(value, str)]
     rows.append(("**peak**", memory.peak))
+    rows.append(("an estimate of what is taken then, with CUDA's context and gaps, without NCCL", in_use(memory.peak)))
     table = "\n".join(f"| {name} | {value / GB:.2f} |" for name, value in rows)
     limit = f"At its peak, in the {memory.moment}; the limit is {setting.memory_limit / GB:g} GB."
     return f"## Memory\n\n{limit}\n\n| | GB |\n| --- | ---: |\n{table}"
@@ -139,34 +181,35 @@ def _memory_section(memory: MemoryPrediction, setting: Setting) -> str:
 def _operator_sections(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
     """A table of operators for the root and for each layer kind: partition, time, and the reshards before each."""
     own = localize(graph, plan.assignment)
-    sections = [_operator_table(f"{graph.class_name}, once", graph.body, own.body, plan, setting)]
+    sections = [_operator_table(f"{graph.class_name}, once", graph, own.body, plan, setting)]
     for number, (kind, own_kind) in enumerate(zip(graph.kinds, own.kinds, strict=True)):
         layers = sum(call.kind == number for call in graph.layer_calls)
-        sections.append(_operator_table(f"{kind.class_name}, {layers} layers", kind.ops, own_kind.ops, plan, setting))
+        sections.append(_operator_table(f"{kind.class_name}, {layers} layers", kind, own_kind.ops, plan, setting))
     legend = (
         "R: the same on every rank; S1: split along dimension 1; P: partial sums. Bytes are a rank's; a reshard "
-        "takes the milliseconds behind it, forward + backward."
+        "takes the milliseconds behind it, forward + backward, with its copies."
     )
     return [f"## Operators\n\n{legend}", *sections]
 
 
 def _operator_table(
-    title: str, ops: Sequence[Op | LayerCall], own: Sequence[Op | LayerCall], plan: Plan, setting: Setting
+    title: str, owner: Graph | LayerKind, own: Sequence[Op | LayerCall], plan: Plan, setting: Setting
 ) -> str:
-    """A table of the operators `ops` of the model. `own` are those of one rank.
+    """A table of the operators of the model's root or of a layer kind. `own` are those of one rank.
 
     `own` has the same operators in the same order, with reshards, and slices and casts of weights, between them.
     """
     rows: list[str] = []
     reshards: list[str] = []
-    coming, last = iter(ops), None
+    layout = layout_of(owner)
+    coming, last = iter(owner.body if isinstance(owner, Graph) else owner.ops), None
     item = next(coming)
     for local in own:
         if isinstance(local, Op) and local.note:
-            reshards.append(_say_reshard(local, setting))
+            reshards.append(_say_reshard(local, layout, setting))
         elif item is not None and local.outputs[0].name == item.outputs[0].name and type(local) is type(item):
             if isinstance(item, Op) or isinstance(last, Op) or reshards:
-                rows.append(f"| {_say_item(item, plan, setting)} | {', '.join(reshards)} |")
+                rows.append(f"| {_say_item(item, layout, plan, setting)} | {', '.join(reshards)} |")
             reshards, last, item = [], item, next(coming, None)
     if reshards:
         rows.append(f"| | the result | | | | {', '.join(reshards)} |")
@@ -175,22 +218,23 @@ def _operator_table(
     return "\n".join([f"### {title}\n", head, rule, *rows])
 
 
-def _say_item(item: Op | LayerCall, plan: Plan, setting: Setting) -> str:
+def _say_item(item: Op | LayerCall, layout: Layout, plan: Plan, setting: Setting) -> str:
     """The module, operator, partition and times of an op. A call of a layer has none, since its kind has a table."""
     if isinstance(item, LayerCall):
         return "| the layers | | |"
     partition = plan.assignment.partitions[item]
-    seconds = op_seconds(item, partition, setting.plan_size, setting.hardware)
+    seconds = op_seconds(item, partition, layout, setting.plan_size, setting.hardware)
     placements = f"{', '.join(map(str, partition.inputs))} -> {', '.join(map(str, partition.outputs))}"
     name = spec_of(item).name
     how = "whole" if partition.dim is None else placements
     return f"{item.module} | {name} | {how} | {1e3 * seconds.forward:.3f} | {1e3 * seconds.backward:.3f}"
 
 
-def _say_reshard(reshard: Op, setting: Setting) -> str:
+def _say_reshard(reshard: Op, layout: Layout, setting: Setting) -> str:
     size = max(nbytes(reshard.inputs[0]), nbytes(reshard.outputs[0]))
-    seconds = local_reshard_seconds(reshard, setting.plan_size, setting.hardware)
-    times = f"{1e3 * seconds.forward:.3f} + {1e3 * seconds.backward:.3f} ms"
+    sent = collective_time(reshard, setting.plan_size, setting.hardware)
+    copied = packing_time(reshard, layout, setting.hardware)
+    times = f"{1e3 * (sent.forward + copied.forward):.3f} + {1e3 * (sent.backward + copied.backward):.3f} ms"
     return f"{spec_of(reshard).name} {say_bytes(size)} {times}"
 
 

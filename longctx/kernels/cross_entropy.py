@@ -23,6 +23,22 @@ def flops(op: Op) -> Flops:
     return Flops(forward, 2 * forward)
 
 
+def passes(op: Op, phase: str) -> Shares:
+    """What the kernels between the products read and write, chunk by chunk.
+
+    In the forward, a product writes a chunk's logits in float32, the softmax reads them twice and writes their gradient
+    in the weight's dtype, and the weight's gradient is read and written in float32, to be added to. In the backward,
+    both gradients are scaled, and the weight's is cast.
+    """
+    hidden_states, weight = op.inputs[:2]
+    itemsize, width = weight.dtype.itemsize, hidden_states.shape[-1]
+    if phase == "backward":
+        return {hidden_states: 2.0, weight: FLOAT32_BYTES / itemsize + 1}
+    logits = (3 * FLOAT32_BYTES + itemsize) * weight.shape[0]  # bytes a row of hidden states
+    sums = 2 * FLOAT32_BYTES * prod(weight.shape) / CHUNK_SIZE
+    return {hidden_states: (logits + sums) / (width * itemsize)}
+
+
 def saves(op: Op) -> list[Tensor]:
     """All inputs: backward makes the gradient of the weight again where incoming gradients differ between tokens."""
     return op.inputs
@@ -36,7 +52,7 @@ def saves_besides(op: Op) -> Shares:
 
 
 def workspace(op: Op, phase: str) -> Shares:
-    """The forward holds one chunk's logits [chunk, n] and the gradient of its hidden states [chunk, d], in float32.
+    """The forward holds one chunk's logits [chunk, n], in float32, and the gradient of its hidden states [chunk, d].
 
     The backward needs less than no workspace. The gradients that the forward made are returned as they are, in memory
     that is counted as saved, so the memory that is counted for new gradients is subtracted.
@@ -46,11 +62,13 @@ def workspace(op: Op, phase: str) -> Shares:
         handed_on = [hidden_states, *([weight] if weight.dtype.itemsize == FLOAT32_BYTES else [])]
         return {tensor: -1.0 for tensor in handed_on if tensor.requires_grad}
     chunk = min(CHUNK_SIZE, prod(labels.shape))
-    return {weight: chunk * sum(weight.shape) * FLOAT32_BYTES / nbytes(weight)}
+    n, d = weight.shape
+    return {weight: chunk * (n * FLOAT32_BYTES + d * hidden_states.dtype.itemsize) / nbytes(weight)}
 
 
 RULES: dict[str, Any] = {
     "flops": flops,
+    "passes": passes,
     "saves": saves,
     "saves_besides": saves_besides,
     "workspace": workspace,

@@ -90,9 +90,15 @@ def temporaries(n_tensors: float):
     return workspace
 
 
-def rows_looked_up(inputs: Sequence[float], outputs: Sequence[float]) -> float:
-    """An embedding reads the rows that it writes, and not the whole table."""
-    return 2 * sum(outputs)
+def rows_looked_up(op: Op, phase: str) -> Shares:
+    """An embedding reads the rows that it writes, and not the whole table; its gradient is a whole table of zeros."""
+    table, rows = op.inputs[0], op.outputs[0]
+    return {rows: 2.0} if phase == "forward" else {table: 1.0, rows: 3.0}
+
+
+def padded_gradient(op: Op, phase: str) -> Shares:
+    """The gradient of a part is zeros of the whole's shape, into which the part's is copied."""
+    return {} if phase == "forward" else {op.inputs[0]: 1.0, op.outputs[0]: 2.0}
 
 
 def always(*_: Any) -> bool:
@@ -217,9 +223,9 @@ ATEN: dict[str, OpSpec] = {
         view("alias", p.elementwise, is_identity=always),
         part("detach", p.elementwise, py.method("detach"), strides=keeps_strides, cuts_gradient=True),
         part("expand", p.elementwise, py.method("expand", spread=True), sizes=1, is_identity=always),
-        part("slice", p.resized_along(1), py.subscript_range, is_identity=always),
-        part("select", p.resized_along(1, removed=True), py.subscript),
-        part("narrow", p.resized_along(1)),
+        part("slice", p.resized_along(1), py.subscript_range, traffic=padded_gradient, is_identity=always),
+        part("select", p.resized_along(1, removed=True), py.subscript, traffic=padded_gradient),
+        part("narrow", p.resized_along(1), traffic=padded_gradient),
         part("chunk", p.resized_along(2), py.method("chunk", "", "dim")),
         part("split", p.resized_along(2), py.method("split", "", "dim")),
         part("split_with_sizes", p.resized_along(2)),

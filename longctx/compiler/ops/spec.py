@@ -11,7 +11,7 @@ way, a table for each stage with a row for each operator, spreads one operator o
 and a forgotten row is silently taken for the default.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
 
@@ -19,6 +19,7 @@ import torch
 
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.ops.python import Expression, Values
+from longctx.compiler.work import Work
 
 FLOAT32_BYTES = 4
 
@@ -91,11 +92,6 @@ def no_flops(op: Op) -> Flops:
     return Flops()
 
 
-def reads_and_writes(inputs: Sequence[float], outputs: Sequence[float]) -> float:
-    """Every input is read once and every output written once."""
-    return sum(inputs) + sum(outputs)
-
-
 def passes_strides_on(op: Op, strided: bool) -> bool:
     """An elementwise operator writes its output in the order of its input's elements."""
     return strided and op.outputs[0].shape == op.inputs[0].shape
@@ -142,10 +138,11 @@ class OpSpec:
         partition: its annotation, in the notation of annotation.py: which dimensions may be partitioned.
         python: the expression that generated code has for it; None where the general form of a call serves.
         flops: of its matrix products, forward and backward, computed whole.
-        traffic: bytes that a forward reads and writes, given the bytes of each input and each output on a rank. A
-            backward moves twice as many.
-        efficiency: the fraction of a large product's rate that its products reach.
-        efficiency_note: what the report adds to that figure, beginning with a comma or a space.
+        rates: the kinds of work that its products are, forward and backward, by which they are priced.
+        efficiency: the fraction of that rate that its products reach.
+        traffic: bytes that it reads and writes in the phase 'forward' or 'backward'; None where cost.py's general rule
+            holds. They pass while products run, and count where they take longer.
+        passes: bytes that kernels before and after the products read and write, whose time comes on top.
         saves: which of its inputs and outputs autograd keeps for the backward, given that a gradient is wanted.
         saves_besides: what autograd keeps that is no input or output, given that a gradient is wanted.
         workspace: what it holds while it runs, in the phase 'forward' or 'backward', besides inputs, outputs and their
@@ -169,9 +166,10 @@ class OpSpec:
     partition: Callable[[Op], str]
     python: Callable[[Op, Values], Expression | None] = lambda op, values: None
     flops: Callable[[Op], Flops] = no_flops
-    traffic: Callable[[Sequence[float], Sequence[float]], float] = reads_and_writes
+    rates: tuple[Work, Work] = (Work.PRODUCTS, Work.PRODUCTS)
     efficiency: float = 1.0
-    efficiency_note: str = ""
+    traffic: Callable[[Op, str], Shares] | None = None
+    passes: Callable[[Op, str], Shares] = no_shares
     saves: Callable[[Op], list[Tensor]] = saves_all
     saves_besides: Callable[[Op], Shares] = no_shares
     workspace: Callable[[Op, str], Shares] = no_shares
