@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_parts import PARTS, Part, measuring, training
+from benchmarks.gpu_parts import PARTS, Part, measuring, results, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -21,11 +21,11 @@ ROOT = Path(__file__).parent.parent
 def run_command(*words: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "benchmarks" / "gpu.py"), *words]
-    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=1500)
 
 
 def test_every_part_runs_at_sizes_for_a_cpu_and_what_it_finds_is_as_promised(tmp_path):
-    result = run_command("--device", "cpu", "--small", "--output", str(tmp_path))
+    result = run_command("--device", "cpu", "--small", "--minutes", "20", "--output", str(tmp_path))
     assert result.returncode == 0, result.stdout + result.stderr
     parts = json.loads((tmp_path / "gpu.json").read_text())["parts"]
     assert [part["title"] for part in parts] == [part.title for part in PARTS]
@@ -64,7 +64,7 @@ def test_without_a_gpu_the_command_says_how_to_try_it_out():
 
 PART = """
 import time
-from benchmarks.gpu_parts.measuring import LeftOut, Measurement, Row
+from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 
 def fails():
     raise ValueError("the kernel is broken")
@@ -90,7 +90,7 @@ def run_made_part(tmp_path, monkeypatch):
     def run(text: str, limit_s: float) -> gpu.Result:
         package = tmp_path / "made" / "benchmarks" / "gpu_parts"
         package.mkdir(parents=True)
-        for name in ("__init__.py", "__main__.py", "measuring.py"):
+        for name in ("__init__.py", "__main__.py", "results.py"):
             (package / name).write_text((ROOT / "benchmarks" / "gpu_parts" / name).read_text())
         (package / "made.py").write_text(text)
         monkeypatch.setattr(gpu, "ROOT", tmp_path / "made")
@@ -115,10 +115,10 @@ def test_a_measurement_that_fails_is_a_row_that_says_so_and_the_next_one_is_made
 
 def test_a_part_that_hangs_is_killed_and_keeps_what_it_had_measured(run_made_part):
     started = time.monotonic()
-    result = run_made_part(PART.replace("HANGS", "hangs"), 20)
+    result = run_made_part(PART.replace("HANGS", "hangs"), 5)
     assert time.monotonic() - started < 60
     assert (result.state, len(result.rows), result.is_right) == ("out of time", 3, False)
-    assert "**out of time after 20 s, all that it was given" in gpu.table([result])
+    assert "**out of time after 5 s, all that it was given" in gpu.table([result])
 
 
 def test_a_part_that_crashes_is_shown_with_the_last_that_it_said(run_made_part):
@@ -194,5 +194,5 @@ def test_runs_of_different_steps_are_not_compared():
 
 
 def test_every_field_of_a_row_is_in_the_table_or_only_for_gpu_json():
-    row = measuring.Row("what", 1.0, 2.0, 3.0, 4.0, "note", "failed", detail="only there")
+    row = results.Row("what", 1.0, 2.0, 3.0, 4.0, "note", "failed", detail="only there")
     assert gpu.row_line(dataclasses.asdict(row)) == "| what | 1.000 | 2 | 3.00 | 4.00 | **failed**: note |"

@@ -2,8 +2,8 @@
 
     python -m benchmarks.gpu_parts kernels FOLDER [--small]      # one part alone, into FOLDER/rows.jsonl
 
-A part's `measurements(small, folder)` yields measurements, which measuring.py describes. __main__.py makes them one
-after the other and writes down what each gives before the next begins.
+A part's `measurements(small, folder)` yields measurements, which results.py describes. __main__.py makes them one after
+the other and writes down what each gives before the next begins.
 """
 
 from dataclasses import dataclass

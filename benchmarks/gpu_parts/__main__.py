@@ -5,6 +5,7 @@ import gc
 import importlib
 import json
 import os
+import sys
 import traceback
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TextIO
 
 from benchmarks.gpu_parts import ROWS
+from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 
 
 def main() -> None:
@@ -28,24 +30,29 @@ def main() -> None:
         make(part.measurements(options.small, options.folder), rows)
 
 
-def make(measurements: Iterable, rows: TextIO) -> None:
+def make(measurements: Iterable[Measurement], rows: TextIO) -> None:
     """Makes the measurements in turn; each one's rows are on disk before the next begins."""
-    from benchmarks.gpu_parts import measuring  # imports PyTorch
-
     for what, measure in measurements:
         print(f"{what} ...", flush=True)
         try:
             made = measure()
-        except measuring.LeftOut as reason:
-            made = [measuring.Row(what, note=str(reason), state="left out")]
+        except LeftOut as reason:
+            made = [Row(what, note=str(reason), state="left out")]
         except Exception as error:  # whatever a kernel or a library that is measured raises
             traceback.print_exc()
             lines = str(error).strip().splitlines() or [""]
-            made = [measuring.Row(what, note=f"{type(error).__name__}: {lines[0][:200]}", state="failed")]
+            made = [Row(what, note=f"{type(error).__name__}: {lines[0][:200]}", state="failed")]
         rows.writelines(json.dumps(asdict(row)) + "\n" for row in made)
         rows.flush()
-        gc.collect()
-        measuring.release()
+        release()
+
+
+def release() -> None:
+    """Gives the GPU's unused memory back: what comes next finds it in one piece, and other processes find it at all."""
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":

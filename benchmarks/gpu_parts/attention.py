@@ -4,13 +4,10 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
-import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_parts.measuring import (
+    DEVICE,
     ON_GPU,
-    Measurement,
-    Row,
     Sizes,
     gradient_call,
     kernel_table,
@@ -18,45 +15,39 @@ from benchmarks.gpu_parts.measuring import (
     peak_gb,
     timed_row,
 )
+from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 from longctx.kernels.attention import attention
+from longctx.kernels.fused import KERNELS, why_not
 
 RANKS, GROUP = 8, 4  # ranks that share the query heads; query heads that share a key
-BACKENDS = {
-    "cudnn": SDPBackend.CUDNN_ATTENTION,
-    "flash": SDPBackend.FLASH_ATTENTION,
-    "efficient": SDPBackend.EFFICIENT_ATTENTION,
-}
-DETERMINISTIC = "flash" if ON_GPU else "auto"
+OTHERS = ("sdpa",) if ON_GPU else ("sdpa", "eager")  # at a GPU's sizes the plain formula would take minutes
 SAME_BITS = "the same bits twice"
 
 
 def attention_measurements(size: Sizes) -> Iterator[Measurement]:
     """[1, heads/RANKS, l, d] with one key-value head for each GROUP query heads, at every length."""
     heads = max(GROUP, size.heads // RANKS)
+    deterministic = [name for name, kernel in KERNELS.items() if kernel.deterministic]
     for length in size.attention_lengths:
-        for kernel in ("auto", *BACKENDS) if ON_GPU else ("auto", "eager"):
+        shape = (heads, length, size.head_dim)
+        for kernel in (*KERNELS, *OTHERS):
             name = f"attention at {length:,}, {kernel}"
-            yield Measurement(name, partial(attention_rows, name, kernel, heads, length, size.head_dim))
-        name = f"attention at {length:,}, {DETERMINISTIC}, deterministic"
-        yield Measurement(name, partial(deterministic_rows, name, heads, length, size.head_dim))
+            yield Measurement(name, partial(attention_rows, name, kernel, *shape))
+        for kernel in deterministic:
+            name = f"attention at {length:,}, {kernel}, deterministic"
+            yield Measurement(name, partial(deterministic_rows, name, kernel, *shape))
 
 
-def attend(kernel: str, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    """Causal attention by one kernel: [1, heads, l, d], [1, kv_heads, l, d] twice -> [1, l, heads, d]."""
-    if kernel not in BACKENDS:
-        return attention(query, key, value, query.shape[-1] ** -0.5, implementation=kernel)
-    if kernel == "efficient":  # it knows no grouped queries
-        key, value = (x.repeat_interleave(GROUP, 1) for x in (key, value))
-    with sdpa_kernel(BACKENDS[kernel]):
-        output = F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=kernel != "efficient")
-    return output.transpose(1, 2)
-
-
-def attention_rows(name: str, kernel: str, heads: int, length: int, head_dim: int) -> list[Row]:
+def attention_rows(
+    name: str, kernel: str, heads: int, length: int, head_dim: int, deterministic: bool = False
+) -> list[Row]:
     """Two products over half of all pairs in the forward, five in the backward (arXiv:2307.08691, section 3.1.2)."""
+    if reason := why_not(kernel, torch.bfloat16, DEVICE.type):
+        raise LeftOut(reason)
     query = normal(1, heads, length, head_dim).requires_grad_()
     key, value = (normal(1, heads // GROUP, length, head_dim).requires_grad_() for _ in range(2))
-    forward = partial(attend, kernel, query, key, value)
+    options = {"implementation": kernel, "deterministic": deterministic}
+    forward = partial(attention, query, key, value, head_dim**-0.5, **options)
     flops = 2 * 2 * heads * head_dim * length**2 / 2
     with torch.no_grad():
         ahead = timed_row(f"{name}, forward", forward, flops, peak_gb=peak_gb(forward), detail=kernel_table(forward, 3))
@@ -72,16 +63,17 @@ def attention_rows(name: str, kernel: str, heads: int, length: int, head_dim: in
     return [ahead, back]
 
 
-def deterministic_rows(name: str, heads: int, length: int, head_dim: int) -> list[Row]:
-    """What --deterministic costs: the kernel that it takes, told to add in a fixed order, which needs more memory.
+def deterministic_rows(name: str, kernel: str, heads: int, length: int, head_dim: int) -> list[Row]:
+    """What --deterministic costs: the kernel is told to add in a fixed order, for which it may need more memory.
 
     Raises:
         RuntimeError: it gave other bits the second time.
     """
     torch.use_deterministic_algorithms(True)
+    # As runs with --deterministic have it: by default PyTorch then fills all memory that it allocates.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        rows = attention_rows(name, DETERMINISTIC, heads, length, head_dim)
+        rows = attention_rows(name, kernel, heads, length, head_dim, deterministic=True)
     finally:
         torch.use_deterministic_algorithms(False)
     if SAME_BITS not in rows[1].note:

@@ -11,18 +11,9 @@ from pathlib import Path
 import torch
 import torch.cuda.nccl as nccl
 
-from benchmarks.gpu_parts.measuring import (
-    DEVICE,
-    ON_GPU,
-    LeftOut,
-    Measurement,
-    Row,
-    Sizes,
-    normal,
-    sizes,
-    timed_row,
-)
+from benchmarks.gpu_parts.measuring import DEVICE, ON_GPU, Sizes, normal, sizes, timed_row
 from benchmarks.gpu_parts.products import fp8_product
+from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "cut-cross-entropy", "datasets", "ruff")
 CARD = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"

@@ -9,19 +9,9 @@ import torch._functorch.config as functorch
 import torch.nn.functional as F
 
 from benchmarks.gpu_parts.attention import attention_measurements
-from benchmarks.gpu_parts.measuring import (
-    DEVICE,
-    ON_GPU,
-    Measurement,
-    Row,
-    Sizes,
-    gradient_call,
-    normal,
-    peak_gb,
-    sizes,
-    timed_row,
-)
+from benchmarks.gpu_parts.measuring import DEVICE, ON_GPU, Sizes, gradient_call, normal, peak_gb, sizes, timed_row
 from benchmarks.gpu_parts.products import product_measurements
+from benchmarks.gpu_parts.results import Measurement, Row
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.kernels.rms_norm import rms_norm
 

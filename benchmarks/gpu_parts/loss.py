@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import loss as benchmark
-from benchmarks.gpu_parts.measuring import LeftOut, Measurement, Row, Sizes, kernel_table, sizes, timed_row
+from benchmarks.gpu_parts.measuring import Sizes, kernel_table, sizes, timed_row
+from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 
 OUR_CHUNKS = [1024, 4096]
 ON_GPUS = ("Liger's fused", "Apple's cut")  # peers that are packages for a GPU

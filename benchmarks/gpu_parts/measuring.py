@@ -1,13 +1,15 @@
-"""What the parts share: sizes, measurements and the rows that they give, timing, peak memory, tables of kernels."""
+"""How the parts measure: sizes, timing, peak memory, errors, tables of kernels."""
 
 import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+
+from benchmarks.gpu_parts.results import Row
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ON_GPU = DEVICE.type == "cuda"
@@ -36,42 +38,11 @@ class Sizes:
 
 # A rank of eight that train Llama-3-8B at 131,072 tokens: 16,384 of the tokens, and 4 of the 32 query heads.
 LLAMA_8B = Sizes(16_384, 4096, 14_336, 32, 128, 128_256, (131_072, 32_768, 8_192), 8192, 2**31, 2**28)
-SMALL = Sizes(256, 128, 256, 8, 16, 1_000, (256,), 256, 2**22, 2**16)
+SMALL = Sizes(128, 64, 128, 8, 16, 500, (128,), 128, 2**22, 2**16)
 
 
 def sizes(small: bool) -> Sizes:
     return SMALL if small else LLAMA_8B
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: what was measured, and what came out. A figure is None where there is none."""
-
-    what: str
-    ms: float | None = None  # of one call
-    tflops: float | None = None  # 1e12 floating-point operations a second
-    tb_per_s: float | None = None  # 1e12 bytes a second, read and written
-    peak_gb: float | None = None  # 1e9 bytes, above what was held before the call
-    note: str = ""
-    state: str = "measured"  # or 'left out', or 'failed', for which the note says why
-    detail: Any = None  # for gpu.json only
-
-
-class Measurement(NamedTuple):
-    """Something to measure. If `measure` raises, the row of this name says so, and the next measurement follows."""
-
-    what: str
-    measure: Callable[[], list[Row]]
-
-
-class LeftOut(Exception):
-    """There is nothing to measure on this machine; the message says what is missing."""
-
-
-def release() -> None:
-    """Gives the GPU's unused memory back: what comes next finds it in one piece, and other processes find it at all."""
-    if ON_GPU:
-        torch.cuda.empty_cache()
 
 
 def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 1.0) -> torch.Tensor:

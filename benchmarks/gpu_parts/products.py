@@ -6,16 +6,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu_parts.measuring import (
-    DEVICE,
-    ON_GPU,
-    LeftOut,
-    Measurement,
-    Row,
-    Sizes,
-    normal,
-    timed_row,
-)
+from benchmarks.gpu_parts.measuring import DEVICE, ON_GPU, Sizes, normal, timed_row
+from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 
 
 def product_measurements(size: Sizes) -> Iterator[Measurement]:

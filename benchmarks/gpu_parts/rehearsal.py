@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
-from benchmarks.gpu_parts.measuring import Measurement, Row
+from benchmarks.gpu_parts.results import Measurement, Row
 from benchmarks.gpu_parts.training import small_llama
 
 ROOT = Path(__file__).parent.parent.parent

@@ -15,7 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 from transformers import LlamaConfig
 
-from benchmarks.gpu_parts.measuring import ON_GPU, Measurement, Row
+from benchmarks.gpu_parts.measuring import ON_GPU
+from benchmarks.gpu_parts.results import Measurement, Row
 
 ROOT = Path(__file__).parent.parent.parent
 ROWS, ROWS_PER_STEP, STEPS = 48, 4, 12

@@ -17,7 +17,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent / "tests"))
 import families
 
 import train
-from benchmarks.gpu_parts.measuring import DEVICE, Measurement, Row, relative_error
+from benchmarks.gpu_parts.measuring import DEVICE, relative_error
+from benchmarks.gpu_parts.results import Measurement, Row
 from benchmarks.gpu_parts.training import training_measurements
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx import compiled
