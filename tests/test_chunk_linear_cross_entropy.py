@@ -171,6 +171,10 @@ def pytorchs_chunked(hidden, weight, labels, chunk_size):
     return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
 
 
+# PyTorch has a chunked loss of its own since 2.13.
+PEERS = [checkpointed_loop, *([pytorchs_chunked] if hasattr(torch.nn, "LinearCrossEntropyOptions") else [])]
+
+
 @pytest.mark.usefixtures("on_each_device")
 @pytest.mark.parametrize("scale", [0.05, 0.3])
 def test_bfloat16_losses_are_no_further_from_float64_than_those_of_the_peers(scale):
@@ -187,7 +191,7 @@ def test_bfloat16_losses_are_no_further_from_float64_than_those_of_the_peers(sca
         return [relative_error(a, b) for a, b in zip((loss.detach(), *grads), exact, strict=True)]
 
     ours = errors(chunk_linear_cross_entropy(hidden, weight, labels, chunk_size=64))
-    for peer in (checkpointed_loop, pytorchs_chunked):
+    for peer in PEERS:
         theirs = errors(peer(hidden, weight, labels, 64))
         assert all(a <= 1.02 * b for a, b in zip(ours, theirs, strict=True)), (peer.__name__, ours, theirs)
 
@@ -412,7 +416,7 @@ def test_activation_checkpointing_changes_no_gradient_and_costs_only_the_recompu
 def test_every_tensor_saved_for_backward_is_visible_to_autograds_hooks():
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
     node = chunk_linear_cross_entropy(hidden, weight, labels).grad_fn
-    assert "ChunkLinearCrossEntropy" in node.name()
+    assert "ChunkLinearCrossEntropy" in type(node).__name__
     assert not [value for value in vars(node).values() if isinstance(value, torch.Tensor)]
 
 

@@ -181,7 +181,8 @@ def test_a_plans_partitions_are_taken_again_at_another_length(job, tmp_path):
     train.main(arguments(job, sequence_length=64, name="first", **ask))
     decisions = json.loads((tmp_path / "first" / "plan.json").read_text())["decisions"]
     train.main(arguments(job, sequence_length=128, name="second", plan=tmp_path / "first" / "plan.json", **ask))
-    assert json.loads((tmp_path / "second" / "plan.json").read_text())["decisions"] == decisions
+    again = json.loads((tmp_path / "second" / "plan.json").read_text())["decisions"]
+    assert again | {"recompute": decisions["recompute"]} == decisions  # what is recomputed depends on the length
     decisions["ops"]["LlamaDecoderLayer"][0][1] = "*1"  # the first norm, along the sequence
     (tmp_path / "edited.json").write_text(json.dumps({"decisions": decisions}))
     sentence = r"--plan .*/edited.json: it splits input_layernorm's rms_norm along '\*1', which 2 ranks can't share"

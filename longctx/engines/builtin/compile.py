@@ -116,6 +116,8 @@ def say_what_was_compiled(job: Job, summary: list[str], tracing_seconds: float, 
     """Rank 0 prints the report's first lines; `traced` is when planning began, in perf_counter's seconds."""
     if torchrun.rank() != 0:
         return
+    if not codegen.has_formatter():
+        print(f"compile: ruff is not installed, so {compiled.CODE} has long lines", flush=True)
     print(
         f"compile: traced in {tracing_seconds:.1f} s, planned and written in {time.perf_counter() - traced:.1f} s",
         *(f"  {line}" for line in summary),
@@ -123,5 +125,3 @@ def say_what_was_compiled(job: Job, summary: list[str], tracing_seconds: float, 
         sep="\n",
         flush=True,
     )
-    if not codegen.has_formatter():
-        print(f"compile: ruff is not installed, so {compiled.CODE} has long lines", flush=True)
