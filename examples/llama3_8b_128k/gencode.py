@@ -89,9 +89,9 @@ class LlamaDecoderLayer(nn.Module):
         )
         attn_output = attention(query_states, key_states, value_states, scale=0.08838834764831845)
         del query_states, key_states, value_states
-        attn_output = attn_output.reshape(1, 131072, -1)  # [1, 131072, 512]
-        # all-to-all of 134.2 MB: o_proj's linear is split along dimension 1 of its output
-        attn_output = all_to_all(attn_output, split=1, gather=2)  # [1, 16384, 4096]
+        # all-to-all of 134.2 MB: self_attn's reshape is split along dimension 1 of its output
+        attn_output = all_to_all(attn_output, split=1, gather=2)  # [1, 16384, 32, 128]
+        attn_output = attn_output.reshape(1, 16384, -1)  # [1, 16384, 4096]
         attn_output = F.linear(attn_output, self.self_attn.o_proj.weight)  # [1, 16384, 4096]
 
         hidden_states = hidden_states + attn_output  # [1, 16384, 4096]

@@ -204,7 +204,7 @@ class Program(LinearProgram):
             seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware)
             self.costs[x] = scope.times * (seconds.forward + seconds.backward)
             scope.compute[x] = self.costs[x]
-            if recomputed is not None and seconds.forward:
+            if recomputed is not None and seconds.forward and op not in scope.layout.not_repeated:
                 repeated = self.product(x, recomputed, scope.times)
                 self.costs[repeated] = scope.compute[repeated] = seconds.forward
         self.add_saved(op, scope)

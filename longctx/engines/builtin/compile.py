@@ -85,7 +85,9 @@ def plan_file(inputs: dict[str, Any], graph: Graph, plan: Plan, predicted: Predi
         forward_flops_causal=predicted.forward_flops_causal,
     )
     decisions = compiled.Decisions(**describe(graph, plan), recompute=tuple(policy.value for policy in plan.recompute))
-    facts = compiled.Predicted(dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory))
+    facts = compiled.Predicted(
+        dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory), predicted.parts
+    )
     return compiled.PlanFile(inputs, decisions, module, facts)
 
 

@@ -151,7 +151,7 @@ def _say_mfu(projected: Projection) -> str:
 
 def computing_predicted(plan: compiled.PlanFile) -> float:
     """Seconds of computing that were predicted for a micro-batch."""
-    return plan.predicted.time["compute"] + plan.predicted.time["recompute"]
+    return sum(plan.predicted.time[name] for name in ("compute", "recompute", "packing", "weight_copies"))
 
 
 def tables(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
