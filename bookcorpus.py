@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
-import datasets
 import huggingface_hub
 import numpy as np
 import pyarrow as pa
@@ -40,7 +40,6 @@ CAUSES = {
     DocumentsError: Cause("data_path_or_name"),
     ColumnError: Cause("data_path_or_name", "name a column of text with --text_key"),
 }
-FEATURES = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
 
 
 def main() -> None:
@@ -78,6 +77,8 @@ def parse_args() -> argparse.Namespace:
 
 def check(args: argparse.Namespace) -> None:
     """Raises UserError for what can be seen to be wrong before anything is loaded."""
+    if find_spec("datasets") is None:  # training does without, so it may be missing where train.py runs
+        raise UserError("the package datasets, which rows are saved with, is not installed; pip install datasets")
     if args.sequence_length < 2:
         raise UserError(f"--sequence_length {args.sequence_length}: a row needs 2 tokens or more to predict one")
     if args.num_proc < 1:
@@ -141,20 +142,25 @@ def write_rows(folder: Path, tokens: Iterable[Tokens], size: int, sequence_lengt
 
     `size` is that of the corpus, for the progress bar. Raises UserError if the tokens don't fill a row.
     """
+    import datasets  # here, since --help and a sentence that it is missing do without
+
+    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    schema = features.arrow_schema
     counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "rows": 0}
     shards = []
     blocks = packed(counted(tokens, counts, size), sequence_length)
     for first in blocks:
         shards.append(folder / f"data-{len(shards):05d}.arrow")
-        with pa.OSFile(str(shards[-1]), "wb") as file, pa.ipc.new_stream(file, FEATURES.arrow_schema) as shard:
+        with pa.OSFile(str(shards[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as shard:
             for block in itertools.chain([first], itertools.islice(blocks, BLOCKS_PER_SHARD - 1)):
                 offsets = pa.array(np.arange(0, len(block) + 1, sequence_length, dtype=np.int32))
                 rows = pa.ListArray.from_arrays(offsets, pa.array(block))
-                shard.write_batch(pa.RecordBatch.from_arrays([rows], schema=FEATURES.arrow_schema))
+                shard.write_batch(pa.RecordBatch.from_arrays([rows], schema=schema))
                 counts["rows"] += len(rows)
     if not shards:
         raise UserError(f"the corpus has {counts['tokens']:,} tokens, too few for a row of {sequence_length:,}")
-    write_dataset_files(folder, shards)
+    datasets.DatasetInfo(features=features).write_to_directory(str(folder))
+    write_state(folder, shards)
     return counts | {"tail_dropped": counts["tokens"] - counts["rows"] * sequence_length}
 
 
@@ -194,12 +200,11 @@ def packed(arrays: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.nd
             held, size = [tokens[whole:]], size - whole
 
 
-def write_dataset_files(folder: Path, shards: list[Path]) -> None:
-    """Gives the shards their final names, and writes the other files that `load_from_disk` reads."""
+def write_state(folder: Path, shards: list[Path]) -> None:
+    """Gives the shards their final names, and writes state.json, by which `load_from_disk` finds them."""
     names = [f"data-{i:05d}-of-{len(shards):05d}.arrow" for i in range(len(shards))]
     for shard, name in zip(shards, names, strict=True):
         shard.rename(folder / name)
-    datasets.DatasetInfo(features=FEATURES).write_to_directory(str(folder))
     state = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": secrets.token_hex(8),  # the key of `datasets`' caches, so it has to differ between corpora

@@ -33,6 +33,7 @@ from transformers import AutoConfig
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
+from chunk_linear_cross_entropy import CHUNK_SIZE
 from longctx.compiled import PlanFile, read_plan_file
 from longctx.compiler import codegen, memory
 from longctx.compiler.ir import Graph
@@ -110,6 +111,8 @@ def compile_again(compiled: Path, folder: Path) -> Compiled:
     options = ("plan_ngpus", "runtime_ngpus", "precision", "attn_implementation", "gpu_mem_constraint")
     for name in (*options, "grad_accumulation_steps"):
         argv += [f"--{name}", str(inputs[name])]
+    if inputs["deterministic"]:
+        argv += ["--deterministic"]
     if inputs["recompute_modules"] is not None:
         argv += ["--recompute_modules", ",".join(inputs["recompute_modules"])]
     if inputs["plan"]:
@@ -222,14 +225,14 @@ def _gpu_kernels(module: nn.Module) -> Iterator[None]:
     gencode = type(module).forward.__globals__
     loss = {"chunk_linear_cross_entropy": loss_on_gpu} if "chunk_linear_cross_entropy" in gencode else {}
     with (
-        mock.patch.object(attention, "_sdpa", _sdpa_on_gpu),
+        mock.patch.object(attention, "sdpa", _sdpa_on_gpu),
         mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: _FusedRmsNorm.apply(x, weight)),
         mock.patch.dict(gencode, loss),
     ):
         yield
 
 
-def _sdpa_on_gpu(query, key, value, scale, dropout, is_causal=False, attn_mask=None):
+def _sdpa_on_gpu(query, key, value, scale, dropout, implementation="sdpa", is_causal=False, attn_mask=None):
     """FlashAttention-2 as torch has it; with a mask, the memory-efficient kernel, which wants a key for each query."""
     if attn_mask is None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention.default
@@ -271,23 +274,23 @@ class _FusedRmsNorm(torch.autograd.Function):
         return torch.empty_like(x), torch.empty_like(weight)
 
 
-def loss_on_gpu(hidden_states, weight, labels, padding_idx=-100, chunk_size=1024, logit_softcap=0.0):
+def loss_on_gpu(hidden_states, weight, labels, padding_idx=-100, chunk_size=CHUNK_SIZE, logit_softcap=0.0):
     return _Loss.apply(hidden_states, weight, labels, chunk_size)
 
 
 class _Loss(torch.autograd.Function):
-    """Allocates what chunk_linear_cross_entropy does with its Triton kernel, every token counting."""
+    """Allocates what chunk_linear_cross_entropy does with its Triton kernel."""
 
     @staticmethod
     def forward(ctx, hidden_states, weight, labels, chunk_size):
-        rows = torch.empty_like(labels)
+        checked, counts = torch.empty_like(labels), torch.empty_like(labels, dtype=torch.bool)
         grad_hidden = torch.empty_like(hidden_states)
         grad_weight = torch.empty_like(weight, dtype=torch.float32)
         n_rows = -(-labels.numel() // -(-labels.numel() // chunk_size))
         logits = hidden_states.new_empty(n_rows, -(-weight.shape[0] // 16) * 16, dtype=torch.float32)
-        grad_chunk = hidden_states.new_empty(n_rows, weight.shape[1], dtype=torch.float32)
+        grad_chunk = hidden_states.new_empty(n_rows, weight.shape[1])
         del logits, grad_chunk
-        ctx.save_for_backward(hidden_states, weight, labels, rows, grad_hidden, grad_weight)
+        ctx.save_for_backward(hidden_states, weight, checked, counts, grad_hidden, grad_weight)
         return hidden_states.new_empty(labels.shape, dtype=torch.float32)
 
     @staticmethod

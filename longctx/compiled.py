@@ -6,7 +6,7 @@ rehearsal wrote; and what Python makes of gencode.py.
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class GeneratedModule:
     parameters: dict[str, list[int]]  # every weight's whole shape
     forward_flops: float  # of one row, attention counted whole
     forward_flops_causal: float  # of one row, attention counted by half
+    fused_attention: list[list[list[int]]]  # shapes of query, key, value of one rank's fused attentions, each once
 
 
 @dataclass(frozen=True)
@@ -53,9 +54,11 @@ class Predicted:
 
     time: dict[str, float]  # seconds, by what takes them
     memory: dict[str, float | str]  # bytes at the peak, by kind; and 'moment', when that is
-    parts: dict[str, float] = field(
-        default_factory=dict
-    )  # seconds of computing, by the parts that a rehearsal measures
+    parts: dict[str, float]  # seconds of computing, by the parts that a rehearsal measures
+
+    @property
+    def peak_bytes(self) -> float:
+        return sum(size for size in self.memory.values() if not isinstance(size, str))
 
 
 @dataclass(frozen=True)

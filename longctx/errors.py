@@ -8,7 +8,9 @@ options. A script knows which of its options named the thing at fault, and puts 
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
+from typing import NoReturn
 
 from longctx import torchrun
 
@@ -116,6 +118,14 @@ class TrainingError(UserError):
     """Training can't go on."""
 
 
+class DeviceError(UserError):
+    """A device that was asked for is not here."""
+
+
+class OutOfMemory(UserError):
+    """A GPU has no memory left for what a plan needs."""
+
+
 class EngineError(UserError):
     """An engine can't work here."""
 
@@ -138,7 +148,7 @@ def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a UserError is printed as one line and becomes exit status 2, and so does an OSError: no
     permission, no space left.
 
-    Under torchrun every rank meets the same error, so rank 0 speaks for all. A rank that torchrun has not ended after
+    Under torchrun most errors meet every rank, so rank 0 speaks for all. A rank that torchrun has not ended after
     OTHER_RANKS_WAIT_S is alone with its error (a file missing on its node, say) and speaks for itself.
     """
     try:
@@ -148,6 +158,24 @@ def run_script(main: Callable[[], None]) -> None:
             time.sleep(OTHER_RANKS_WAIT_S)
         sentence = error if isinstance(error, UserError) else one_line(error)
         print(f"{os.path.basename(sys.argv[0])}: error: {sentence}", file=sys.stderr, flush=True)
-        sys.exit(2)
+        leave(2)
     except KeyboardInterrupt:
-        sys.exit(130)
+        leave(130)
+    except Exception:
+        if not torchrun.started_this():
+            raise
+        traceback.print_exc()
+        leave(1)
+
+
+def leave(status: int) -> NoReturn:
+    """Ends this process. A rank ends at once, and torchrun ends the others when it sees that.
+
+    Python's own way out would destroy the process group, and that waits for collectives under way, in which the other
+    ranks may never take part.
+    """
+    if not torchrun.started_this():
+        sys.exit(status)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

@@ -9,6 +9,7 @@ from longctx.command_line import option
 from longctx.data import order
 from longctx.engines import ENGINE_NAMES
 from longctx.engines.nnscaler.options import NnscalerOptions
+from longctx.kernels.fused import KERNELS
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # that a model may compute in
 
@@ -29,6 +30,10 @@ class Options:
     plan_ngpus: int = option(1, "GPUs that one copy of the plan spans", at_least=1)
     runtime_ngpus: int | None = option(
         None, "all GPUs, a multiple of plan_ngpus (default: the processes there are)", at_least=1
+    )
+
+    device: str = option(
+        "auto", "what ranks compute on; auto: GPUs, where there are any", choices=("auto", "cpu", "cuda")
     )
 
     # Where things go.
@@ -62,8 +67,9 @@ class Options:
     random_init: bool = option(False, "start from seeded random weights, not from the model's")
     precision: str = option("bf16", "of compute; master weights, optimizer and sums are float32", choices=tuple(DTYPES))
     attn_implementation: str = option(
-        "auto", "force one kernel", choices=("auto", "flash_attention_2", "sdpa", "eager")
+        "auto", "auto takes the fastest kernel that is here", choices=("auto", *KERNELS, "sdpa", "eager")
     )
+    deterministic: bool = option(False, "the same bits in every run, on a GPU too; slower, and takes more memory")
 
     # Training. A step is one of the optimizer's.
     learning_rate: float = option(2e-5, above=0)
@@ -86,6 +92,7 @@ class Job(Options):
 
     sequence_length: int = field()
     runtime_ngpus: int = field()
+    device: str = "cpu"  # or "cuda"
     name: str = field()
     engine_reason: str = ""  # why it is this engine
 

@@ -6,7 +6,7 @@ What the options are is declared in job.py.
 from collections.abc import Mapping
 from pathlib import Path
 
-from longctx import torchrun
+from longctx import devices, torchrun
 from longctx.atomic import why_not_writable
 from longctx.command_line import Cause, naming_options, parse, value_as_text
 from longctx.data import rows
@@ -19,6 +19,7 @@ from longctx.errors import (
     CompiledError,
     CompiledFolderError,
     DecisionsError,
+    DeviceError,
     DoesNotFit,
     EngineError,
     HardwareError,
@@ -28,6 +29,7 @@ from longctx.errors import (
     ModelError,
     NoWeights,
     OtherEngine,
+    OutOfMemory,
     PlanSizeError,
     RehearsalError,
     RowsError,
@@ -36,6 +38,7 @@ from longctx.errors import (
 )
 from longctx.huggingface.build import load_config
 from longctx.job import Job, Options
+from longctx.kernels.fused import KERNELS, why_not
 
 DESCRIPTION = "Trains a causal language model at long context: compiles a plan for it, then runs the generated code."
 
@@ -60,17 +63,30 @@ def complete(options: Options) -> Job:
     Raises:
         UserError: no value would do.
     """
-    engine, reason = nnscaler.choose_engine(options.engine)
+    device = choose_device(options)
+    engine, reason = nnscaler.choose_engine(options.engine, device)
+    if engine == NNSCALER and options.device == "cpu":
+        raise UserError("--device cpu: the nnscaler engine works on GPUs only; choose --engine torch")
     runtime_ngpus = choose_runtime_ngpus(options)
     length = choose_sequence_length(options)
     chosen = {
         "engine": engine,
         "engine_reason": reason,
         "runtime_ngpus": runtime_ngpus,
+        "device": device,
         "sequence_length": length,
         "name": options.name or f"{Path(options.model_id).name}-{length}-{options.plan_ngpus}of{runtime_ngpus}",
     }
     return Job(**{**vars(options), **chosen})
+
+
+def choose_device(options: Options) -> str:
+    """'cpu' or 'cuda'. To compile takes no device.
+
+    Raises:
+        DeviceError: there is no GPU, and one is asked for.
+    """
+    return devices.choose("auto" if options.run_mode == "compile" else options.device)
 
 
 def choose_runtime_ngpus(options: Options) -> int:
@@ -106,7 +122,7 @@ def choose_sequence_length(options: Options) -> int:
         if options.sequence_length is None:
             raise UserError(f"--dataset_path: it is missing; give it, or --sequence_length, to {options.run_mode}")
         return options.sequence_length
-    length = len(rows.open_dataset(options.dataset_path)[0]["input_ids"])
+    length = len(rows.open_dataset(options.dataset_path)[0])
     if options.sequence_length not in (None, length):
         raise UserError(
             f"--sequence_length {options.sequence_length}: the rows of --dataset_path {options.dataset_path} have "
@@ -154,6 +170,23 @@ def check_rehearsal(job: Job) -> None:
         )
 
 
+def check_attention(job: Job) -> None:
+    """Raises a KernelError for a kernel that is not there, and a UserError for one that is not deterministic."""
+    name = job.attn_implementation
+    # Which GPU it is, is asked when this rank has taken its own: to ask before would start CUDA on another one.
+    runs_on_cpu = job.run_mode != "compile" and job.device == "cpu"
+    if reason := why_not(name, job.dtype, "cpu" if runs_on_cpu else None):
+        raise KernelError(reason)
+    if job.deterministic and name in KERNELS and not KERNELS[name].deterministic:
+        others = ", ".join(other for other, kernel in KERNELS.items() if kernel.deterministic)
+        raise UserError(
+            f"--deterministic: the backward of --attn_implementation {name} gives other bits each time; leave one of "
+            f"them out, or choose auto or one of {others}"
+        )
+    if job.deterministic and job.engine == NNSCALER:
+        raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
+
+
 def check_vocabulary(job: Job) -> None:
     """Raises a UserError if the tokenizer that made the rows has more entries than the model."""
     config = load_config(job.model_id)
@@ -180,6 +213,7 @@ CHECKS = (
     check_name,
     check_engine_options,
     check_rehearsal,
+    check_attention,
     nnscaler.check_policy,
     nnscaler.check_torchrun,
     check_vocabulary,
@@ -194,12 +228,17 @@ CAUSES: Mapping[type[UserError], Cause] = {
     ModelError: Cause("model_id"),
     NoWeights: Cause("model_id", "pass --random_init to start without"),
     RowsError: Cause("dataset_path"),
+    DeviceError: Cause("device"),
     KernelError: Cause("attn_implementation"),
     HardwareError: Cause("hardware"),
     PlanSizeError: Cause("plan_ngpus"),
     DoesNotFit: Cause(
         "gpu_mem_constraint",
         "raise it by {error.missing_gb:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
+    ),
+    OutOfMemory: Cause(
+        "gpu_mem_constraint",
+        "lower it, for a plan that keeps less, or take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
     ),
     DecisionsError: Cause("plan"),
     RehearsalError: Cause("rehearse_layers", "leave the option out"),

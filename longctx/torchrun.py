@@ -17,6 +17,11 @@ def local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", 0))
 
 
+def local_world_size() -> int:
+    """How many ranks there are on this node."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+
+
 def node() -> int:
     return int(os.environ.get("GROUP_RANK", 0))
 

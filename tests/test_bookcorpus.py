@@ -9,7 +9,6 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +23,7 @@ import longctx.data.documents
 import longctx.data.tokens
 from longctx.errors import UserError
 
+datasets = pytest.importorskip("datasets", reason="bookcorpus.py saves rows with the package datasets")
 ROOT = Path(__file__).parent.parent
 
 
@@ -303,6 +303,13 @@ def test_options_out_of_range_are_refused_before_any_work(run, tmp_path, monkeyp
     assert "there exists already" in refused(run, tmp_path, save_path=tmp_path / "there")
     assert "./absent: there is no such file or folder" in refused(run, "./absent")
     assert "a/b/c: there is no such file or folder" in refused(run, tmp_path, tokenizer_path_or_name="a/b/c")
+
+
+def test_without_the_library_datasets_the_sentence_says_what_to_install(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(bookcorpus, "find_spec", lambda name: None)
+    said = refused(run, tmp_path)
+    assert said == "the package datasets, which rows are saved with, is not installed; pip install datasets"
+    assert not (tmp_path / "rows").exists()
 
 
 ADVICE = "name a column of text with --text_key"

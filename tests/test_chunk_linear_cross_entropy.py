@@ -1,13 +1,15 @@
 """The chunked loss, by property, against torch.nn.functional.cross_entropy of the whole logits in float64.
 
-All but what concerns other processes runs on a GPU where there is one. The Triton kernel runs where Triton is, on a CPU
-under TRITON_INTERPRET=1.
+All but what concerns other processes runs on a GPU where there is one, and the tests of numbers on the CPU as well. The
+Triton kernel runs where Triton is, on a CPU under TRITON_INTERPRET=1.
 """
 
 import functools
 import inspect
 import math
 import os
+import sys
+import unittest.mock
 
 import hypothesis
 import hypothesis.strategies as st
@@ -34,6 +36,12 @@ def uninitialized_memory_is_nan():
     torch.use_deterministic_algorithms(DEVICE == "cpu")
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture
+def on_each_device(device, monkeypatch):
+    """The test makes its tensors on the CPU, and once more on a GPU where there is one."""
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", device.type)
 
 
 def make_inputs(b, l, d, n, dtype=torch.float32, seed=0, scale=1.0):
@@ -107,11 +115,13 @@ def problems(draw):
 
 
 @hypothesis.settings(max_examples=400, deadline=None)
-@hypothesis.given(problems())
-def test_losses_and_gradients_are_those_of_float64(problem):
-    check_against_float64(*problem)
+@hypothesis.given(problems(), st.booleans())
+def test_losses_and_gradients_are_those_of_float64_whether_or_not_ignored_tokens_are_left_out(problem, left_out):
+    with unittest.mock.patch.object(module, "_host_can_look_at", lambda tensor: left_out):
+        check_against_float64(*problem)
 
 
+@pytest.mark.usefixtures("on_each_device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
@@ -161,6 +171,7 @@ def pytorchs_chunked(hidden, weight, labels, chunk_size):
     return F.linear_cross_entropy(hidden, weight, labels, reduction="sum", options=options)
 
 
+@pytest.mark.usefixtures("on_each_device")
 @pytest.mark.parametrize("scale", [0.05, 0.3])
 def test_bfloat16_losses_are_no_further_from_float64_than_those_of_the_peers(scale):
     hidden, weight, labels = make_inputs(1, 256, 128, 8192, torch.bfloat16, scale=scale)
@@ -181,6 +192,7 @@ def test_bfloat16_losses_are_no_further_from_float64_than_those_of_the_peers(sca
         assert all(a <= 1.02 * b for a, b in zip(ours, theirs, strict=True)), (peer.__name__, ours, theirs)
 
 
+@pytest.mark.usefixtures("on_each_device")
 def test_float32_sums_over_a_large_vocabulary_are_rounded_once():
     hidden, weight, labels = make_inputs(1, 64, 32, 100_000, scale=0.5)
     expected, hidden64, weight64 = float64_losses(hidden, weight, labels)
@@ -191,6 +203,7 @@ def test_float32_sums_over_a_large_vocabulary_are_rounded_once():
     assert relative_error(weight.grad, weight64.grad) < 8 * EPS[torch.float32]
 
 
+@pytest.mark.usefixtures("on_each_device")
 def test_the_weight_gradient_is_summed_in_float32():
     # Each of 1,024 tokens adds to the gradient less than half of what bfloat16 can tell from it in the end.
     hidden = torch.ones(1, 1024, 1, dtype=torch.bfloat16, device=DEVICE)
@@ -226,6 +239,7 @@ def test_an_offset_that_all_logits_share_costs_no_digits():
     torch.testing.assert_close(weight.grad.double(), weight64.grad, rtol=1e-5, atol=1e-12)
 
 
+@pytest.mark.usefixtures("on_each_device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_logits_of_any_size_do_not_overflow(dtype):
     hidden, weight, labels = make_inputs(1, 6, 64, 50, dtype, scale=1000.0)
@@ -310,8 +324,8 @@ def products(function):
 @pytest.mark.parametrize("chunk_size", [1, 5, 100])
 def test_no_product_is_made_that_the_result_does_not_need(chunk_size):
     hidden, weight, labels = make_inputs(4, 6, 4, 6)
-    counted = int((labels != -100).sum())
-    assert 0 < counted < labels.numel()
+    assert 0 < (labels != -100).sum() < labels.numel()
+    counted = int((labels != -100).sum()) if DEVICE == "cpu" else labels.numel()
     loss = functools.partial(chunk_linear_cross_entropy, labels=labels, chunk_size=chunk_size)
     weights = torch.linspace(1, 2, labels.numel(), device=DEVICE).view(labels.shape)
 
@@ -324,13 +338,14 @@ def test_no_product_is_made_that_the_result_does_not_need(chunk_size):
     # A mask of the tokens that count changes nothing, one of fewer tokens costs two products of each of these.
     assert products(lambda: (loss(hidden, weight) * (labels != -100)).sum().backward()) == 3 * counted
     fewer = (labels != -100) & (weights > 1.5)
-    again = 2 * int(fewer.sum())
+    again = 2 * int(fewer.sum()) if DEVICE == "cpu" else 2 * counted
     assert products(lambda: (loss(hidden, weight) * fewer).sum().backward()) == 3 * counted + again
     assert products(lambda: (loss(hidden, weight) * weights).sum().backward()) == 5 * counted
     # What is frozen costs nothing, and the hidden states' gradient is never made again.
     assert products(lambda: (loss(hidden, weight.detach()) * weights).sum().backward()) == 2 * counted
     assert products(lambda: loss(hidden.detach(), weight).sum().backward()) == 2 * counted
-    assert products(lambda: loss(hidden, weight, labels=torch.full_like(labels, -100)).sum().backward()) == 0
+    if DEVICE == "cpu":
+        assert products(lambda: loss(hidden, weight, labels=torch.full_like(labels, -100)).sum().backward()) == 0
 
 
 def test_gradients_that_come_in_for_ignored_tokens_change_nothing():
@@ -390,7 +405,7 @@ def test_activation_checkpointing_changes_no_gradient_and_costs_only_the_recompu
     expected = torch.autograd.grad(loss(hidden, weight), (hidden, weight))
     taken += 2 if reduction == "weights" else 0
     run = lambda: checkpoint(loss, hidden, weight, use_reentrant=use_reentrant).backward()  # noqa: E731
-    assert products(run) == taken * (labels != -100).sum()
+    assert products(run) == taken * ((labels != -100).sum() if DEVICE == "cpu" else labels.numel())
     assert torch.equal(hidden.grad, expected[0]) and torch.equal(weight.grad, expected[1])
 
 
@@ -459,7 +474,7 @@ def test_the_loss_is_a_plain_function_with_plain_annotations():
     parameters = inspect.signature(chunk_linear_cross_entropy).parameters
     assert inspect.isfunction(chunk_linear_cross_entropy) and not hasattr(chunk_linear_cross_entropy, "__wrapped__")
     assert [p.annotation for p in parameters.values()] == 3 * [torch.Tensor] + [int, int, float]
-    assert parameters["chunk_size"].default == module.CHUNK_SIZE == 1024
+    assert parameters["chunk_size"].default == module.CHUNK_SIZE == 2048
 
 
 @pytest.mark.parametrize(
@@ -507,6 +522,7 @@ def process_group():
     dist.destroy_process_group()
 
 
+@pytest.mark.gpu
 @pytest.mark.filterwarnings("error:FSDP2-wrapped module.*returned a view")
 @pytest.mark.parametrize("reduction", ["sum", "weights"])
 def test_gradients_of_a_weight_that_fsdp_gathers_and_frees_are_exact(process_group, reduction):
@@ -541,6 +557,7 @@ def as_on_a_gpu(monkeypatch):
     def multiply(a, b, out, add=False):
         return out.copy_(a.float() @ b.float() + (out.float() if add else 0))
 
+    monkeypatch.setattr(module, "_host_can_look_at", lambda tensor: False)
     monkeypatch.setattr(module, "_takes_triton", lambda weight: True)
     monkeypatch.setattr(module, "_triton_softmax_pass", softmax_pass)
     if DEVICE == "cpu":
@@ -549,7 +566,7 @@ def as_on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("on_each_device", "as_on_a_gpu")
 def test_losses_and_gradients_from_half_precision_operands_are_those_of_float64(dtype, logit_softcap):
     """A GPU's arithmetic: half-precision dx in the memory of float32 logits."""
     hidden, weight, labels = make_inputs(2, 5, 4, 30_000, dtype, scale=3.0)
@@ -572,7 +589,7 @@ def test_losses_and_gradients_from_half_precision_operands_are_those_of_float64(
 MULTIPLY = module._multiply
 
 
-@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.usefixtures("on_each_device", "as_on_a_gpu")
 def test_where_cublas_rounds_sums_to_bfloat16_errors_stay_within_its_rounding(monkeypatch):
     """As on a GPU with PyTorch 2.6 and 2.7: chunks' sums are rounded, but added in float32."""
     monkeypatch.setattr(module, "_multiply", MULTIPLY)
@@ -598,6 +615,7 @@ def test_losses_in_inference_mode_are_those_of_training():
     module.triton is None or not (DEVICE == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"),
     reason="needs Triton, and a GPU or TRITON_INTERPRET=1",
 )
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("logit_softcap", [0.0, 3.0])
 @pytest.mark.parametrize("n", [1, 33, 4096, 9001])
@@ -616,12 +634,38 @@ def test_the_triton_kernels_losses_and_gradients_are_those_of_float64(dtype, log
     assert_close(dx, exact, 4 * EPS[torch.float32] + EPS[dtype])
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_on_a_gpu_the_host_asks_the_device_for_no_value(monkeypatch, dtype):
+    """Fake tensors have no values: an operator that would hand one to the host raises an error."""
+    hidden, weight, labels = make_inputs(2, 5, 4, 6, dtype)
+
+    def run():
+        with torch._subclasses.FakeTensorMode() as fake:
+            h, w, y = (fake.from_tensor(x) for x in (hidden, weight, labels))
+            y, counts = module._checked(y, -100, 6)
+            module._ChunkLinearCrossEntropy.apply(h.flatten(0, 1), w, y, counts, 3, 0.0).sum().backward()
+        assert (h.grad.shape, w.grad.shape) == (hidden.shape, weight.shape)
+
+    with pytest.raises(torch._subclasses.fake_tensor.DataDependentOutputException):
+        run()
+    monkeypatch.setattr(module, "_host_can_look_at", lambda tensor: False)
+    run()
+
+
 @pytest.mark.skipif(DEVICE != "cuda", reason="needs a GPU")
-def test_backward_of_a_sum_does_not_wait_for_the_device():
+@pytest.mark.gpu
+def test_the_loss_of_a_sum_and_its_backward_do_not_wait_for_the_device():
     hidden, weight, labels = make_inputs(2, 5, 4, 6)
-    loss = chunk_linear_cross_entropy(hidden, weight, labels).sum()
+    chunk_linear_cross_entropy(hidden, weight, labels).sum().backward()  # Triton compiles its kernel, and waits.
     torch.cuda.set_sync_debug_mode("error")
     try:
-        loss.backward()
+        chunk_linear_cross_entropy(hidden, weight, labels).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="an assertion that fails on a GPU ends the process's use of it")
+def test_a_bad_label_fails_an_assertion_where_the_host_does_not_look(monkeypatch):
+    monkeypatch.setattr(module, "_host_can_look_at", lambda tensor: False)
+    with pytest.raises(RuntimeError, match=r"labels must be in \[0, 6\) or equal padding_idx \(-100\)"):
+        module._checked(torch.tensor([[0, -100, 6]]), -100, 6)

@@ -228,6 +228,15 @@ def test_a_slice_shares_no_memory_with_the_tensor_it_is_taken_from(rank_0_of_8):
     assert collectives.take_slice(whole, 0).untyped_storage().nbytes() == whole.nbytes // 8
 
 
+def test_the_gradient_of_a_sum_of_gathered_losses_is_still_one_number_that_is_expanded(rank_0_of_8):
+    """What lets the loss see, with no look at the values, that the gradients of all tokens are equal."""
+    losses = torch.ones(1, 4, requires_grad=True)
+    strides = []
+    losses.register_hook(lambda gradient: strides.append((gradient.shape, gradient.stride())))
+    collectives.all_gather(losses, 1).sum().backward()
+    assert strides == [((1, 4), (0, 0))]
+
+
 def test_a_reshard_before_set_plan_group_raises_an_error_that_names_it(monkeypatch):
     monkeypatch.setattr(collectives, "_plan_group", None)
     with pytest.raises(RuntimeError, match="set_plan_group"):

@@ -8,11 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import datasets
+import pyarrow as pa
 import pytest
 import torch
 from families import reference_model, small_config
 from safetensors.torch import load_file, save_file
+from saved_rows import save_rows
 
 import ckpt_merger
 import train
@@ -23,9 +24,8 @@ from longctx.errors import UserError
 ROOT = Path(__file__).parent.parent
 
 
-def save_rows(folder: Path, rows: int = 4, length: int = 16, high: int = 256, column: str = "input_ids") -> str:
-    datasets.Dataset.from_dict({column: torch.randint(0, high, (rows, length)).int().numpy()}).save_to_disk(folder)
-    return str(folder)
+def save_random_rows(folder: Path, rows: int = 4, length: int = 16, high: int = 256) -> str:
+    return save_rows(folder, torch.randint(0, high, (rows, length)))
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def job(tmp_path_factory) -> Path:
     """A trained checkpoint, its model and its rows."""
     folder = tmp_path_factory.mktemp("job")
     reference_model(small_config("llama")).save_pretrained(folder / "model")
-    save_rows(folder / "rows")
+    save_random_rows(folder / "rows")
     environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
     command = [sys.executable, str(ROOT / "train.py"), *arguments(folder), "--max_train_steps", "1"]
     subprocess.run(command, check=True, capture_output=True, env=environment)
@@ -246,7 +246,11 @@ def test_a_compiled_folder_that_is_up_to_date_may_be_read_only(job, tmp_path, mo
 
 
 def test_rows_of_something_else_are_refused(job, tmp_path):
-    refused(job, "it has no rows of 'input_ids'", dataset_path=save_rows(tmp_path / "text", column="text"))
+    refused(
+        job,
+        "it has no rows of 'input_ids'",
+        dataset_path=save_rows(tmp_path / "text", torch.ones(2, 16), column="text"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -255,7 +259,7 @@ def test_rows_of_something_else_are_refused(job, tmp_path):
         (["a b", "c d"], "its 'input_ids' are of type string, not lists of token ids; make it with bookcorpus.py"),
         ([["a"] * 16], "its 'input_ids' are of type list<.*string>, not lists of token ids"),
         ([[0.5] * 16], "its 'input_ids' are of type list<.*double>, not lists of token ids"),
-        ([3, 4], "its 'input_ids' are of type int32, not lists of token ids"),
+        ([3, 4], "its 'input_ids' are of type int64, not lists of token ids"),
         ([[1] * 16, [1] * 16, [1] * 15], "row 2 has 15 tokens and row 0 has 16, and the plan is compiled for one"),
         ([[1] * 16, []], "row 1 has 0 tokens and row 0 has 16"),
         ([[1] * 16, None], "row 1 has 0 tokens and row 0 has 16"),
@@ -264,38 +268,34 @@ def test_rows_of_something_else_are_refused(job, tmp_path):
     ],
 )
 def test_rows_that_no_plan_fits_are_refused_before_it_is_made(job, tmp_path, rows, sentence):
-    datasets.Dataset.from_dict({"input_ids": rows}).save_to_disk(tmp_path / "rows")
+    save_rows(tmp_path / "rows", rows)
     ask = {"dataset_path": tmp_path / "rows", "compiled_dir": tmp_path / "compiled"}
     refused(job, f"--dataset_path .*: {sentence}", checkpoint_dir=tmp_path / "checkpoints", **ask)
     assert os.listdir(tmp_path) == ["rows"]
 
 
-@pytest.mark.parametrize(
-    "kind", [datasets.LargeList(datasets.Value("int64")), datasets.List(datasets.Value("int16"), 16)]
-)
+@pytest.mark.parametrize("kind", [pa.large_list(pa.int64()), pa.list_(pa.int16(), 16)])
 def test_rows_may_be_lists_of_any_arrow_kind_in_any_number_of_files(tmp_path, kind):
-    features = datasets.Features({"input_ids": kind})
     rows = torch.randint(0, 256, (6, 16)).tolist()
-    datasets.Dataset.from_dict({"input_ids": rows}, features).save_to_disk(tmp_path / "rows", num_shards=3)
-    opened = open_dataset(str(tmp_path / "rows"))
+    opened = open_dataset(save_rows(tmp_path / "rows", rows, kind, n_files=3))
     assert [load_row(opened, row, 16, 256)[0][0].tolist() for row in range(6)] == rows
 
 
 @pytest.mark.parametrize("content", ["{", "3"])
 def test_a_damaged_corpus_json_is_refused(job, tmp_path, content):
-    path = save_rows(tmp_path / "rows")
+    path = save_random_rows(tmp_path / "rows")
     (tmp_path / "rows" / "corpus.json").write_text(content)
     refused(job, "--dataset_path .*: its corpus.json is damaged .*; make it again", dataset_path=path)
 
 
 def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(job, tmp_path):
-    path = save_rows(tmp_path / "rows")
+    path = save_random_rows(tmp_path / "rows")
     (tmp_path / "rows" / "corpus.json").write_text(json.dumps({"vocab_size": 300, "tokenizer": "other"}))
     refused(job, "its tokenizer other has 300 entries and the model's vocabulary 256", dataset_path=path)
 
 
 def test_a_token_that_the_model_does_not_know_is_refused(job, tmp_path):
-    path = save_rows(tmp_path / "rows", high=10_000)
+    path = save_random_rows(tmp_path / "rows", high=10_000)
     refused(job, "row . has token .*vocabulary has 256", dataset_path=path, checkpoint_dir=tmp_path / "checkpoints")
 
 
@@ -308,7 +308,7 @@ def test_a_checkpoint_of_another_model_is_refused(job, tmp_path, option):
 
 def test_a_run_goes_on_only_with_its_own_order_of_rows(job, tmp_path):
     refused(job, "--seed 1: .*checkpoints/0001-000001 is of a run with seed 0, .*; take seed 0", seed=1)
-    rows = save_rows(tmp_path / "rows", rows=5)
+    rows = save_random_rows(tmp_path / "rows", rows=5)
     refused(job, "--dataset_path .*: it has 5 rows and the run of .*/0001-000001 had 4", dataset_path=rows)
 
 

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 def plan_file(**inputs) -> PlanFile:
     decisions = Decisions("S1", {"Llama": [("aten.add.Tensor", "l"), ("aten.view.default", None)]}, ("none", "layer"))
     module = GeneratedModule("Llama", "model.layers", 1, {"w": 1}, {"w": [2, 4]}, 3.0, 2.0)
-    predicted = Predicted({"compute": 0.5}, {"saved": 1e9, "moment": "loss"})
+    predicted = Predicted({"compute": 0.5}, {"saved": 1e9, "moment": "loss"}, {"loss": 0.5})
     return PlanFile(inputs, decisions, module, predicted)
 
 

@@ -1,10 +1,14 @@
 """Every row is trained on once an epoch, in an order of the seed, whatever the ranks and wherever a run resumes."""
 
-import datasets
+import json
+import sys
+
+import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from saved_rows import save_rows
 
 from longctx.data import rows as stored
 from longctx.data.order import (
@@ -58,14 +62,14 @@ def test_each_epoch_and_each_seed_has_another_order_of_rows():
 
 
 def test_labels_are_tokens_shifted_left_and_the_last_is_ignored():
-    rows = [{"input_ids": torch.tensor([5, 6, 7])}]
+    rows = pa.chunked_array([[[5, 6, 7]]])
     tokens, labels = stored.load_row(rows, 0, 3, 10)
     assert tokens.tolist() == [[5, 6, 7]]
     assert labels.tolist() == [[6, 7, -100]]
 
 
 def test_the_row_of_a_rank_that_has_none_left_has_no_label_that_counts():
-    tokens, labels = stored.load_row([], None, 4, 10)
+    tokens, labels = stored.load_row(pa.chunked_array([[[5, 6, 7, 8]]]), None, 4, 10)
     assert tokens.shape == (1, 4)
     assert (labels == -100).all()
 
@@ -75,7 +79,12 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_row():
         with pytest.raises(
             RowsError, match=f"^row 0 has token {token}, and the model's vocabulary has 10; make the dataset"
         ):
-            stored.load_row([{"input_ids": torch.tensor([5, token, 7])}], 0, 3, 10)
+            stored.load_row(pa.chunked_array([[[5, token, 7]]]), 0, 3, 10)
+
+
+def test_a_token_that_is_null_is_refused_with_its_row():
+    with pytest.raises(RowsError, match="^row 1 has a token that is null; make the dataset with bookcorpus.py"):
+        stored.load_row(pa.chunked_array([[[5, 6, 7]], [[5, None, 7]]]), 1, 3, 10)
 
 
 def test_a_folder_without_rows_to_train_on_is_refused_in_one_sentence(tmp_path):
@@ -85,10 +94,85 @@ def test_a_folder_without_rows_to_train_on_is_refused_in_one_sentence(tmp_path):
         return str(error.value)
 
     (tmp_path / "empty").mkdir()
-    datasets.Dataset.from_dict({"input_ids": [[1]]}).save_to_disk(tmp_path / "short")
+    save_rows(tmp_path / "short", [[1]])
+    save_rows(tmp_path / "no_rows", [], pa.list_(pa.int32()))
     assert refused("absent") == "no such folder; make it with bookcorpus.py"
     assert refused("empty").startswith("it is no dataset that bookcorpus.py wrote (")
     assert refused("short") == "its rows have 1 tokens, and it takes 2 to predict one; make it again with longer rows"
+    assert refused("no_rows") == "it has no rows; make it again with shorter rows"
+
+
+@pytest.mark.parametrize(
+    "state", ["{", "3", "{}", '{"_data_files": []}', '{"_data_files": [3]}', '{"_data_files": [{"filename": "lost"}]}']
+)
+def test_a_damaged_state_json_is_refused_in_one_sentence(tmp_path, state):
+    save_rows(tmp_path / "rows", [[1, 2, 3]])
+    (tmp_path / "rows" / "state.json").write_text(state)
+    with pytest.raises(RowsError, match=r"^it is no dataset that bookcorpus.py wrote \(.+\)$"):
+        stored.open_dataset(str(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize("left", [0.0, 0.1, 0.5, 0.9])
+def test_a_file_of_rows_that_was_cut_off_is_refused_in_one_sentence(tmp_path, left):
+    save_rows(tmp_path / "rows", torch.ones(64, 256), n_files=2)
+    file = tmp_path / "rows" / "data-00001-of-00002.arrow"
+    file.write_bytes(file.read_bytes()[: int(left * file.stat().st_size)])
+    with pytest.raises(RowsError, match=r"^it is no dataset that bookcorpus.py wrote \(.+\)$"):
+        stored.open_dataset(str(tmp_path / "rows"))
+
+
+def test_files_of_rows_of_different_types_are_refused_in_one_sentence(tmp_path):
+    save_rows(tmp_path / "rows", torch.ones(4, 8), n_files=2)
+    save_rows(tmp_path / "long", [[1] * 8], pa.list_(pa.int64()))
+    (tmp_path / "long" / "data-00000-of-00001.arrow").rename(tmp_path / "rows" / "data-00001-of-00002.arrow")
+    with pytest.raises(RowsError, match=r"^it is no dataset that bookcorpus.py wrote \(.+\)$"):
+        stored.open_dataset(str(tmp_path / "rows"))
+
+
+def test_rows_in_the_order_of_an_indices_file_are_refused(tmp_path):
+    save_rows(tmp_path / "rows", torch.ones(4, 8))
+    state = json.loads((tmp_path / "rows" / "state.json").read_text())
+    state["_indices_data_files"] = [{"filename": "indices.arrow"}]
+    (tmp_path / "rows" / "state.json").write_text(json.dumps(state))
+    with pytest.raises(RowsError, match="an indices file; save it again after Dataset.flatten_indices"):
+        stored.open_dataset(str(tmp_path / "rows"))
+
+
+@settings(deadline=None, max_examples=25)
+@given(st.integers(1, 40), st.integers(2, 70), st.integers(1, 5), st.sampled_from(["list", "large", "fixed"]))
+def test_rows_that_the_library_datasets_saved_are_read_as_it_reads_them(tmp_path_factory, n_rows, length, shards, kind):
+    datasets = pytest.importorskip("datasets", reason="compares with the package datasets")
+    datasets.disable_progress_bars()
+    folder = str(tmp_path_factory.mktemp("rows") / "saved")
+    kinds = {
+        "list": datasets.List(datasets.Value("int32")),
+        "large": datasets.LargeList(datasets.Value("int64")),
+        "fixed": datasets.List(datasets.Value("uint16"), length),
+    }
+    generator = torch.Generator().manual_seed(n_rows * 100 + length)
+    rows = torch.randint(0, 60_000, (n_rows, length), generator=generator).tolist()
+    made = datasets.Dataset.from_dict({"input_ids": rows}, datasets.Features({"input_ids": kinds[kind]}))
+    made.save_to_disk(folder, num_shards=min(shards, n_rows))
+
+    opened, theirs = stored.open_dataset(folder), datasets.load_from_disk(folder).with_format("torch")
+    assert len(opened) == len(theirs)
+    for row in range(n_rows):
+        tokens, _ = stored.load_row(opened, row, length, 60_000)
+        assert torch.equal(tokens[0], theirs[row]["input_ids"].long())
+
+
+def test_rows_stay_in_their_file_until_they_are_read(tmp_path):
+    folder = save_rows(tmp_path / "rows", torch.ones(64, 2**14))
+    before = pa.total_allocated_bytes()
+    opened = stored.open_dataset(folder)
+    tokens, _ = stored.load_row(opened, 63, 2**14, 10)
+    assert pa.total_allocated_bytes() - before < 2**14
+    assert (tokens == 1).all()
+
+
+def test_training_rows_are_read_without_the_library_datasets(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "datasets", None)  # importing it raises ModuleNotFoundError
+    assert len(stored.open_dataset(save_rows(tmp_path / "rows", torch.ones(3, 8)))) == 3
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 9), st.integers(0, 9), st.integers(0, 20))

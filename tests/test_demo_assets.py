@@ -8,8 +8,6 @@ from pathlib import Path
 
 import demo_assets
 import pytest
-import tiktoken
-from tiktoken.load import load_tiktoken_bpe
 from transformers import AutoTokenizer
 
 from longctx.errors import UserError
@@ -21,6 +19,9 @@ def tokenizer(llama3_tokenizer_path):
 
 
 def test_the_plays_have_the_tokens_that_tiktoken_gives_them_by_llamas_own_pattern(tokenizer, plays_path):
+    tiktoken = pytest.importorskip("tiktoken", reason="compares with the package tiktoken")
+    from tiktoken.load import load_tiktoken_bpe
+
     folder = demo_assets.package_folder("llama_models", "llama-models") / "llama3"
     pattern = re.search(r'pat_str = r"(.*)"', (folder / "tokenizer.py").read_text()).group(1)
     ranks = load_tiktoken_bpe(str(folder / "tokenizer.model"))
@@ -49,7 +50,7 @@ def test_special_tokens_have_the_names_and_ids_of_llama_3_instruct(tokenizer):
     assert tokenizer.decode([64, 128009, 65], skip_special_tokens=True) == "ab"
 
 
-def test_demo_assets_writes_a_tokenizer_and_38_plays_and_overwrites_nothing(monkeypatch, tmp_path, capsys):
+def test_demo_assets_writes_a_tokenizer_and_38_plays_and_overwrites_nothing(plays_path, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(demo_assets, "llama3_tokenizer", lambda folder: folder.mkdir())
     words = ["--tokenizer_path", str(tmp_path / "tokenizer"), "--text_path", str(tmp_path / "plays")]
     monkeypatch.setattr(sys, "argv", ["demo_assets.py", *words])

@@ -17,7 +17,14 @@ PAGES = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("examples/**/README.md"), *ROOT.glob("longctx/**/*.md")]
 )
 FOLDERS = ("longctx", "docs", "examples", "benchmarks", "tests")
-PROGRAMS = ("train.py", "ckpt_merger.py", "create_mini_model.py", "bookcorpus.py", "longctx.measure")
+PROGRAMS = (
+    "train.py",
+    "ckpt_merger.py",
+    "create_mini_model.py",
+    "bookcorpus.py",
+    "longctx.measure",
+    "benchmarks/gpu.py",
+)
 QUOTED = 12  # characters that a piece of a message has at least, to be looked for
 
 each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

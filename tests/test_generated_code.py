@@ -1,7 +1,11 @@
 """The generated code computes what the Hugging Face model computes."""
 
+import ast
+import copy
 import os
+from collections.abc import Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,10 +26,12 @@ from ranks import run_ranks
 import train
 from longctx.compiled import read_plan_file
 from longctx.compiler import codegen, hardware, memory, planner
+from longctx.compiler.ir import Statement, Tensor
 from longctx.compiler.localize import localize
 from longctx.compiler.ops import legal_partitions, register_op, spec_of
 from longctx.compiler.placement import Shard
 from longctx.compiler.plan import Fixed, Setting
+from longctx.compiler.statements import statement_of
 from longctx.compiler.trace import trace
 from longctx.engines.builtin import cache
 from longctx.errors import UserError
@@ -35,6 +41,7 @@ from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime import parallel
 
 LENGTH = 48
+SIX_FAMILIES = ["llama", "qwen3", "phi3", "gemma2", "gpt_neox", "opt"]
 
 
 def compile_small(folder: Path, family: str, **changes) -> tuple[Path, object]:
@@ -51,11 +58,20 @@ def compile_folder(model_id: Path, compiled_dir: Path, *more: str) -> Path:
     return compiled_dir / model_id.name
 
 
+def load_module(compiled: Path, reference) -> torch.nn.Module:
+    """The generated module with the reference's weights, of its dtype and on its device."""
+    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(reference.dtype)
+    parallel.give_memory(module, reference.device)
+    module.load_state_dict(dict(reference.named_parameters()))
+    return module
+
+
 def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
     """The generated module has the reference's loss and gradients on one row."""
-    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
-    tokens, labels = random_rows(1, length, 256)
+    module = load_module(compiled, reference)
+    tokens, labels = (x.to(reference.device) for x in random_rows(1, length, 256))
 
     loss, expected = module(tokens, labels), reference_loss(reference, tokens, labels)
     loss.backward()
@@ -66,11 +82,62 @@ def assert_equal_to(reference, compiled: Path, length: int = LENGTH) -> None:
     assert error < 1e-4, name
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_loss_and_every_gradient_equal_hugging_faces(family, tmp_path):
+def on_each_device(on_cpu: Iterable[str], on_gpu: Iterable[str]) -> pytest.MarkDecorator:
+    """Runs a test with some families on the CPU, and with some on a GPU where there is one."""
+    gpu = [pytest.param(family, "cuda", marks=pytest.mark.gpu) for family in on_gpu]
+    return pytest.mark.parametrize(("family", "device"), [*((f, "cpu") for f in on_cpu), *gpu], indirect=["device"])
+
+
+@on_each_device(FAMILIES, SIX_FAMILIES)
+def test_loss_and_every_gradient_equal_hugging_faces(family, device, tmp_path):
     tied = list(FAMILIES).index(family) % 2 == 1
     compiled, reference = compile_small(tmp_path, family, tie_word_embeddings=tied)
+    assert_equal_to(reference.to(device), compiled)
+
+
+def gradients_of_loss(loss: torch.Tensor, model: torch.nn.Module) -> torch.Tensor:
+    """All gradients of a loss as one vector in float64, in the order of the parameters' names."""
+    parameters = [parameter for _, parameter in sorted(model.named_parameters())]
+    return torch.cat([gradient.flatten().double() for gradient in torch.autograd.grad(loss, parameters)])
+
+
+@on_each_device(["llama", "gemma2"], SIX_FAMILIES)
+def test_in_bfloat16_loss_and_gradients_are_about_as_far_from_float32_as_hugging_faces(family, device, tmp_path):
+    exact = reference_model(small_config(family)).bfloat16().float()  # weights that bfloat16 has
+    exact.save_pretrained(tmp_path / family)
+    compiled = compile_folder(tmp_path / family, tmp_path / "compiled", "--precision", "bf16")
+    exact.to(device)
+    rounded = copy.deepcopy(exact).bfloat16()
+    module = load_module(compiled, rounded)
+    tokens, labels = (x.to(device) for x in random_rows(1, LENGTH, 256))
+
+    losses = [module(tokens, labels), *(reference_loss(model, tokens, labels) for model in (rounded, exact))]
+    ours, theirs, expected = (gradients_of_loss(x, m) for x, m in zip(losses, (module, rounded, exact), strict=True))
+
+    assert abs(losses[0] - losses[2]) < 0.01 * losses[2]
+    # Hugging Face's own ways to compute attention differ by chance from each other by a factor of up to 1.6.
+    assert (ours - expected).norm() < 2 * (theirs - expected).norm()
+
+
+def test_statements_of_the_model_are_found_in_a_folder_that_is_named_torch(tmp_path):
+    source = tmp_path / "torch" / "site-packages" / "transformers" / "model.py"
+    source.parent.mkdir(parents=True)
+    source.write_text("def forward(x):\n    doubled = torch.relu(\n        x + x)\n")
+    pytorch = Path(torch.__file__).parent / "nn" / "functional.py"
+    frames = [(Path(train.__file__).parent / "longctx" / "huggingface" / "build.py", 36), (source, 3), (pytorch, 1)]
+    found = statement_of("".join(f'  File "{file}", line {line}, in forward\n' for file, line in frames))
+    assert found == Statement((str(source), 2), ("doubled",))
+
+
+def test_without_ruff_the_code_is_valid_and_compile_says_that_its_lines_are_long(tmp_path, monkeypatch, capsys):
+    formatted, reference = compile_small(tmp_path / "formatted", "gemma2")
+    assert ("ruff is not installed" in capsys.readouterr().out) == (not codegen.has_formatter())
+    monkeypatch.setattr(codegen, "has_formatter", lambda: False)
+    compiled, _ = compile_small(tmp_path / "as_written", "gemma2")
+    assert capsys.readouterr().out.endswith("compile: ruff is not installed, so gencode.py has long lines\n")
     assert_equal_to(reference, compiled)
+    code = [ast.dump(ast.parse((folder / "gencode.py").read_text())) for folder in (compiled, formatted)]
+    assert code[0] == code[1]
 
 
 @pytest.mark.parametrize("length", [24, 48])  # within the 32 positions of pretraining, and beyond
@@ -125,7 +192,7 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
             parallel.load_safetensors(sharded, find_weights(model_id, small_config(family)))
             tokens, labels = random_rows(n_ranks, LENGTH, 256)
             mine = slice(dist.get_rank(), dist.get_rank() + 1)
-            loss = module(tokens[mine], labels[mine])
+            loss = module(tokens[mine].to(device), labels[mine].to(device))
             loss.backward()
             loss = loss.detach()
             dist.all_reduce(loss)
@@ -134,16 +201,16 @@ def _compare_on_ranks(folder: Path, families: list[str]) -> None:
             expected = reference_loss(reference, tokens, labels)
             expected.backward()
             assert loss.item() == pytest.approx(expected.item(), rel=1e-6), family
-            gradients = {name: p.grad.full_tensor() for name, p in module.named_parameters()}
+            gradients = {name: p.grad.full_tensor().cpu() for name, p in module.named_parameters()}
             error, name = worst_gradient_error(gradients, gradients_of(reference))
             assert error < 1e-4, (family, name)
 
 
-def test_two_ranks_under_fsdp_sum_to_hugging_faces_gradients(tmp_path):
+def test_two_ranks_under_fsdp_sum_to_hugging_faces_gradients(device, tmp_path):
     families = ["llama", "gemma2", "phi3", "gpt_neox"]  # the last has its head by another name in files
     for family in families:
         compile_small(tmp_path / family, family)
-    run_ranks(2, _compare_on_ranks, tmp_path, families)
+    run_ranks(2, _compare_on_ranks, tmp_path, families, device=device.type)
 
 
 def test_equal_layers_share_one_class_however_many_there_are(tmp_path):
@@ -163,10 +230,27 @@ def test_layers_that_alternate_have_a_class_each(tmp_path):
     assert "window=16" not in text.split("class Gemma2DecoderLayer1")[1].split("class ")[0]
 
 
+def test_constants_are_buffers_that_move_with_the_module_and_that_checkpoints_do_not_have(tmp_path):
+    compiled, _ = compile_small(tmp_path, "llama")
+    text = (compiled / "gencode.py").read_text()
+    assert "self.inv_freq = nn.Buffer(INV_FREQ, persistent=False)" in text and "INV_FREQ.to" not in text
+    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
+    before = module.inv_freq.clone()
+    parallel.give_memory(module, torch.device("cpu"))
+    assert torch.equal(module.inv_freq, before) and before.device.type == "cpu"
+    assert set(module.state_dict()) == {name for name, _ in module.named_parameters()}
+
+
+def test_a_buffer_takes_no_name_that_a_part_of_the_model_has():
+    constant = Tensor("inv_freq", (2,), torch.float32, False)
+    parts = {"inv_freq.weight": Tensor("weight", (2,), torch.float32, True)}
+    graph = SimpleNamespace(constants={constant: torch.ones(2)}, parameters=parts, kinds=[], layers_path="")
+    assert codegen._name_constants(graph)[constant][0] == "INV_FREQ_1"
+
+
 def gradients_after(compiled: Path, reference, seed: int) -> dict[str, torch.Tensor]:
     """Every gradient of the generated module on one row, whatever it draws at random drawn from `seed`."""
-    module = parallel.load_generated(compiled, read_plan_file(compiled).module.class_name)
-    module.to_empty(device="cpu").load_state_dict(dict(reference.named_parameters()))
+    module = load_module(compiled, reference)
     torch.manual_seed(seed)
     module(*random_rows(1, LENGTH, 256)).backward()
     return gradients_of(module)

@@ -5,8 +5,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from longctx.errors import KernelError
-from longctx.huggingface.attention import register_attention
 from longctx.kernels import attention as attention_module
 from longctx.kernels.attention import attention
 from longctx.kernels.rms_norm import rms_norm
@@ -19,7 +17,7 @@ def formula(query, key, value, scale, window=0, softcap=0.0):
     scores = query @ key.transpose(-1, -2) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    i = torch.arange(query.shape[2])
+    i = torch.arange(query.shape[2], device=query.device)
     distance = i[:, None] - i
     seen = (distance >= 0) & (distance < (window or len(i)))
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
@@ -53,6 +51,26 @@ def test_attention_computes_its_formula(b, heads, length, d, window, softcap, im
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (70, 0.0), (0, 5.0)])
+@pytest.mark.parametrize("implementation", ["auto", "sdpa", "eager"])
+def test_attention_computes_its_formula_in_every_precision(
+    implementation, window, softcap, dtype, tolerance, device, monkeypatch
+):
+    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 96)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(1, heads, 256, 64, generator=generator).to(device, dtype).requires_grad_() for heads in (4, 2, 2)
+    )
+    upstream = torch.randn(1, 256, 4, 64, generator=generator).to(device, dtype)
+    result = attention(query, key, value, 0.125, window, softcap, implementation=implementation)
+    expected = formula(query, key, value, 0.125, window, softcap)
+    found = [result, *torch.autograd.grad(result, (query, key, value), upstream)]
+    exact = [expected, *torch.autograd.grad(expected, (query, key, value), upstream.double())]
+    for name, ours, theirs in zip(("output", "query", "key", "value"), found, exact, strict=True):
+        assert (ours.double() - theirs).norm() < tolerance * theirs.norm(), name
+
+
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(1, 5), min_size=0, max_size=3), st.integers(1, 32), st.sampled_from([0.0, 1.0]))
 def test_rms_norm_computes_its_formula(leading, d, offset):
@@ -60,8 +78,3 @@ def test_rms_norm_computes_its_formula(leading, d, offset):
     x, weight = torch.randn(*leading, d), torch.randn(d)
     expected = x.double() * (x.double().square().mean(-1, keepdim=True) + 1e-5).rsqrt() * (weight.double() + offset)
     torch.testing.assert_close(rms_norm(x, weight, 1e-5, offset).double(), expected, rtol=1e-5, atol=1e-6)
-
-
-def test_forcing_flash_attention_says_what_is_missing():
-    with pytest.raises(KernelError, match="the package flash-attn is not installed; install it .* or choose sdpa"):
-        register_attention("flash_attention_2")

@@ -26,7 +26,14 @@ MAY_IMPORT = {
         "longctx.compiler.work",
         "longctx.errors",
     ),
-    "kernels": ("longctx.compiler.ops", "longctx.compiler.ir", "longctx.compiler.work", "chunk_linear_cross_entropy"),
+    "kernels": (
+        "longctx.kernels",
+        "longctx.compiler.ops",
+        "longctx.compiler.ir",
+        "longctx.compiler.work",
+        "longctx.errors",
+        "chunk_linear_cross_entropy",
+    ),
     "huggingface": (
         "longctx.huggingface",
         "longctx.kernels",
@@ -37,6 +44,7 @@ MAY_IMPORT = {
     "data": ("longctx.data", "longctx.errors"),
     "runtime": (
         "longctx.runtime",
+        "longctx.devices",
         "longctx.data",
         "longctx.job",
         "longctx.compiled",

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 from longctx.data.order import Position
 from longctx.errors import LogError
@@ -68,6 +69,17 @@ def test_a_folder_called_metrics_jsonl_is_refused(tmp_path, resuming):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(LogError, match="metrics.jsonl is no file"):
         check_log(tmp_path, resuming)
+
+
+@pytest.mark.parametrize(("device", "reserved"), [("cpu", None), ("cuda", 3.0)])
+def test_a_step_on_a_gpu_says_what_tensors_took_and_what_the_allocator_reserved(monkeypatch, device, reserved):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: 2_000_000_000)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda: 3_000_000_000)
+    job = Job(model_id="any", sequence_length=8, runtime_ngpus=1, name="any", device=device)
+    taken = Step(Position(), rows=[0], learning_rate=1.0, loss=1.0, grad_norm=1.0, seconds=1.0)
+    metrics = step_metrics(taken, job, FlopCount(1.0, 1.0, None))
+    assert metrics.peak_reserved_gb == reserved
+    assert (metrics.peak_memory_gb == 2.0) == (device == "cuda")
 
 
 def test_mfu_counts_three_forward_passes_of_every_row_against_the_peak_of_all_ranks():

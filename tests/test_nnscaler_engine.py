@@ -14,14 +14,15 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import pytest
 import torch
 from families import reference_model, small_config
+from saved_rows import save_rows
 from transformers import AutoModelForCausalLM
 
 import ckpt_merger
 import train
+from longctx import devices
 from longctx.command_line import naming_options, parse
 from longctx.data import order
 from longctx.engines.checkpoints import FORMATS
@@ -65,15 +66,16 @@ def machine(monkeypatch):
     ("installed", "version", "gpu", "engine", "reason"),
     [
         (True, "2.6.0+cu124", True, "nnscaler", "it is installed and works with this PyTorch"),
-        (True, "2.6.0+cu124", False, "torch", "nnscaler needs a GPU and there is none"),
+        (True, "2.6.0+cu124", False, "torch", "nnscaler needs a GPU and this is a run on CPUs"),
         (True, "2.13.0", True, "torch", "nnscaler works with PyTorch up to 2.6 and here is 2.13.0"),
         (False, "2.6.0", True, "torch", "nnscaler is not installed"),
     ],
 )
 def test_auto_takes_nnscaler_where_it_works_and_says_why(machine, installed, version, gpu, engine, reason):
     machine(installed, version, gpu)
-    assert choose_engine("auto") == (engine, f"since {reason}")
-    assert choose_engine("torch") == ("torch", "as asked")
+    device = devices.choose("auto")
+    assert choose_engine("auto", device) == (engine, f"since {reason}")
+    assert choose_engine("torch", device) == ("torch", "as asked")
 
 
 @pytest.mark.parametrize(
@@ -240,7 +242,7 @@ def job(tmp_path_factory) -> Path:
     rows = [torch.randint(0, 256, (ROWS, 1), generator=torch.Generator().manual_seed(1))]
     for _ in range(LENGTH - 1):
         rows.append((rows[-1] * 5 + 17) % 256)
-    datasets.Dataset.from_dict({"input_ids": torch.cat(rows, 1).int().numpy()}).save_to_disk(folder / "rows")
+    save_rows(folder / "rows", torch.cat(rows, 1))
     return folder
 
 

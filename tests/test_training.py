@@ -9,10 +9,10 @@ import sys
 import time
 from pathlib import Path
 
-import datasets
 import pytest
 import torch
 from families import reference_loss, reference_model, small_config
+from saved_rows import save_rows
 from transformers import AutoModelForCausalLM
 
 from longctx.data import order
@@ -24,16 +24,20 @@ TRAIN += ["--lr_schedule", "cosine", "--warmup_steps", "2", "--weight_decay", "0
 TRAIN += ["--checkpoint_interval", "4"]
 
 
+def rows_to_learn() -> torch.Tensor:
+    """Rows that have something to learn, int64 [ROWS, LENGTH]: each token is a function of the one before."""
+    columns = [torch.randint(0, 256, (ROWS, 1), generator=torch.Generator().manual_seed(1))]
+    for _ in range(LENGTH - 1):
+        columns.append((columns[-1] * 5 + 17) % 256)
+    return torch.cat(columns, 1)
+
+
 @pytest.fixture(scope="module")
 def job(tmp_path_factory) -> Path:
-    """A folder with a model and rows that have something to learn: each token is a function of the one before."""
+    """A folder with a model and the rows that it is to learn."""
     folder = tmp_path_factory.mktemp("job")
     reference_model(small_config("llama")).save_pretrained(folder / "model")
-    starts = torch.randint(0, 256, (ROWS, 1), generator=torch.Generator().manual_seed(1))
-    rows = [starts]
-    for _ in range(LENGTH - 1):
-        rows.append((rows[-1] * 5 + 17) % 256)
-    datasets.Dataset.from_dict({"input_ids": torch.cat(rows, 1).int().numpy()}).save_to_disk(folder / "rows")
+    save_rows(folder / "rows", rows_to_learn())
     return folder
 
 
@@ -76,11 +80,11 @@ def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uni
     optimizer = torch.optim.AdamW(model.parameters(), 1e-3, (0.9, 0.95), weight_decay=0.1)
     factors = [1 / 3, 2 / 3, *(0.5 * (1 + math.cos(math.pi * i / (STEPS - 2))) for i in range(STEPS - 2))]
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: factors[min(step, STEPS - 1)])
-    rows = datasets.load_from_disk(str(job / "rows")).with_format("torch")["input_ids"][:]
+    rows = rows_to_learn()
     position = order.Position()
     for step in range(1, STEPS + 1):
         chosen = order.step_rows(order.epoch_order(ROWS, 0, position.epoch), position, 4)
-        tokens = rows[chosen].long()
+        tokens = rows[chosen]
         labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
         loss = reference_loss(model, tokens, labels) / (labels != -100).sum()
         loss.backward()
@@ -97,8 +101,8 @@ def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uni
 
 @pytest.fixture(scope="module")
 def partitioned(job) -> dict[int, dict]:
-    """The same run, each row computed by both ranks together."""
-    run(command(job, 2, "partitioned", plan_ngpus=2))
+    """The same run, each row computed by both ranks together, with deterministic operators alone."""
+    run(command(job, 2, "partitioned", "--deterministic", plan_ngpus=2))
     return read_steps(job, 2, "partitioned")
 
 
@@ -118,10 +122,11 @@ def family_of(pid: int) -> list[int]:
 
 @pytest.mark.parametrize("plan_ngpus", [1, 2])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partitioned, plan_ngpus):
-    expected = {1: uninterrupted, 2: partitioned}[plan_ngpus]
+    expected, options = {1: (uninterrupted, []), 2: (partitioned, ["--deterministic"])}[plan_ngpus]
     name = f"killed{plan_ngpus}"
+    start = command(job, 2, name, *options, plan_ngpus=plan_ngpus)
     process = subprocess.Popen(
-        command(job, 2, name, plan_ngpus=plan_ngpus),
+        start,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -135,7 +140,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partition
     before = read_steps(job, 2, name)
     assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"
 
-    result = run(command(job, 2, name, plan_ngpus=plan_ngpus))
+    result = run(start)
     assert "after step 4" in result.stdout
     after = read_steps(job, 2, name)
     for step in range(1, STEPS + 1):
@@ -181,7 +186,7 @@ def test_the_merged_model_opens_in_transformers_with_the_trained_weights(job, un
         state = json.loads((job / "uninterrupted" / checkpoint / "checkpoint.json").read_text())
         position = order.Position(**state["position"])
         chosen = order.step_rows(order.epoch_order(ROWS, 0, position.epoch), position, 4)
-        tokens = datasets.load_from_disk(str(job / "rows")).with_format("torch")[chosen]["input_ids"].long()
+        tokens = rows_to_learn()[chosen]
         labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
         with torch.no_grad():
             loss = reference_loss(model, tokens, labels) / (labels != -100).sum()

@@ -89,9 +89,9 @@ class LlamaDecoderLayer(nn.Module):
         )
         attn_output = attention(query_states, key_states, value_states, scale=0.08838834764831845)
         del query_states, key_states, value_states
-        # all-to-all of 134.2 MB: self_attn's reshape is split along dimension 1 of its output
-        attn_output = all_to_all(attn_output, split=1, gather=2)  # [1, 16384, 32, 128]
-        attn_output = attn_output.reshape(1, 16384, -1)  # [1, 16384, 4096]
+        attn_output = attn_output.reshape(1, 131072, -1)  # [1, 131072, 512]
+        # all-to-all of 134.2 MB: o_proj's linear is split along dimension 1 of its output
+        attn_output = all_to_all(attn_output, split=1, gather=2)  # [1, 16384, 4096]
         attn_output = F.linear(attn_output, self.self_attn.o_proj.weight)  # [1, 16384, 4096]
 
         hidden_states = hidden_states + attn_output  # [1, 16384, 4096]
@@ -121,13 +121,14 @@ class LlamaForCausalLM(nn.Module):
             layers=nn.ModuleList(LlamaDecoderLayer() for _ in range(32)),
         )
         self.lm_head = module(weight=(128256, 4096))
+        self.inv_freq = nn.Buffer(INV_FREQ, persistent=False)
 
     def forward(self, tokens, labels):
         # tokens [1, 131072], labels [1, 131072]
         inputs_embeds = F.embedding(tokens, self.model.embed_tokens.weight.to(torch.bfloat16))  # [1, 131072, 512]
         position_ids = torch.arange(131072, device=tokens.device)  # [131072]
         position_ids = position_ids.unsqueeze(0)  # [1, 131072]
-        freqs = position_ids.unsqueeze(2).to(torch.float32) * INV_FREQ.to(tokens.device)  # [1, 131072, 64]
+        freqs = position_ids.unsqueeze(2).to(torch.float32) * self.inv_freq  # [1, 131072, 64]
         emb = torch.cat((freqs, freqs), dim=-1)  # [1, 131072, 128]
         cos = emb.cos()  # [1, 131072, 128]
         sin = emb.sin()  # [1, 131072, 128]

@@ -11,6 +11,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
+from importlib.util import find_spec
 
 import numpy
 import torch
@@ -52,8 +53,15 @@ def generate(graph: Graph, plan: Plan, title: str) -> str:
     return format_code("\n\n".join(part.strip("\n") for part in parts) + "\n")
 
 
+def has_formatter() -> bool:
+    """Whether ruff is installed, which the generated code is formatted with."""
+    return find_spec("ruff") is not None
+
+
 def format_code(text: str) -> str:
-    """`text` as ruff formats it."""
+    """`text` as ruff formats it; unchanged, with long lines, where there is no ruff."""
+    if not has_formatter():
+        return text
     command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", str(LINE), "-"]
     return subprocess.run(command, input=text, capture_output=True, text=True, check=True).stdout
 
@@ -82,18 +90,38 @@ def _selective_contexts(ops: Sequence[Op]) -> list[str]:
 
 
 def _name_constants(graph: Graph) -> dict[Tensor, tuple[str, torch.Tensor]]:
-    """A module-level name and the value of every constant tensor. Constants of equal value share a name."""
+    """A module-level name and the value of every constant tensor. Constants of equal value share a name.
+
+    The buffers that hold them take no name that a submodule or a parameter has.
+    """
+    reserved = {path.split(".")[0] for owner in (graph, *graph.kinds) for path in owner.parameters}
+    reserved |= {graph.layers_path.split(".")[0]}
     named: dict[Tensor, tuple[str, torch.Tensor]] = {}
     for tensors in (graph.constants, *(kind.constants for kind in graph.kinds)):
         for tensor, value in tensors.items():
             name = tensor.name.upper()
             taken = dict(named.values())
             number = 0
-            while name in taken and not (taken[name].shape == value.shape and torch.equal(taken[name], value)):
+            while _buffer(name) in reserved or name in taken and not _are_equal(taken[name], value):
                 number += 1
                 name = f"{tensor.name.upper()}_{number}"
             named[tensor] = (name, value)
     return dict(sorted(named.items(), key=lambda item: item[1][0]))
+
+
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.shape == b.shape and torch.equal(a, b)
+
+
+def _buffer(name: str) -> str:
+    """The buffer that holds a constant in a module. Buffers follow the module to its device, once and for all."""
+    return name.lower()
+
+
+def _buffers(owner: Graph | LayerKind, constants: dict[Tensor, tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """The expressions that make the buffers of a class. Checkpoints don't have them, since the code does."""
+    names = dict.fromkeys(constants[tensor][0] for tensor in owner.constants)
+    return {_buffer(name): f"nn.Buffer({name}, persistent=False)" for name in names}
 
 
 def _constant(name: str, value: torch.Tensor) -> str:
@@ -142,7 +170,7 @@ class _Body:
         if tensor in self.parameters:
             return Expression(self.parameters[tensor])
         if tensor in self.constants:
-            return Expression(f"{self.constants[tensor][0]}.to({self.device})")
+            return Expression(f"self.{_buffer(self.constants[tensor][0])}")
         return Expression(self.names[tensor])
 
     def reads(self, item: Op | LayerCall) -> Iterable[Tensor]:
@@ -302,7 +330,12 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
         lines += _write_op(op, index, body)
     which = _ranges([call.index for call in graph.layer_calls if call.kind == number])
     return _class(
-        kind.class_name, f"{graph.layers_path}: {which}.", _parameter_tree(kind), kind.inputs, arguments, lines
+        kind.class_name,
+        f"{graph.layers_path}: {which}.",
+        _parameter_tree(kind) | _buffers(kind, constants),
+        kind.inputs,
+        arguments,
+        lines,
     )
 
 
@@ -328,6 +361,7 @@ def _root_class(graph: Graph, plan: Plan, constants: dict) -> tuple[str, dict[Te
     if graph.kinds:
         *path, name = graph.layers_path.split(".")
         reduce(lambda node, part: node.setdefault(part, {}), path, tree)[name] = _module_list(graph)
+    tree |= _buffers(graph, constants)
     says = "The model with its loss, summed over tokens."
     return _class(graph.class_name, says, tree, graph.inputs, arguments, lines), body.names
 
@@ -384,12 +418,12 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
     if given[0] != made[0]:
         lines.append(f"{made[0]} = {given[0]}")
     whole = len(run) == len(graph.layer_calls)
-    span = layers if whole else f"{layers}[{run[0].index} : {run[-1].index + 1}]"
+    span = layers if whole else f"{layers}[{run[0].index}:{run[-1].index + 1}]"
     return [*lines, f"for layer in {span}:", f"    {made[0]} = {call('layer', [made[0], *given[1:]])}", ""]
 
 
 def _class(name: str, says: str, tree: dict, inputs: Sequence[Tensor], arguments: list[str], lines: list[str]) -> str:
-    """The class of a module, with the parameters in `tree` and a forward that consists of `lines`."""
+    """The class of a module, with the parameters and buffers in `tree` and a forward that consists of `lines`."""
     assignments = "\n".join(f"self.{part} = {_parameters(value)}" for part, value in tree.items())
     shapes = ", ".join(f"{argument} {list(t.shape)}" for argument, t in zip(arguments, inputs, strict=True))
     forward = "\n".join([f"# {shapes}", *lines])

@@ -4,8 +4,10 @@ The integer program minimizes these seconds; here they are added up again from t
 for people to read and for tests to hold the program to.
 """
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from longctx.compiler.cost import (
@@ -21,17 +23,13 @@ from longctx.compiler.cost import (
     plan_sharded_seconds,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op
-from longctx.compiler.layout import layout_of
+from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction
 from longctx.compiler.ops import spec_of
 from longctx.compiler.plan import Plan, Setting
 from longctx.compiler.planner import predict_memory
 from longctx.compiler.recompute import Recompute
-
-ATTENTION_FORWARD, ATTENTION_BACKWARD = "attention, forward", "attention, backward"
-LINEAR, REST, LOSS = "linear layers", "the rest of the layers", "loss"
-FSDP, PACKING = "FSDP's copies", "packing for reshards"
 
 
 @dataclass(frozen=True)
@@ -69,8 +67,8 @@ class Prediction:
     forward_flops: float  # of one row, attention counted whole, as the reference program counts it
     forward_flops_causal: float  # attention counted by half, as causal attention needs
     time: StepTime
+    parts: dict[str, float]  # see seconds_by_part
     memory: MemoryPrediction
-    parts: dict[str, float]  # seconds of computing, by the parts that a rehearsal tells apart
 
 
 def predict(
@@ -78,82 +76,93 @@ def predict(
 ) -> Prediction:
     """Seconds and bytes of a plan; `forward_flops` of one row are given, counted whole and counted causal."""
     memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
-    time = step_time(graph, plan, setting)
-    return Prediction(n_parameters, *forward_flops, time, memory, computing_by_part(graph, plan, setting, time))
+    time, parts = step_time(graph, plan, setting), seconds_by_part(graph, plan, setting)
+    return Prediction(n_parameters, *forward_flops, time, parts, memory)
+
+
+@dataclass(frozen=True)
+class _Body:
+    """The root, or all layers of a kind: the ops of the whole model, those of one rank, and the layers' policies."""
+
+    owner: Graph | LayerKind
+    ops: Sequence[Op | LayerCall]
+    local_ops: Sequence[Op | LayerCall]
+    policies: tuple[Recompute, ...]
+
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of(self.owner)
+
+    def recomputed(self, op: Op) -> int:
+        """How often an op runs again in the backward pass."""
+        if op in self.layout.not_repeated:
+            return 0
+        if spec_of(op).selective_recompute:
+            return self.policies.count(Recompute.EVERYTHING)
+        return len(self.policies) - self.policies.count(Recompute.NOTHING)
+
+
+def _bodies(graph: Graph, plan: Plan) -> list[_Body]:
+    local = localize(graph, plan.assignment)
+    bodies = [_Body(graph, graph.body, local.body, (Recompute.NOTHING,))]
+    for number, (kind, own) in enumerate(zip(graph.kinds, local.kinds, strict=True)):
+        policies = tuple(plan.recompute[call.index] for call in graph.layer_calls if call.kind == number)
+        bodies.append(_Body(kind, kind.ops, own.ops, policies))
+    return bodies
 
 
 def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:
     """The time of a micro-batch under a plan, from the ops and reshards of one rank's graph."""
-    local = localize(graph, plan.assignment)
-    bodies = [(graph, local.body), *((kind, own.ops) for kind, own in zip(graph.kinds, local.kinds, strict=True))]
-    parts = [_body_time(owner, ops, _policies(owner, graph, plan), plan, setting) for owner, ops in bodies]
-    return StepTime(*(sum(values) for values in zip(*(vars(part).values() for part in parts), strict=True)))
+    times = [_body_time(body, plan, setting) for body in _bodies(graph, plan)]
+    return StepTime(*(sum(values) for values in zip(*(vars(time).values() for time in times), strict=True)))
 
 
-def computing_by_part(graph: Graph, plan: Plan, setting: Setting, time: StepTime) -> dict[str, float]:
-    """Seconds of a micro-batch's computing, by the parts that a rehearsal tells apart (runtime/parts.py).
+def seconds_by_part(graph: Graph, plan: Plan, setting: Setting) -> dict[str, float]:
+    """Seconds of a micro-batch's computing by what it is for, as a rehearsal measures them (runtime/parts.py).
 
-    What a layer recomputes counts with its own part. `time` has the parts that are no operators'.
+    What is recomputed counts with the operator that it is of.
     """
-    seconds = dict.fromkeys((ATTENTION_FORWARD, ATTENTION_BACKWARD, LINEAR, REST, LOSS), 0.0)
-    for owner in (graph, *graph.kinds):
-        policies = _policies(owner, graph, plan)
-        for op, once, repeated in _op_times(owner, policies, plan, setting):
-            forward, backward = _parts_of(op, in_layer=isinstance(owner, LayerKind))
-            seconds[forward] += (len(policies) + repeated) * once.forward
-            seconds[backward] += len(policies) * once.backward
-    return {**seconds, FSDP: time.weight_copies, PACKING: time.packing}
+    seconds: Counter[str] = Counter()
+    for body in _bodies(graph, plan):
+        times = len(body.policies)
+        for op in body.ops:
+            if isinstance(op, Op):
+                part, own = _part_of(op), _seconds_of(op, body.layout, plan, setting)
+                forward, backward = (f"{part}, forward", f"{part}, backward") if part == "attention" else (part, part)
+                seconds[forward] += (times + body.recomputed(op)) * own.forward
+                seconds[backward] += times * own.backward
+    time = step_time(graph, plan, setting)
+    return {**seconds, "FSDP's copies": time.weight_copies, "packing for reshards": time.packing}
 
 
-def _parts_of(op: Op, in_layer: bool) -> tuple[str, str]:
-    """The parts that an op's forward and backward belong to."""
+def _part_of(op: Op) -> str:
     spec = spec_of(op)
     if spec.selective_recompute:
-        return ATTENTION_FORWARD, ATTENTION_BACKWARD
-    part = LOSS if spec.memory_kind == "loss" else LINEAR if in_layer and spec.flops(op).forward else REST
-    return part, part
+        return "attention"
+    if spec.memory_kind == "loss":
+        return "loss"
+    return "linear layers" if spec.flops(op).forward else "the rest of the layers"
 
 
-def _policies(owner: Graph | LayerKind, graph: Graph, plan: Plan) -> tuple[Recompute, ...]:
-    """The policies of all layers of a kind; of the root, which runs once, the one that recomputes nothing."""
-    if isinstance(owner, Graph):
-        return (Recompute.NOTHING,)
-    return tuple(plan.recompute[call.index] for call in graph.layer_calls if graph.kinds[call.kind] is owner)
+def _seconds_of(op: Op, layout: Layout, plan: Plan, setting: Setting) -> Seconds:
+    return op_seconds(op, plan.assignment.partitions[op], layout, setting.plan_size, setting.hardware)
 
 
-def _op_times(
-    owner: Graph | LayerKind, policies: tuple[Recompute, ...], plan: Plan, setting: Setting
-) -> Iterator[tuple[Op, Seconds, int]]:
-    """Each op of the root or of a layer kind, the seconds of one execution, and in how many layers it is recomputed."""
-    layout = layout_of(owner)
-    recomputed = len(policies) - policies.count(Recompute.NOTHING)
-    for op in owner.body if isinstance(owner, Graph) else owner.ops:
-        if isinstance(op, Op):
-            once = op_seconds(op, plan.assignment.partitions[op], layout, setting.plan_size, setting.hardware)
-            repeated = policies.count(Recompute.EVERYTHING) if spec_of(op).selective_recompute else recomputed
-            yield op, once, 0 if op in layout.not_repeated else repeated
-
-
-def _body_time(
-    owner: Graph | LayerKind,
-    local_ops: Sequence[Op | LayerCall],
-    policies: tuple[Recompute, ...],
-    plan: Plan,
-    setting: Setting,
-) -> StepTime:
-    """The time of the root, or of all layers of a kind, which have these policies."""
-    times, layout = len(policies), layout_of(owner)
-    recomputed = times - policies.count(Recompute.NOTHING)
+def _body_time(body: _Body, plan: Plan, setting: Setting) -> StepTime:
+    """The time of the root, or of all layers of a kind."""
+    owner, plan_size, device, times = body.owner, setting.plan_size, setting.hardware, len(body.policies)
+    recomputed = times - body.policies.count(Recompute.NOTHING)
     compute = recompute = reshards = packing = 0.0
-    for _, once, repeated in _op_times(owner, policies, plan, setting):
-        compute += times * (once.forward + once.backward)
-        recompute += repeated * once.forward
-    for op in local_ops:
+    for op in body.ops:
         if isinstance(op, Op):
-            sent = collective_time(op, setting.plan_size, setting.hardware)
-            copied = packing_time(op, layout, setting.hardware)
-            reshards += times * (sent.forward + sent.backward) + recomputed * sent.forward
-            packing += times * (copied.forward + copied.backward) + recomputed * copied.forward
+            seconds = _seconds_of(op, body.layout, plan, setting)
+            compute += times * (seconds.forward + seconds.backward)
+            recompute += body.recomputed(op) * seconds.forward
+    for op in body.local_ops:
+        if isinstance(op, Op):
+            seconds, copies = collective_time(op, plan_size, device), packing_time(op, body.layout, device)
+            reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward
+            packing += times * (copies.forward + copies.backward) + recomputed * copies.forward
     fsdp, weight_copies, optimizer, reduced = (times * seconds for seconds in _weights_time(owner, plan, setting))
     exposed = max(0.0, fsdp - compute - recompute)
     return StepTime(

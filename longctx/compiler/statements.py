@@ -1,21 +1,26 @@
 """The statements of a model's source, by which generated code groups its expressions and names its values."""
 
 import ast
+import os
 import re
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
+import torch
+
 from longctx.compiler.ir import Statement
 
-PACKAGE = str(Path(__file__).parent.parent)  # stack frames in our own files say nothing of the model
+# Stack frames in PyTorch's files and in ours say nothing of the model. They are known by where the packages lie: a
+# folder named torch may as well be one that all libraries are installed in.
+PYTORCH, OURS = (f"{folder}{os.sep}" for folder in (Path(torch.__file__).parent, Path(__file__).parent.parent))
 
 
 def statement_of(stack_trace: str) -> Statement | None:
     """The innermost statement of the model's source in a stack trace, or of ours if no statement is the model's."""
     frames = [(file, int(line)) for file, line in re.findall(r'File "([^"]+)", line (\d+)', stack_trace)]
-    frames = [f for f in frames if "/torch/" not in f[0] and "\\torch\\" not in f[0]]
-    theirs = [f for f in frames if not f[0].startswith(PACKAGE)]
+    frames = [f for f in frames if not f[0].startswith(PYTORCH)]
+    theirs = [f for f in frames if not f[0].startswith(OURS)]
     found = [s for file, line in theirs or frames if (s := _statements(file).get(line))]
     return replace(found[-1], callers=tuple(found[:-1])) if found else None
 

@@ -8,13 +8,15 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
-import datasets
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from longctx.errors import ColumnError, DocumentsError, one_line
+
+if TYPE_CHECKING:  # not everywhere installed: bookcorpus.py says so, once it knows that it is asked for rows
+    import datasets
 
 PIECE = 2**18  # characters
 OVERLAP = 2**13  # characters that neighbouring pieces share; tokens.py joins them where their tokens agree
@@ -65,7 +67,9 @@ def file_documents(file: Path, corpus: Path, text_key: str) -> Documents:
         raise type(error)(f"{file.relative_to(corpus)}: {error}") from error
 
 
-def load_hub_dataset(name: str) -> datasets.Dataset:
+def load_hub_dataset(name: str) -> "datasets.Dataset":
+    import datasets
+
     try:
         try:
             return datasets.load_dataset(name, split="train")
@@ -78,7 +82,9 @@ def load_hub_dataset(name: str) -> datasets.Dataset:
         raise DocumentsError(f"no such file or folder, and no dataset of the hub: {one_line(error)}") from error
 
 
-def load_saved_dataset(name: str) -> datasets.Dataset:
+def load_saved_dataset(name: str) -> "datasets.Dataset":
+    import datasets
+
     dataset = datasets.load_from_disk(name)
     if isinstance(dataset, datasets.Dataset):
         return dataset
@@ -87,7 +93,7 @@ def load_saved_dataset(name: str) -> datasets.Dataset:
     return dataset["train"]
 
 
-def dataset_documents(dataset: datasets.Dataset, text_key: str) -> tuple[Documents, int]:
+def dataset_documents(dataset: "datasets.Dataset", text_key: str) -> tuple[Documents, int]:
     check_column(dataset.features.arrow_schema, text_key)
     tables = dataset.select_columns(text_key).with_format("arrow").iter(ROWS_READ)
     texts = (text for table in tables for text in _first_column(table))

@@ -13,27 +13,21 @@ from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from longctx.errors import KernelError, ModelError
-from longctx.kernels.attention import HAS_FLASH_ATTN, attention
+from longctx.kernels.attention import attention
 
 REGISTERED_NAME = "annotated"  # what models are told as attn_implementation
+MASK_ONLY_WHAT_FOLLOWS = ("cudnn", "flash", "fa3", "fa4")  # kernels that know neither a window nor a soft-cap
 
 
-def register_attention(implementation: str) -> None:
-    """Makes `attention`, with this implementation, the attention function that transformers has by REGISTERED_NAME.
-
-    Raises:
-        KernelError: the implementation needs a package that is not installed.
-    """
-    if implementation == "flash_attention_2" and not HAS_FLASH_ATTN:
-        raise KernelError(
-            "the package flash-attn is not installed; install it (pip install flash-attn --no-build-isolation) or "
-            "choose sdpa"
-        )
-    ALL_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, partial(attention_function, implementation))
+def register_attention(implementation: str, deterministic: bool = False) -> None:
+    """Makes `attention`, with these options, the attention function that transformers has by REGISTERED_NAME."""
+    function = partial(attention_function, implementation, deterministic)
+    ALL_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, function)
 
 
 def attention_function(
     implementation: str,
+    deterministic: bool,
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -54,6 +48,7 @@ def attention_function(
 
     Raises:
         ModelError: the model asks for what `attention` doesn't do.
+        KernelError: it asks for what the kernel that was asked for doesn't do.
     """
     unknown = [name for name, given in others.items() if given is not None and given is not False]
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
@@ -65,8 +60,13 @@ def attention_function(
             f"the attention of {type(module).__name__} takes {', '.join(unknown)}, which this program's attention "
             "does not have; choose a model without it"
         )
+    if implementation in MASK_ONLY_WHAT_FOLLOWS and (softcap or 0 < (sliding_window or 0) < query.shape[2]):
+        raise KernelError(
+            f"the attention of {type(module).__name__} has a window or a soft-cap, which this kernel does not have; "
+            "choose auto or flash_attention_2"
+        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = {"window": sliding_window, "softcap": softcap, "dropout": dropout}
+    options = {"window": sliding_window, "softcap": softcap, "dropout": dropout, "deterministic": deterministic}
     options["implementation"] = None if implementation == "auto" else implementation
     given = {name: value for name, value in options.items() if value}  # what is off is left out of the generated code
     return attention(query, key, value, scale, **given), None

@@ -85,19 +85,20 @@ def build_model(
     dtype: torch.dtype,
     attn_implementation: str = "auto",
     sequence_length: int | None = None,
+    deterministic: bool = False,
 ) -> CausalLMLoss:
     """The model in train mode, its parameters on meta (no memory is allocated), its buffers real and on the CPU.
 
     Args:
         dtype: of parameters and compute.
-        attn_implementation: as kernels.attention takes it: 'auto', 'flash_attention_2', 'sdpa' or 'eager'.
+        attn_implementation: as kernels.attention takes it.
         sequence_length: tokens of a row; rotary tables that depend on it are made for it.
+        deterministic: whether attention's backward is to give the same bits each time.
 
     Raises:
-        KernelError: the attention implementation can't be had here.
         ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't.
     """
-    register_attention(attn_implementation)
+    register_attention(attn_implementation, deterministic)
     try:
         with parameters_on_meta():
             model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=REGISTERED_NAME)
@@ -109,7 +110,13 @@ def build_model(
     route_rms_norms(model)
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
-    return CausalLMLoss(model).train()
+    wrapped = CausalLMLoss(model).train()
+    for module in model.modules():
+        if getattr(module, "layerdrop", None) == 0.0:
+            # OPT's decoder, in some versions, draws for every layer whether to leave it out even if it never does, and
+            # torch.export can't trace a branch on what is drawn. Dropout is the layers' own, which stay in train mode.
+            module.training = False
+    return wrapped
 
 
 @contextmanager

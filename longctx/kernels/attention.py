@@ -1,31 +1,29 @@
 """Causal attention, as generated code calls it: by a fused kernel where there is one, in blocks of queries elsewhere.
 
-The first half of the file is the function and its kernels. The second half is what the compiler has to know of them:
-their FLOPs, what autograd saves, and their workspace. A new kernel is a new branch of `attention`; where it differs
-from the others, the rules of the second half need a branch for it too.
+The first half of the file is the function; its fused kernels are in fused.py. The second half is what the compiler has
+to know of it: its FLOPs, what autograd saves, and its workspace.
 """
 
-from collections.abc import Callable
-from functools import cache
+from math import ceil
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import arguments_of, register_op
 from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, SelectiveRecompute, Shares
 from longctx.compiler.work import Work
+from longctx.kernels.fused import HALF, fused_operators, resolve, sdpa
 
 try:
-    import flash_attn
+    from flash_attn import flash_attn_func
 except ImportError:
-    flash_attn: Any = None
-HAS_FLASH_ATTN = flash_attn is not None
+    flash_attn_func: Any = None
 
 QUERY_BLOCK = 1024  # queries whose scores are held at a time where there is no fused kernel
+MULTIPROCESSORS = 132  # of an H100 and an H200; an A100 has 108, so that it needs less than is predicted, a B200 148
 
 
 def attention(
@@ -37,6 +35,7 @@ def attention(
     softcap: float = 0.0,
     dropout: float = 0.0,
     implementation: str = "auto",
+    deterministic: bool = False,
 ) -> torch.Tensor:
     """Causal attention: [b, heads, l, d], [b, kv_heads, l, d], [b, kv_heads, l, e] -> [b, l, heads, e].
 
@@ -45,37 +44,37 @@ def attention(
         window: each query sees the last `window` keys, its own included, or all of them if this is 0.
         softcap: if not 0, scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2).
         dropout: the probability that an attention weight is dropped.
-        implementation: 'auto' takes flash-attn where it is installed and can be used, else PyTorch's fused kernels, and
-            blocks of queries where those kernels can't be used (with a soft-cap or a window). 'flash_attention_2',
-            'sdpa' and 'eager' force one.
+        implementation: 'auto' takes the fused kernel that was chosen for this process (choice.py). With a window or a
+            soft-cap it takes flash-attn, the only one that knows these, where it is installed, else blocks of queries.
+            'cudnn', 'flash', 'fa3', 'fa4' and 'flash_attention_2' are fused kernels (fused.py), 'sdpa' is what PyTorch
+            prefers of its own, and 'eager' the formula.
+        deterministic: whether the backward gives the same bits each time. PyTorch's kernels ask
+            torch.are_deterministic_algorithms_enabled(), which has to say so too.
+
+    Raises:
+        RuntimeError: the kernel that was asked for does not take these tensors.
     """
-    fused = HAS_FLASH_ATTN and query.is_cuda and query.dtype in (torch.float16, torch.bfloat16)
-    if implementation == "flash_attention_2" or (implementation == "auto" and fused):
-        q, k, v = (x.transpose(1, 2) for x in (query, key, value))
-        window_size = (window - 1, 0) if window else (-1, -1)
-        return flash_attn.flash_attn_func(
-            q, k, v, dropout, scale, causal=True, window_size=window_size, softcap=softcap
-        )
-    window = window if window < query.shape[2] else 0  # a window over all keys is no window
-    if implementation == "eager" or softcap or window:
+    masks_more = bool(softcap or 0 < window < query.shape[2])  # than the keys that come after a query
+    flash_attn_takes_it = flash_attn_func is not None and query.is_cuda and query.dtype in HALF
+    kernel = resolve(implementation)
+    if kernel == "flash_attention_2" or (implementation == "auto" and masks_more and flash_attn_takes_it):
+        return _flash_attn(query, key, value, scale, window, softcap, dropout, deterministic)
+    if implementation == "eager" or masks_more:
         return _blockwise_attention(query, key, value, scale, window, softcap, dropout, implementation == "eager")
-    return _sdpa(query, key, value, scale, dropout, is_causal=True).transpose(1, 2)
+    return sdpa(query, key, value, scale, dropout, kernel, is_causal=True).transpose(1, 2)
 
 
-def _sdpa(query, key, value, scale, dropout, **mask) -> torch.Tensor:
-    """PyTorch's scaled_dot_product_attention; on GPUs only with kernels that never hold all scores."""
-    if not query.is_cuda:
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scale, enable_gqa=query.shape[1] != key.shape[1], **mask
-        )
-    half = query.dtype in (torch.float16, torch.bfloat16) and "attn_mask" not in mask
-    if not half:  # only the memory-efficient kernel is left, which knows no grouped queries
-        key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    kernels = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
-    with sdpa_kernel(kernels, set_priority=True):
-        return F.scaled_dot_product_attention(
-            query, key, value, dropout_p=dropout, scale=scale, enable_gqa=half, **mask
-        )
+def _flash_attn(query, key, value, scale, window, softcap, dropout, deterministic) -> torch.Tensor:
+    """FlashAttention-2 by the package flash-attn."""
+    return flash_attn_func(
+        *(x.transpose(1, 2) for x in (query, key, value)),
+        dropout,
+        scale,
+        causal=True,
+        window_size=(window - 1, 0) if window else (-1, -1),
+        softcap=softcap,
+        deterministic=deterministic,
+    )
 
 
 def _blockwise_attention(query, key, value, scale, window, softcap, dropout, eager) -> torch.Tensor:
@@ -84,6 +83,7 @@ def _blockwise_attention(query, key, value, scale, window, softcap, dropout, eag
     The scores are recomputed in the backward. At any time, QUERY_BLOCK x (QUERY_BLOCK + window) scores of each head are
     held, or QUERY_BLOCK x l without a window.
     """
+    window = window if window < query.shape[2] else 0  # a window over all keys is no window
     attend = _attend_in_float32 if softcap or eager else _attend_masked
     blocks = []
     for start in range(0, query.shape[2], QUERY_BLOCK):
@@ -104,7 +104,7 @@ def _visible(rows: int, keys: int, window: int, device: torch.device) -> torch.T
 def _attend_masked(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
     """Attention of a block of queries by PyTorch's own kernel with a mask; [b, heads, rows, e]."""
     mask = _visible(query.shape[2], key.shape[2], window, query.device)
-    return _sdpa(query, key, value, scale, dropout, attn_mask=mask)
+    return sdpa(query, key, value, scale, dropout, attn_mask=mask)
 
 
 def _attend_in_float32(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
@@ -124,16 +124,7 @@ def keep_attention() -> tuple:
 
     Of a layer's operators attention costs most to recompute, and its output is no larger than the layer's input.
     """
-    return create_selective_checkpoint_contexts(attention_kernels())
-
-
-@cache
-def attention_kernels() -> list[Callable]:
-    """The operators of the fused attention kernels that exist in this process: PyTorch's and flash-attn's."""
-    kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
-    packets = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds]
-    packets.append(getattr(torch.ops.flash_attn, "_flash_attn_forward", None))
-    return [packet.default for packet in packets if packet is not None]
+    return create_selective_checkpoint_contexts(fused_operators())
 
 
 # --- what the compiler knows of attention ----------------------------------------------------------------------------
@@ -142,8 +133,10 @@ def attention_kernels() -> list[Callable]:
 def takes_blocks(op: Op) -> bool:
     """Whether attention is predicted to run in blocks of queries: whether PyTorch has no fused kernel for it.
 
-    flash-attn has one. Where it is installed, attention needs less memory than is predicted.
+    flash-attn has one. Where 'auto' finds it installed, attention needs less memory than is predicted.
     """
+    if arguments_of(op)["implementation"] == "flash_attention_2":
+        return False
     return _holds_scores(op) or _windowed(op)
 
 
@@ -199,21 +192,45 @@ def saves_besides(op: Op) -> Shares:
 
 def workspace(op: Op, phase: str) -> Shares:
     """What attention holds while it runs, besides its inputs, its output and their gradients."""
-    return _blocks_workspace(op, phase) if takes_blocks(op) else _flash_workspace(op, phase)
+    return _blocks_workspace(op, phase) if takes_blocks(op) else _fused_workspace(op, phase)
 
 
-def _flash_workspace(op: Op, phase: str) -> Shares:
+def _fused_workspace(op: Op, phase: str) -> Shares:
     """The workspace of a fused kernel: nothing in the forward.
 
-    The backward of FlashAttention-2 (arXiv:2307.08691, algorithm 2, and its source) holds the gradient of the query in
-    float32, the sum of output * gradient for each query and head, and, if several query heads share a key, the
-    gradients of key and value for each query head.
+    The backward (arXiv:2307.08691, algorithm 2) holds the gradient of the query in float32, the sum of output *
+    gradient for each query and head, and, if several query heads share a key, the gradients of key and value for each
+    query head. At [1, 4, 131072, 128] with one key-value head that is, with the gradients of the inputs, the 0.740 GB
+    which cuDNN was measured to take on an H200. PyTorch's flash backend took 1.009 GB there: it copies the output and
+    its gradient if they lie in memory as [b, heads, l, d]. Behind an all-to-all the output does; the gradient does not.
     """
     query, key = op.inputs[:2]
     if phase == "forward":
         return {}
     float32 = FLOAT32_BYTES / query.dtype.itemsize
-    return {query: float32 + float32 / query.shape[-1] + (2.0 if key.shape[1] != query.shape[1] else 0.0)}
+    grouped = 2.0 if key.shape[1] != query.shape[1] else 0.0
+    copied_output = 1.0 if _is_flash(op) else 0.0
+    return {query: float32 * _query_gradients(op) + float32 / query.shape[-1] + grouped + copied_output}
+
+
+def _is_flash(op: Op) -> bool:
+    """Whether this is PyTorch's flash backend for certain: asked for, or the only one of PyTorch's that will do."""
+    arguments = arguments_of(op)
+    return arguments["implementation"] in (("flash", "auto", "sdpa") if arguments["deterministic"] else ("flash",))
+
+
+def _query_gradients(op: Op) -> int:
+    """How many float32 gradients of the query a fused backward holds: one, unless FlashAttention-2 is deterministic.
+
+    Its thread blocks add theirs to one tensor, in whatever order. So that the order is fixed, it has a tensor for each
+    block that works on the same batch and head, of which there are as many as keep the device's multiprocessors busy
+    (nsplits in mha_bwd of flash_api.cpp, PyTorch's and the package's). FlashAttention-3 and 4 wait for each other's
+    turn instead.
+    """
+    arguments, (b, heads) = arguments_of(op), op.inputs[0].shape[:2]
+    if not arguments["deterministic"] or arguments["implementation"] in ("fa3", "fa4"):
+        return 1
+    return ceil(MULTIPROCESSORS / (b * heads))
 
 
 def _blocks_workspace(op: Op, phase: str) -> Shares:
@@ -250,8 +267,12 @@ def draws_random(op: Op) -> bool:
 
 def is_one_kernel(op: Op) -> bool:
     """Whether attention is certain to be one fused kernel, whose saved output a recomputation can use."""
-    arguments = arguments_of(op)
-    return not takes_blocks(op) and not arguments["dropout"] and arguments["implementation"] == "auto"
+    return not takes_blocks(op) and not arguments_of(op)["dropout"]
+
+
+def fused_shapes(op: Op) -> tuple[tuple[int, ...], ...]:
+    """The shapes of query, key and value, if a fused kernel computes them; () if not."""
+    return () if takes_blocks(op) else tuple(tensor.shape for tensor in op.inputs[:3])
 
 
 def key_value_heads(op: Op) -> str:

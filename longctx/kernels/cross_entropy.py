@@ -52,7 +52,7 @@ def saves_besides(op: Op) -> Shares:
 
 
 def workspace(op: Op, phase: str) -> Shares:
-    """The forward holds one chunk's logits [chunk, n] and the gradient of its hidden states [chunk, d], in float32.
+    """The forward holds one chunk's logits [chunk, n], in float32, and the gradient of its hidden states [chunk, d].
 
     The backward needs less than no workspace. The gradients that the forward made are returned as they are, in memory
     that is counted as saved, so the memory that is counted for new gradients is subtracted.
@@ -62,7 +62,8 @@ def workspace(op: Op, phase: str) -> Shares:
         handed_on = [hidden_states, *([weight] if weight.dtype.itemsize == FLOAT32_BYTES else [])]
         return {tensor: -1.0 for tensor in handed_on if tensor.requires_grad}
     chunk = min(CHUNK_SIZE, prod(labels.shape))
-    return {weight: chunk * sum(weight.shape) * FLOAT32_BYTES / nbytes(weight)}
+    n, d = weight.shape
+    return {weight: chunk * (n * FLOAT32_BYTES + d * hidden_states.dtype.itemsize) / nbytes(weight)}
 
 
 RULES: dict[str, Any] = {

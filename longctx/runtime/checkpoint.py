@@ -142,7 +142,7 @@ def save(
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
-    tensors = _named_tensors(model, optimizer) | _random_state()
+    tensors = _named_tensors(model, optimizer) | _random_state(model.mesh.device_type)
     dcp.save(tensors, storage_writer=FileSystemWriter(aside), planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
     if dist.get_rank() == 0:
         save_hf_files(aside / "hf")
@@ -171,9 +171,9 @@ def _named_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> di
     return tensors
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_state(device_type: str) -> dict[str, torch.Tensor]:
     state = {f"random/{dist.get_rank()}/cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if device_type == "cuda":
         state[f"random/{dist.get_rank()}/cuda"] = torch.cuda.get_rng_state()
     return state
 
@@ -292,7 +292,9 @@ def load(checkpoint: Checkpoint, model: ParallelModel, optimizer: torch.optim.Op
             load_slice(tensor, checkpoint.merged[kind][own_name].__getitem__)
         return
     same_ranks = (state.world_size, state.plan_ngpus) == (dist.get_world_size(), model.plan_size)
-    random = _random_state() if same_ranks else {}
+    stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    random = _random_state(model.mesh.device_type) if same_ranks else {}
+    random = {name: value for name, value in random.items() if name in stored}  # a run on CPUs has none of a GPU
     read_shards(checkpoint.path, tensors | random)
     for name, value in random.items():
         (torch.cuda if name.endswith("/cuda") else torch).set_rng_state(value)

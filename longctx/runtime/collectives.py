@@ -195,7 +195,13 @@ def _same(x: torch.Tensor) -> torch.Tensor:
 
 
 def _sliced(x: torch.Tensor, dim: int) -> torch.Tensor:
-    return x.narrow(dim, *_own_range(x, dim)).clone(memory_format=torch.contiguous_format)
+    """This rank's part of dimension `dim`, as a copy, so that the whole tensor can be freed.
+
+    One number that is expanded, as the gradient of a sum is, stays one, which takes no memory. Its strides tell the
+    loss that all gradients are equal, so that the host need not wait for the device to compare them.
+    """
+    part = x.narrow(dim, *_own_range(x, dim))
+    return part.clone(memory_format=torch.contiguous_format) if any(part.stride()) else part
 
 
 def _gathered(x: torch.Tensor, dim: int) -> torch.Tensor:

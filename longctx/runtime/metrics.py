@@ -47,7 +47,8 @@ class StepMetrics:
     tokens_per_s_per_gpu: float
     mfu: float | None  # attention counted whole, as the reference counts it; None where the peak is not known
     mfu_causal: float | None  # attention counted by half, as causal attention needs
-    peak_memory_gb: float  # this rank's, 1e9 bytes
+    peak_memory_gb: float  # this rank's, 1e9 bytes: of tensors on a GPU, of the process on a CPU
+    peak_reserved_gb: float | None  # what a GPU's allocator took for those tensors; None on a CPU
 
 
 @dataclass(frozen=True)
@@ -76,13 +77,14 @@ def step_metrics(step: Step, job: Job, flops: FlopCount) -> StepMetrics:
         tokens_per_s_per_gpu=tokens_per_s / n_ranks,
         mfu=n_rows * step_flops(flops.whole) / peak if peak else None,
         mfu_causal=n_rows * step_flops(flops.causal) / peak if peak else None,
-        peak_memory_gb=peak_memory_bytes() / 1e9,
+        peak_memory_gb=peak_memory_bytes(job.device) / 1e9,
+        peak_reserved_gb=torch.cuda.max_memory_reserved() / 1e9 if job.device == "cuda" else None,
     )
 
 
-def peak_memory_bytes() -> int:
-    """The most this process has held: on the GPU where there is one, else in memory."""
-    if torch.cuda.is_available():
+def peak_memory_bytes(device: str) -> int:
+    """The most this process has held: in tensors on the GPU, if it runs on one, else in memory."""
+    if device == "cuda":
         return torch.cuda.max_memory_allocated()
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

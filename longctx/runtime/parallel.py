@@ -24,28 +24,40 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from longctx import compiled, torchrun
+from longctx import compiled, devices, torchrun
 from longctx.runtime import collectives
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than a slow disk takes to write a checkpoint of 8B parameters
 
 
 @contextmanager
-def process_group() -> Iterator[torch.device]:
-    """Joins the ranks that torchrun started, or makes a group of one without torchrun; yields this rank's device."""
-    if torch.cuda.is_available():
-        device, backend = torch.device("cuda", torchrun.local_rank()), "cpu:gloo,cuda:nccl"
-        torch.cuda.set_device(device)
-    else:
-        device, backend = torch.device("cpu"), "gloo"
+def process_group(kind: str = "auto") -> Iterator[torch.device]:
+    """Joins the ranks that torchrun started, or makes a group of one without torchrun; yields this rank's device.
+
+    After an error the group of several ranks is left as it is: to destroy it would wait for collectives under way, in
+    which the others may never take part. The process has to end then, by errors.leave.
+
+    Args:
+        kind: of device: 'auto', 'cpu' or 'cuda'.
+
+    Raises:
+        DeviceError: there is no such device.
+    """
+    device = devices.take(devices.choose(kind))
+    backend = devices.backend(device)
+    if torchrun.rank() == 0 and devices.are_shared(device):
+        print(devices.describe_sharing(), flush=True)
     if torchrun.started_this():
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    succeeded = False
     try:
         yield device
+        succeeded = True
     finally:
-        dist.destroy_process_group()
+        if succeeded or dist.get_world_size() == 1:
+            dist.destroy_process_group()
 
 
 def load_generated(folder: Path, class_name: str) -> nn.Module:
@@ -116,8 +128,16 @@ def parallelize(
     # 2. FSDP2 (ZeRO-3, arXiv:1910.02054) over all ranks: what the plan doesn't shard, it does.
     shard_with_fsdp(module, layers_path, compute_dtype, device, plan_sharded)
     # 3. Memory, only now: each rank allocates only its shards, and no rank ever holds the whole model.
-    module.to_empty(device=device)
+    give_memory(module, device)
     return ParallelModel(module, mesh, plan_sharded)
+
+
+def give_memory(module: nn.Module, device: torch.device) -> None:
+    """Moves a module to the device. Parameters, which are on meta, get memory without values; buffers keep theirs."""
+    buffers = dict(module.named_buffers())
+    module.to_empty(device=device)
+    for name, buffer in buffers.items():
+        module.get_buffer(name).copy_(buffer)
 
 
 def make_mesh(device: torch.device, plan_size: int) -> DeviceMesh:

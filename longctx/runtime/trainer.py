@@ -116,20 +116,41 @@ def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tu
     Every micro-batch reduces its gradients at once: what accumulates is this rank's float32 shard, not a whole
     model's gradients.
 
+    The host issues the work of all micro-batches and then waits for a GPU once, for what it returns.
+
     Returns:
         The loss per token whose label counts, the norm of the gradient of that, and the number of such tokens.
     """
-    device = torch.device(model.mesh.device_type)
-    loss_and_tokens = torch.zeros(2, dtype=torch.float64, device=device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
+    n_tokens = 0
     for row in micro_batches(chosen, model.data_parallel_size, model.data_parallel_rank):
         tokens, labels = rows.load(row)
-        loss = model.module(tokens.to(device), labels.to(device))
-        loss.backward()
-        loss_and_tokens += torch.stack((loss.detach().double(), (labels != IGNORE_INDEX).sum().to(device)))
+        loss_sum += micro_batch(model, tokens, labels)
+        n_tokens += int((labels != IGNORE_INDEX).sum())  # on the host
     reduce_plan_sharded_gradients(model)
-    dist.all_reduce(loss_and_tokens, group=model.mesh.get_group("data_parallel"))
-    loss_sum, n_tokens = loss_and_tokens.tolist()
-    return loss_sum / n_tokens, total_norm(model) / n_tokens, n_tokens
+    sums = torch.stack((loss_sum, torch.full_like(loss_sum, n_tokens)))
+    dist.all_reduce(sums, group=model.mesh.get_group("data_parallel"))
+    loss, n_tokens, norm = torch.cat((sums, total_norm(model).view(1))).tolist()
+    return loss / n_tokens, norm / n_tokens, n_tokens
+
+
+def micro_batch(model: ParallelModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Forward and backward of one row, [1, l] tokens and labels on the host, by the ranks of one copy of the plan.
+
+    The host doesn't wait for a GPU, so that it is always ahead of it; only gloo, between ranks that share one, waits.
+
+    Returns:
+        The loss [], summed over tokens.
+    """
+    device = torch.device(model.mesh.device_type)
+    loss = model.module(send(tokens, device), send(labels, device))
+    loss.backward()
+    return loss.detach()
+
+
+def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copies a tensor of the host to the device. Only from pinned memory does a GPU fetch it while the host goes on."""
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def check_finite(step: int, rows: list[int], loss: float, grad_norm: float) -> None:
@@ -170,8 +191,8 @@ def save_checkpoint(
     return checkpoint.save(job.checkpoint_dir, model, optimizer, state, save_hf_files)
 
 
-def total_norm(model: ParallelModel) -> float:
-    """The 2-norm of all gradients together, over all ranks."""
+def total_norm(model: ParallelModel) -> torch.Tensor:
+    """The 2-norm [] of all gradients together, over all ranks, in float64, on the device."""
     named = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
     own = [gradient for name, gradient in named.items() if name in model.plan_sharded]
     sharded = [gradient for name, gradient in named.items() if name not in model.plan_sharded]
@@ -182,7 +203,7 @@ def total_norm(model: ParallelModel) -> float:
     if sharded:
         norm = torch.nn.utils.get_total_norm(sharded)
         squares += (norm.full_tensor() if isinstance(norm, DTensor) else norm).double() ** 2
-    return squares.sqrt().item()
+    return squares.sqrt()
 
 
 # --- optimizer and schedule ------------------------------------------------------------------------------------------

@@ -104,6 +104,7 @@ def plan_inputs(job: Job) -> dict[str, Any]:
         "runtime_ngpus": job.runtime_ngpus,
         "precision": job.precision,
         "attn_implementation": job.attn_implementation,
+        "deterministic": job.deterministic,
         "hardware": dataclasses.asdict(hardware.load(job.hardware)),
         "gpu_mem_constraint": job.gpu_mem_constraint,
         "grad_accumulation_steps": job.grad_accumulation_steps,

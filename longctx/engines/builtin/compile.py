@@ -11,12 +11,14 @@ from longctx.atomic import whole_folder
 from longctx.compiler import codegen, hardware, planner, prediction, report
 from longctx.compiler.ir import Graph
 from longctx.compiler.localize import localize
+from longctx.compiler.ops.registered import target_of
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
 from longctx.compiler.prediction import Prediction
 from longctx.compiler.trace import trace
 from longctx.huggingface.build import CausalLMLoss, build_model, load_config
 from longctx.huggingface.flops import forward_flops
 from longctx.job import Job
+from longctx.kernels.attention import attention, fused_shapes
 
 
 def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
@@ -30,14 +32,16 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     """
     started = time.perf_counter()
     config = load_config(job.model_id)
-    model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length)
+    model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
     setting = plan_setting(job)
     plan = planner.make_plan(graph, setting, fixed_decisions(graph, inputs["plan"]))
-    code = codegen.generate(localize(graph, plan.assignment), plan, title(graph, job))
+    local = localize(graph, plan.assignment)
+    code = codegen.generate(local, plan, title(graph, job))
     predicted = predict(graph, plan, setting, model, config, job)
-    write_folder(job, code, plan_file(inputs, graph, plan, predicted), report.report(graph, plan, setting, predicted))
+    file = plan_file(inputs, graph, local, plan, predicted)
+    write_folder(job, code, file, report.report(graph, plan, setting, predicted))
     say_what_was_compiled(job, report.summary(graph, plan, setting, predicted), traced - started, traced)
 
 
@@ -74,7 +78,10 @@ def predict(graph: Graph, plan: Plan, setting: Setting, model: CausalLMLoss, con
     return prediction.predict(graph, plan, setting, n_parameters, flops)
 
 
-def plan_file(inputs: dict[str, Any], graph: Graph, plan: Plan, predicted: Prediction) -> compiled.PlanFile:
+def plan_file(
+    inputs: dict[str, Any], graph: Graph, local: Graph, plan: Plan, predicted: Prediction
+) -> compiled.PlanFile:
+    """plan.json; `local` is the graph of one rank."""
     module = compiled.GeneratedModule(
         class_name=graph.class_name,
         layers_path=graph.layers_path,
@@ -83,12 +90,18 @@ def plan_file(inputs: dict[str, Any], graph: Graph, plan: Plan, predicted: Predi
         parameters={name: list(tensor.shape) for name, tensor in graph.all_parameters().items()},
         forward_flops=predicted.forward_flops,
         forward_flops_causal=predicted.forward_flops_causal,
+        fused_attention=attention_shapes(local),
     )
     decisions = compiled.Decisions(**describe(graph, plan), recompute=tuple(policy.value for policy in plan.recompute))
-    facts = compiled.Predicted(
-        dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory), predicted.parts
-    )
+    time, memory = dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory)
+    facts = compiled.Predicted(time, memory, predicted.parts)
     return compiled.PlanFile(inputs, decisions, module, facts)
+
+
+def attention_shapes(local: Graph) -> list[list[list[int]]]:
+    """The shapes of query, key and value of each call of a fused attention kernel on one rank; equal ones once."""
+    calls = [fused_shapes(op) for op in local.all_ops() if op.target == target_of(attention)]
+    return [[list(shape) for shape in shapes] for shapes in dict.fromkeys(filter(None, calls))]
 
 
 def write_folder(job: Job, code: str, plan: compiled.PlanFile, report_text: str) -> None:
@@ -110,3 +123,5 @@ def say_what_was_compiled(job: Job, summary: list[str], tracing_seconds: float, 
         sep="\n",
         flush=True,
     )
+    if not codegen.has_formatter():
+        print(f"compile: ruff is not installed, so {compiled.CODE} has long lines", flush=True)

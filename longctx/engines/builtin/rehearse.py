@@ -13,15 +13,17 @@ from pathlib import Path
 
 import torch
 
-from longctx import compiled
+from longctx import compiled, devices
 from longctx.atomic import whole_file
 from longctx.compiler import hardware
 from longctx.engines.builtin.cache import ensure_compiled
+from longctx.engines.builtin.run import choose_attention, saying_what_was_predicted
 from longctx.errors import RehearsalError
 from longctx.flops import step_flops
 from longctx.huggingface.build import load_config
 from longctx.job import Job
 from longctx.runtime import parallel
+from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.rehearsal import Measured, keep_layers, measure_step, random_row, random_values
 from longctx.runtime.stand_in import stand_in_group
 
@@ -30,13 +32,16 @@ GB = 1e9
 
 def rehearse(job: Job) -> None:
     """Runs rank `rehearse_rank` of the job's plan; writes rehearsal.json and rehearsal.md into its compiled folder."""
+    device = devices.take(job.device)
     config = load_config(job.model_id)
     folder = ensure_compiled(job)
     plan = compiled.read_plan_file(folder)
     check_layers(job, plan)
-    device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     print(f"rehearse: rank {job.rehearse_rank} of {job.runtime_ngpus}, alone on {device_name(device)}", flush=True)
-    with stand_in_group(job.rehearse_rank, job.runtime_ngpus):
+    if job.deterministic:
+        be_deterministic()
+    with stand_in_group(job.rehearse_rank, job.runtime_ngpus), saying_what_was_predicted(plan.predicted):
+        choose_attention(job, plan.module.fused_attention, device)
         module = parallel.load_generated(folder, plan.module.class_name)
         layers = keep_layers(module, plan, job.rehearse_layers)
         here = {name: dim for name, dim in plan.module.plan_sharded.items() if name in dict(module.named_parameters())}
@@ -121,12 +126,12 @@ def write(folder: Path, rehearsal: Rehearsal, plan: compiled.PlanFile) -> None:
 def summary(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
     """The rehearsal in a few lines, as train.py prints it."""
     measured, projected = rehearsal.measured, rehearsal.projection
-    predicted_gb = sum(size for size in plan.predicted.memory.values() if not isinstance(size, str)) / GB
     lines = [
         f"rank {rehearsal.rank} alone on {rehearsal.device}, PyTorch {rehearsal.torch}: a micro-batch computes for "
         f"{measured.micro_batch.seconds:.3g} s, where {computing_predicted(plan):.3g} were predicted; an optimizer "
         f"step takes {measured.update_seconds:.3g} s",
-        f"{measured.peak / GB:.2f} GB at the peak, where {predicted_gb:.2f} were predicted{_say_device(measured)}",
+        f"{measured.peak / GB:.2f} GB at the peak, where {plan.predicted.peak_bytes / GB:.2f} were predicted"
+        f"{_say_device(measured)}",
         f"projection: {projected.step_seconds:.3g} s a step, {projected.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
         f"{_say_mfu(projected)}; reshards of {projected.reshards_seconds:.3g} s and FSDP's traffic of "
         f"{projected.fsdp_exposed_seconds:.3g} s ({projected.fsdp_hidden_seconds:.3g} s more hidden) a micro-batch "
@@ -151,14 +156,16 @@ def _say_mfu(projected: Projection) -> str:
 
 def computing_predicted(plan: compiled.PlanFile) -> float:
     """Seconds of computing that were predicted for a micro-batch."""
-    return sum(plan.predicted.time[name] for name in ("compute", "recompute", "packing", "weight_copies"))
+    return sum(plan.predicted.parts.values())
 
 
 def tables(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
     """Markdown tables: seconds by part, bytes by kind, and a GPU's kernels."""
     measured = rehearsal.measured
     working = sum(measured.micro_batch.parts.values())
-    rows = [(name, seconds, plan.predicted.parts.get(name)) for name, seconds in measured.micro_batch.parts.items()]
+    rows = [
+        (name, seconds, plan.predicted.parts.get(name, 0.0)) for name, seconds in measured.micro_batch.parts.items()
+    ]
     rows += [("waiting for the host", max(0.0, measured.micro_batch.seconds - working), None)]
     rows += [("**a micro-batch**", measured.micro_batch.seconds, computing_predicted(plan))]
     rows += [("the optimizer, once a step", measured.update_seconds, None)]

@@ -1,17 +1,26 @@
 """Training with the built-in engine: the compiled module under FSDP2, its weights, and the training loop."""
 
 import functools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from longctx import compiled
+import torch
+import torch.distributed as dist
+
+from longctx import compiled, devices, torchrun
 from longctx.compiler import hardware
+from longctx.compiler.plan import GB
 from longctx.data.rows import Rows, open_dataset
 from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled, plan_inputs
 from longctx.engines.checkpoints import FORMATS
+from longctx.errors import KernelError, OutOfMemory
 from longctx.huggingface.build import load_config
 from longctx.huggingface.weights import check_weights, find_weights, random_weights, save_hf_files
 from longctx.job import Job
+from longctx.kernels import choice, fused
 from longctx.runtime import parallel
+from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
 from longctx.runtime.trainer import announce, check_checkpoint_places, train
@@ -24,6 +33,7 @@ def run(job: Job) -> tuple[int, int]:
         The steps that were done before, and those that are now.
     """
     assert job.dataset_path is not None, "parse_job refuses a run without rows"
+    devices.take(job.device)  # first of all, since to ask for the GPU's name touches CUDA
     config = load_config(job.model_id)
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, config.vocab_size)
     resume = find_resume(job, len(rows), FORMATS)
@@ -32,20 +42,62 @@ def run(job: Job) -> tuple[int, int]:
     check_compiled_folder(job, plan_inputs(job))
     weights = None if job.random_init or resume else find_weights(job.model_id, config)
     folder = ensure_compiled(job)
-    plan = compiled.read_plan_file(folder).module
+    plan_file = compiled.read_plan_file(folder)
+    plan = plan_file.module
     if resume:
         check_same_model(resume, plan.parameters)
     elif weights:
         check_weights(weights, plan.parameters)
-    with parallel.process_group() as device:
+    if job.deterministic:
+        be_deterministic()
+    with parallel.process_group(job.device) as device, saying_what_was_predicted(plan_file.predicted):
+        choose_attention(job, plan.fused_attention, device)
         model = build_on_rank(job, folder, plan, device)
         if weights is not None:
             parallel.load_safetensors(model, weights)
         elif resume is None:
             parallel.load_tensors(model, random_weights(config, job.seed))
-        flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, hardware.peak_rate_here(job.dtype))
+        peak = hardware.peak_rate_here(job.dtype) if device.type == "cuda" else None
+        flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, peak)
         announce(job, len(rows), resume)
         return train(model, rows, job, flops, resume, functools.partial(save_hf_files, job.model_id, config))
+
+
+def choose_attention(job: Job, shapes: list[list[list[int]]], device: torch.device) -> None:
+    """Tries the fused attention kernels that are there, before there is a model; rank 0 says what was taken.
+
+    Rank 0 decides for all: kernels differ in the last bits, and ranks of one plan are to round alike.
+
+    Raises:
+        KernelError: none takes the plan's shapes.
+    """
+    if not shapes or device.type != "cuda" or job.dtype not in fused.HALF:
+        return
+    names = choice.candidates(job.attn_implementation, job.deterministic)
+    if not names:
+        return
+    found = [choice.choose(names, shapes, job.dtype) if torchrun.rank() == 0 else None]
+    dist.broadcast_object_list(found)
+    (chosen,) = found
+    assert chosen is not None, "rank 0 has chosen"
+    if chosen.kernel is None and job.attn_implementation != "auto":
+        raise KernelError(f"{chosen.findings}; choose auto")
+    fused.set_auto(chosen.kernel or "sdpa")
+    if torchrun.rank() == 0:
+        print(f"attention: {chosen.findings if chosen.kernel else f'sdpa, since {chosen.findings}'}", flush=True)
+
+
+@contextmanager
+def saying_what_was_predicted(predicted: compiled.Predicted) -> Iterator[None]:
+    """A GPU that runs out of memory inside becomes an OutOfMemory that says what the plan had predicted."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+        raise OutOfMemory(
+            f"the GPU of rank {torchrun.rank()} is out of memory, with {allocated / GB:.1f} GB allocated and "
+            f"{reserved / GB:.1f} reserved at most, where the plan had predicted {predicted.peak_bytes / GB:.1f}"
+        ) from error
 
 
 def build_on_rank(job: Job, folder: Path, plan: compiled.GeneratedModule, device) -> parallel.ParallelModel:

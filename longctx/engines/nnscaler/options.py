@@ -48,8 +48,11 @@ CAUSES = {PivotNameError: Cause("pipeline_pivots")}
 OPTION_NAMES = tuple(field.name for field in fields(NnscalerOptions))
 
 
-def choose_engine(asked: str) -> tuple[str, str]:
+def choose_engine(asked: str, device: str) -> tuple[str, str]:
     """The engine's name, and why it is that one. 'auto' takes nnScaler where it works.
+
+    Args:
+        device: what ranks compute on, 'cpu' or 'cuda'.
 
     Raises:
         EngineError: nnScaler is asked for, and is not here or does not work with the PyTorch that is.
@@ -61,8 +64,8 @@ def choose_engine(asked: str) -> tuple[str, str]:
         if problem:
             raise EngineError(f"{problem}; see longctx/engines/nnscaler/requirements.txt, or choose torch")
         return asked, "as asked"
-    if problem is None and not torch.cuda.is_available():
-        problem = "nnscaler needs a GPU and there is none"
+    if problem is None and device == "cpu":
+        problem = "nnscaler needs a GPU and this is a run on CPUs"
     if problem:
         return TORCH, f"since {problem}"
     return NNSCALER, "since it is installed and works with this PyTorch"

@@ -1,0 +1,159 @@
+"""What the parts share: sizes, measurements and the rows that they give, timing, peak memory, tables of kernels."""
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+ON_GPU = DEVICE.type == "cuda"
+
+WARM_UPS = 2
+TIMED_MS = 300.0  # calls are timed for about as long as this, or LEAST_CALLS times if that takes longer
+LEAST_CALLS, MOST_CALLS = 3, 30 if ON_GPU else 3  # a CPU's figures are of sizes too small to mean anything
+HEAD_START_CYCLES = 20_000_000  # some 10 ms of a GPU
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is measured: the tokens and layer of one rank, and the lengths at which its attention runs."""
+
+    tokens: int
+    hidden: int
+    intermediate: int
+    heads: int  # of `hidden`, each of head_dim features
+    head_dim: int
+    vocab: int
+    attention_lengths: tuple[int, ...]
+    square: int  # the side of a product as large as any
+    copied: int  # bytes of a copy far larger than any cache
+    optimized: int  # parameters of an optimizer's step
+
+
+# A rank of eight that train Llama-3-8B at 131,072 tokens: 16,384 of the tokens, and 4 of the 32 query heads.
+LLAMA_8B = Sizes(16_384, 4096, 14_336, 32, 128, 128_256, (131_072, 32_768, 8_192), 8192, 2**31, 2**28)
+SMALL = Sizes(256, 128, 256, 8, 16, 1_000, (256,), 256, 2**22, 2**16)
+
+
+def sizes(small: bool) -> Sizes:
+    return SMALL if small else LLAMA_8B
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table: what was measured, and what came out. A figure is None where there is none."""
+
+    what: str
+    ms: float | None = None  # of one call
+    tflops: float | None = None  # 1e12 floating-point operations a second
+    tb_per_s: float | None = None  # 1e12 bytes a second, read and written
+    peak_gb: float | None = None  # 1e9 bytes, above what was held before the call
+    note: str = ""
+    state: str = "measured"  # or 'left out', or 'failed', for which the note says why
+    detail: Any = None  # for gpu.json only
+
+
+class Measurement(NamedTuple):
+    """Something to measure. If `measure` raises, the row of this name says so, and the next measurement follows."""
+
+    what: str
+    measure: Callable[[], list[Row]]
+
+
+class LeftOut(Exception):
+    """There is nothing to measure on this machine; the message says what is missing."""
+
+
+def release() -> None:
+    """Gives the GPU's unused memory back: what comes next finds it in one piece, and other processes find it at all."""
+    if ON_GPU:
+        torch.cuda.empty_cache()
+
+
+def normal(*shape: int, dtype: torch.dtype = torch.bfloat16, std: float = 1.0) -> torch.Tensor:
+    """Normal numbers on the device. Zeros would be multiplied faster: they cost a GPU less power."""
+    return torch.randn(*shape, device=DEVICE, dtype=torch.float32).mul_(std).to(dtype)
+
+
+def milliseconds(call: Callable[[], object]) -> float:
+    """The median of one call's time after warm-up: on a GPU by its own clock, from the call's first kernel to its last.
+
+    On a GPU the calls are queued behind a wait, so that the device never waits for the host between two kernels. Calls
+    that synchronize by themselves lose that head start, and their time then includes the waiting.
+    """
+    for _ in range(WARM_UPS):
+        call()
+    time_calls = _milliseconds_on_gpu if ON_GPU else _milliseconds_on_cpu
+    (first,) = time_calls(call, 1)
+    calls = min(max(round(TIMED_MS / max(first, 1e-3)), LEAST_CALLS), MOST_CALLS)
+    return statistics.median(time_calls(call, calls))
+
+
+def _milliseconds_on_gpu(call: Callable[[], object], calls: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(calls)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(HEAD_START_CYCLES)
+    for start, end in events:
+        start.record()
+        call()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _milliseconds_on_cpu(call: Callable[[], object], calls: int) -> list[float]:
+    times = []
+    for _ in range(calls):
+        started = time.perf_counter()
+        call()
+        times.append(1e3 * (time.perf_counter() - started))
+    return times
+
+
+def peak_gb(call: Callable[[], object]) -> float | None:
+    """1e9 bytes that one call allocates at most, its results included; None on a CPU, where nobody counts them."""
+    if not ON_GPU:
+        return None
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    call()
+    torch.cuda.synchronize()
+    return (torch.cuda.max_memory_allocated() - before) / 1e9
+
+
+def timed_row(what: str, call: Callable[[], object], flops: float = 0.0, nbytes: float = 0.0, **more: Any) -> Row:
+    """The row of a call that needs `flops` floating-point operations, or moves `nbytes` bytes at the least."""
+    ms = milliseconds(call)
+    tflops, tb_per_s = flops / ms / 1e9 or None, nbytes / ms / 1e9 or None
+    return Row(what, ms=ms, tflops=tflops, tb_per_s=tb_per_s, **more)
+
+
+def gradient_call(output: torch.Tensor, inputs: list[torch.Tensor]) -> Callable[[], tuple[torch.Tensor, ...]]:
+    """A call that computes the gradients of `inputs` for a random gradient of `output`, as often as is wanted."""
+    return partial(torch.autograd.grad, output, inputs, torch.randn_like(output), retain_graph=True)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """|found - exact| / |exact|, norms in float64."""
+    return ((found.double() - exact.double()).norm() / exact.double().norm()).item()
+
+
+def kernel_table(call: Callable[[], object], longest: int) -> list[tuple[str, int, float, float]]:
+    """The kernels that take most of a call's time on the GPU: name, launches, milliseconds, share. Empty on a CPU."""
+    if not ON_GPU:
+        return []
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call()
+        torch.cuda.synchronize()
+    events = [event for event in profile.key_averages() if event.self_device_time_total]
+    events.sort(key=lambda event: -event.self_device_time_total)
+    total = sum(event.self_device_time_total for event in events)
+    return [
+        (event.key[:120], event.count, event.self_device_time_total / 1e3, event.self_device_time_total / total)
+        for event in events[:longest]
+    ]
