@@ -4,7 +4,7 @@ The integer program minimizes these seconds; here they are added up again from t
 for people to read and for tests to hold the program to.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -122,7 +122,7 @@ def seconds_by_part(graph: Graph, plan: Plan, setting: Setting) -> dict[str, flo
 
     What is recomputed counts with the operator that it is of.
     """
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for body in _bodies(graph, plan):
         times = len(body.policies)
         for op in body.ops:
