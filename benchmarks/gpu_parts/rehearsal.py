@@ -56,6 +56,7 @@ def rehearse(model: Path, length: int, ranks: int, folder: Path) -> None:
     print(done.stdout, flush=True)
     if done.returncode:
         raise RuntimeError(done.stdout.strip().splitlines()[-1])
+    print((folder / "rehearsal.md").read_text(), flush=True)  # with the table of kernels, into the part's log
 
 
 def whole_row(name: str, measured: dict, predicted: dict, rehearsal: dict) -> Row:

@@ -18,7 +18,6 @@ PARTS = (ATTENTION_FORWARD, ATTENTION_BACKWARD, LINEAR, REST, LOSS, FSDP, PACKIN
 # Names of the events that an operator's events lie in, by which it belongs to a part. The outermost of them that is
 # here decides: the loss multiplies matrices, and is the loss.
 _ENCLOSING = {
-    COPIES: COPIES,
     "_Reshard": PACKING,
     "_ReshardBackward": PACKING,
     "_ChunkLinearCrossEntropy": LOSS,
@@ -38,21 +37,42 @@ class Kernel:
 
 
 def seconds_by_part(profiled: profile, device: torch.device) -> dict[str, float]:
-    """Seconds that the device works for each of PARTS and, under COPIES, for what a stand-in for collectives copies.
-
-    On a CPU they are the time that an operator takes itself, without the operators that it calls.
-    """
+    """Seconds that the device works for each of PARTS and, under COPIES, for what a stand-in for collectives copies."""
     seconds: dict[str, float] = dict.fromkeys((*PARTS, COPIES), 0.0)
-    for event in profiled.events() or []:
-        own = event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
-        if event.device_type == DeviceType.CPU and own:
-            seconds[_part_of(event)] += own / 1e6
+    for operator, own in _kernel_times(profiled) if device.type == "cuda" else _operator_times(profiled):
+        seconds[_part_of(operator)] += own
     return seconds
+
+
+def _operator_times(profiled: profile) -> Iterable[tuple[Any, float]]:
+    """Every operator's event, and the seconds that it takes itself, without the operators that it calls."""
+    for event in profiled.events() or []:
+        yield event, event.self_cpu_time_total / 1e6
+
+
+def _kernel_times(profiled: profile) -> Iterable[tuple[Any, float]]:
+    """For every kernel and copy of a GPU the event of the operator that launched it, or None, and its seconds.
+
+    The sums that PyTorch makes for an operator also have, as if they were kernels, the spans on the GPU of what lies
+    in a record_function, as FSDP's collectives do. Here every kernel counts once.
+    """
+    results: Any = profiled.profiler and profiled.profiler.kineto_results
+    on_host = [event for event in results.events() if event.device_type() == DeviceType.CPU]
+    names = {event.name() for event in on_host}
+    # Calls of CUDA's runtime are linked to the operator that makes them, and count their own numbers.
+    numbers = {event.correlation_id() for event in on_host if not event.linked_correlation_id()}
+    cpu = [event for event in profiled.events() or [] if event.device_type == DeviceType.CPU]
+    operators = {event.id: event for event in cpu if event.id in numbers}
+    for event in results.events():
+        if event.device_type() == DeviceType.CUDA and event.name() not in names:
+            yield operators.get(event.linked_correlation_id()), event.duration_ns() / 1e9
 
 
 def _part_of(event: Any) -> str:
     """The part that an operator's event belongs to, by its own name and the names of the events it lies in."""
     names = list(_names_outwards(event))
+    if COPIES in names:
+        return COPIES
     for name in reversed(names):
         if name in _ENCLOSING:
             return _ENCLOSING[name]
@@ -72,7 +92,9 @@ def _names_outwards(event: Any) -> Iterable[str]:
 
 def kernels(profiled: profile, most: int) -> list[Kernel]:
     """The GPU's kernels that took most time, the longest first."""
-    entries = [entry for entry in profiled.key_averages() if entry.device_type == DeviceType.CUDA]
+    averages = profiled.key_averages()
+    recorded = {entry.key for entry in averages if entry.device_type == DeviceType.CPU}
+    entries = [entry for entry in averages if entry.device_type == DeviceType.CUDA and entry.key not in recorded]
     entries.sort(key=lambda entry: -entry.self_device_time_total)
     return [Kernel(entry.key, entry.count, entry.self_device_time_total / 1e6) for entry in entries[:most]]
 
