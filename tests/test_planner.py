@@ -42,7 +42,7 @@ from longctx.compiler.program import TIE_BREAK_SECONDS, Program
 from longctx.compiler.recompute import Recompute
 from longctx.compiler.resize import resize
 from longctx.compiler.trace import trace
-from longctx.compiler.work import PRODUCT_KINDS
+from longctx.compiler.work import PRODUCT_KINDS, Work
 from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, SolverError
 from longctx.huggingface.build import build_model, load_config
 from longctx.kernels.attention import attention
@@ -760,6 +760,30 @@ def rehearsed_partitions(graph: Graph, length: int) -> dict[Op, str | None]:
     late = {op: Shard(1 if op.outputs[0].shape[1] == length else 2) for op in sent_late}
     late |= {op: Shard(1) for op in ops if op.module == "mlp.down_proj"}
     return {op: next(p.dim for p in legal_partitions(op, 8) if p.outputs[0] == shard) for op, shard in late.items()}
+
+
+def test_a_value_that_two_operators_read_costs_an_addition_of_its_gradients():
+    kind = residual_kind((1, 4096, 8, 128))
+    linear, add = kind.ops
+    layout = layout_of(kind)
+    assert layout.added_gradients == {linear: (0,)}  # add reads the value later, and so has its gradient first
+    alone = replace(layout, added_gradients={})
+    whole = legal_partitions(linear, 1)[0]
+    both, one = (op_seconds(linear, whole, each, 1, H100) for each in (layout, alone))
+    copies = H100.rates[Work.COPIES].a_second
+    assert both.backward - one.backward == pytest.approx(3 * 4096 * 8 * 128 * 2 / copies + H100.kernel_latency)
+    assert both.forward == one.forward
+
+
+def test_strided_values_are_those_of_transposed_heads_and_take_three_times_as_long():
+    body = Body()
+    heads = Tensor("heads", (1, 4096, 8, 128), DTYPE, False)
+    by_head = body.add("aten.transpose.int", heads, 1, 2, shape=(1, 8, 4096, 128))
+    turned, straight = (body.add("aten.neg.default", t, shape=t.shape) for t in (by_head, heads))
+    layout = layout_of(body.as_kind("Heads", heads))
+    assert layout.strided == {by_head.name, turned.name}
+    strided, in_order = (op_seconds(op, legal_partitions(op, 1)[0], layout, 1, H100).forward for op in body.ops[1:])
+    assert strided - H100.kernel_latency == pytest.approx(3 * (in_order - H100.kernel_latency))
 
 
 def test_a_layers_last_product_is_not_computed_again():
