@@ -17,7 +17,7 @@ Where to look, in longctx/:
     where it is put between operators          compiler/localize.py: localize; it is run by runtime/collectives.py
     a new operator                             compiler/ops/aten.py: ATEN; compiler/ops/registered.py: register_op
     new hardware                               compiler/hardware.py: HARDWARE
-    where fp8 products would go                compiler/ops/, with Hardware.matrix_rate; job.py: DTYPES
+    where fp8 products would go                compiler/ops/, with Hardware.rates; job.py: DTYPES
     a run, from weights to training            engines/builtin/run.py: run
     how weights are read                       runtime/parallel.py: load_safetensors
     compute dtypes and float32 masters         job.py: DTYPES; runtime/parallel.py: parallelize
