@@ -18,7 +18,7 @@ Where to look, in longctx/:
     a new operator                             compiler/ops/aten.py: ATEN; compiler/ops/registered.py: register_op
     attention's kernels, and their choice      kernels/fused.py: KERNELS; kernels/choice.py: choose
     new hardware                               compiler/hardware.py: HARDWARE
-    where fp8 products would go                compiler/ops/, with Hardware.matrix_rate; job.py: DTYPES
+    where fp8 products would go                compiler/ops/, with Hardware.rates; job.py: DTYPES
     which device a rank computes on            devices.py: choose, take
     a run, from weights to training            engines/builtin/run.py: run
     how weights are read                       runtime/parallel.py: load_safetensors

@@ -58,15 +58,27 @@ class LlamaDecoderLayer(nn.Module):
         )
 
     def forward(self, hidden_states, cos, sin):
-        # hidden_states [1, 16384, 4096], cos [1, 16384, 128], sin [1, 16384, 128]
+        # hidden_states [1, 16384, 4096], cos [1, 131072, 128], sin [1, 131072, 128]
         input_layernorm = rms_norm(hidden_states, self.input_layernorm.weight, eps=1e-05)  # [1, 16384, 4096]
 
-        query_states = F.linear(input_layernorm, self.self_attn.q_proj.weight).view(1, 16384, -1, 128).transpose(1, 2)
-        key_states = F.linear(input_layernorm, self.self_attn.k_proj.weight).view(1, 16384, -1, 128).transpose(1, 2)
-        value_states = F.linear(input_layernorm, self.self_attn.v_proj.weight).view(1, 16384, -1, 128).transpose(1, 2)
+        q_proj = F.linear(input_layernorm, self.self_attn.q_proj.weight).view(1, 16384, -1, 128)  # [1, 16384, 32, 128]
+        # all-to-all of 134.2 MB: self_attn's transpose is split along dimension 1 of its output
+        q_proj = all_to_all(q_proj, split=2, gather=1)  # [1, 131072, 4, 128]
+        query_states = q_proj.transpose(1, 2)  # [1, 4, 131072, 128]
+        del q_proj
+        k_proj = F.linear(input_layernorm, self.self_attn.k_proj.weight).view(1, 16384, -1, 128)  # [1, 16384, 8, 128]
+        # all-to-all of 33.6 MB: self_attn's transpose is split along dimension 1 of its output
+        k_proj = all_to_all(k_proj, split=2, gather=1)  # [1, 131072, 1, 128]
+        key_states = k_proj.transpose(1, 2)  # [1, 1, 131072, 128]
+        del k_proj
+        v_proj = F.linear(input_layernorm, self.self_attn.v_proj.weight).view(1, 16384, -1, 128)  # [1, 16384, 8, 128]
         del input_layernorm
-        cos_unsqueeze = cos.unsqueeze(1)  # [1, 1, 16384, 128]
-        sin_unsqueeze = sin.unsqueeze(1)  # [1, 1, 16384, 128]
+        # all-to-all of 33.6 MB: self_attn's transpose is split along dimension 1 of its output
+        v_proj = all_to_all(v_proj, split=2, gather=1)  # [1, 131072, 1, 128]
+        value_states = v_proj.transpose(1, 2)  # [1, 1, 131072, 128]
+        del v_proj
+        cos_unsqueeze = cos.unsqueeze(1)  # [1, 1, 131072, 128]
+        sin_unsqueeze = sin.unsqueeze(1)  # [1, 1, 131072, 128]
         query_states = (
             query_states * cos_unsqueeze
             + torch.cat((-query_states[..., 64:], query_states[..., :64]), dim=-1) * sin_unsqueeze
@@ -75,12 +87,6 @@ class LlamaDecoderLayer(nn.Module):
             key_states * cos_unsqueeze
             + torch.cat((-key_states[..., 64:], key_states[..., :64]), dim=-1) * sin_unsqueeze
         )
-        # all-to-all of 134.2 MB: self_attn's attention is split along dimension 2 of its output
-        query_states = all_to_all(query_states, split=1, gather=2)  # [1, 4, 131072, 128]
-        # all-to-all of 33.6 MB: self_attn's attention is split along dimension 2 of its output
-        key_states = all_to_all(key_states, split=1, gather=2)  # [1, 1, 131072, 128]
-        # all-to-all of 33.6 MB: self_attn's attention is split along dimension 2 of its output
-        value_states = all_to_all(value_states, split=1, gather=2)  # [1, 1, 131072, 128]
         attn_output = attention(query_states, key_states, value_states, scale=0.08838834764831845)
         del query_states, key_states, value_states
         attn_output = attn_output.reshape(1, 131072, -1)  # [1, 131072, 512]
@@ -122,26 +128,24 @@ class LlamaForCausalLM(nn.Module):
         inputs_embeds = F.embedding(tokens, self.model.embed_tokens.weight.to(torch.bfloat16))  # [1, 131072, 512]
         position_ids = torch.arange(131072, device=tokens.device)  # [131072]
         position_ids = position_ids.unsqueeze(0)  # [1, 131072]
-        # own slice, nothing moves: rotary_emb's unsqueeze is split along dimension 1 of its output
-        position_ids = take_slice(position_ids, dim=1)  # [1, 16384]
-        freqs = position_ids.unsqueeze(2).to(torch.float32) * self.inv_freq  # [1, 16384, 64]
-        emb = torch.cat((freqs, freqs), dim=-1)  # [1, 16384, 128]
-        cos = emb.cos()  # [1, 16384, 128]
-        sin = emb.sin()  # [1, 16384, 128]
-        cos = cos.to(torch.bfloat16)  # [1, 16384, 128]
-        sin = sin.to(torch.bfloat16)  # [1, 16384, 128]
+        freqs = position_ids.unsqueeze(2).to(torch.float32) * self.inv_freq  # [1, 131072, 64]
+        emb = torch.cat((freqs, freqs), dim=-1)  # [1, 131072, 128]
+        cos = emb.cos()  # [1, 131072, 128]
+        sin = emb.sin()  # [1, 131072, 128]
+        cos = cos.to(torch.bfloat16)  # [1, 131072, 128]
+        sin = sin.to(torch.bfloat16)  # [1, 131072, 128]
         # all-to-all of 134.2 MB: layers take it split along dimension 1
         hidden_states = all_to_all(inputs_embeds, split=1, gather=2)  # [1, 16384, 4096]
         del inputs_embeds
 
         # These layers keep their input and attention's output, and compute the rest again in backward.
-        for layer in self.model.layers[0:19]:
+        for layer in self.model.layers[0:16]:
             hidden_states = checkpoint(
                 layer, hidden_states, cos, sin, use_reentrant=False, preserve_rng_state=False, context_fn=keep_attention
             )
 
         # These layers keep all that their backward pass needs.
-        for layer in self.model.layers[19:32]:
+        for layer in self.model.layers[16:32]:
             hidden_states = layer(hidden_states, cos, sin)
 
         hidden_states = rms_norm(hidden_states, self.model.norm.weight, eps=1e-05)  # [1, 16384, 4096]

@@ -6,6 +6,7 @@ FLOPs and bytes these are, layout.py which bytes come on top, and hardware.py wh
 """
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import prod
 
@@ -80,10 +81,15 @@ def _traffic(op: Op, phase: str, layout: Layout) -> Shares:
         return spec.traffic(op, phase)
     if phase == "forward":
         is_view = spec.view is View.ALWAYS or (spec.view is View.IF_CONTIGUOUS and not layout.is_strided(op))
-        return {} if is_view else Counter([*op.inputs, *op.outputs])
+        return {} if is_view else _counted([*op.inputs, *op.outputs])
     output = op.outputs[0]
     made = [t for t in op.inputs if t.requires_grad and not spec.shares_gradient(t, output)]
-    return Counter([*made, *(len(made) * [*op.outputs]), *(saved_tensors(op) if made else [])])
+    return _counted([*made, *(len(made) * [*op.outputs]), *(saved_tensors(op) if made else [])])
+
+
+def _counted(tensors: Iterable[Tensor]) -> Shares:
+    """Each tensor, as often as it is there."""
+    return {tensor: float(times) for tensor, times in Counter(tensors).items()}
 
 
 def reshard_op(
@@ -123,10 +129,10 @@ def packing_time(op: Op, layout: Layout, hardware: Hardware) -> Seconds:
     spec, tensor = spec_of(op), op.inputs[0] if op.inputs else None
     if spec.resharding is None or tensor is None:
         return Seconds()
-    forward, backward = (Counter(spec.workspace(op, phase)) for phase in ("forward", "backward"))
+    forward, backward = (dict(spec.workspace(op, phase)) for phase in ("forward", "backward"))
     if spec.resharding.forward and layout.is_strided(op):
         forward[tensor] = 1.0
-        backward[tensor] += 1.0
+        backward[tensor] = backward.get(tensor, 0.0) + 1.0
     seconds = [
         sum(hardware.copy_seconds(Work.STRIDED, 2 * share * nbytes(t)) for t, share in copies.items())
         for copies in (forward, backward)

@@ -4,10 +4,11 @@ the op itself.
 It is that of the whole graph, without reshards, so that the integer program and the prediction go by the same.
 """
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
-from longctx.compiler.lifetimes import strided_values, wants_gradient
+from longctx.compiler.lifetimes import saved_besides, saved_tensors, strided_values, wants_gradient
 
 
 @dataclass(frozen=True)
@@ -16,11 +17,13 @@ class Layout:
 
     strided: the names of the values whose elements lie in another order than their dimensions; the values of a rank's
     graph have the same names. added_gradients: for an op the places of those inputs that a later op reads too, so that
-    the gradient which the op makes is added to that op's.
+    the gradient which the op makes is added to that op's. not_repeated: the ops at the end that a recomputation does
+    not come to.
     """
 
     strided: frozenset[str]
     added_gradients: dict[Op, tuple[int, ...]]
+    not_repeated: frozenset[Op] = frozenset()
 
     def is_strided(self, op: Op) -> bool:
         """Whether an op reads or writes a strided value, which takes far longer than one in order."""
@@ -39,4 +42,19 @@ def layout_of(owner: Graph | LayerKind) -> Layout:
             if isinstance(item, Op) and tensor.requires_grad and tensor in has_gradient:
                 added[item] = (*added.get(item, ()), place)
             has_gradient.add(tensor)
-    return Layout(frozenset(t.name for t in strided_values(items)), added)
+    strided = frozenset(t.name for t in strided_values(items))
+    return Layout(strided, added, frozenset(_not_repeated([item for item in items if isinstance(item, Op)])))
+
+
+def _not_repeated(ops: Sequence[Op]) -> Iterator[Op]:
+    """The ops after the last tensor that the backward needs: PyTorch's checkpoint stops recomputing when it has that.
+
+    An op that saves only inputs is stopped before it computes, so that a layer's last product is not made again.
+    """
+    for op in reversed(ops):
+        saved = saved_tensors(op)
+        if saved_besides(op) or any(t in op.outputs for t in saved):
+            return
+        yield op
+        if saved:
+            return

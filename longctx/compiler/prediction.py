@@ -4,9 +4,10 @@ The integer program minimizes these seconds; here they are added up again from t
 for people to read and for tests to hold the program to.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 
 from longctx.compiler.cost import (
@@ -88,8 +89,14 @@ class _Body:
     local_ops: Sequence[Op | LayerCall]
     policies: tuple[Recompute, ...]
 
+    @cached_property
+    def layout(self) -> Layout:
+        return layout_of(self.owner)
+
     def recomputed(self, op: Op) -> int:
         """How often an op runs again in the backward pass."""
+        if op in self.layout.not_repeated:
+            return 0
         if spec_of(op).selective_recompute:
             return self.policies.count(Recompute.EVERYTHING)
         return len(self.policies) - self.policies.count(Recompute.NOTHING)
@@ -115,12 +122,12 @@ def seconds_by_part(graph: Graph, plan: Plan, setting: Setting) -> dict[str, flo
 
     What is recomputed counts with the operator that it is of.
     """
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for body in _bodies(graph, plan):
-        layout, times = layout_of(body.owner), len(body.policies)
+        times = len(body.policies)
         for op in body.ops:
             if isinstance(op, Op):
-                part, own = _part_of(op), _seconds_of(op, layout, plan, setting)
+                part, own = _part_of(op), _seconds_of(op, body.layout, plan, setting)
                 forward, backward = (f"{part}, forward", f"{part}, backward") if part == "attention" else (part, part)
                 seconds[forward] += (times + body.recomputed(op)) * own.forward
                 seconds[backward] += times * own.backward
@@ -144,16 +151,16 @@ def _seconds_of(op: Op, layout: Layout, plan: Plan, setting: Setting) -> Seconds
 def _body_time(body: _Body, plan: Plan, setting: Setting) -> StepTime:
     """The time of the root, or of all layers of a kind."""
     owner, plan_size, device, times = body.owner, setting.plan_size, setting.hardware, len(body.policies)
-    recomputed, layout = times - body.policies.count(Recompute.NOTHING), layout_of(owner)
+    recomputed = times - body.policies.count(Recompute.NOTHING)
     compute = recompute = reshards = packing = 0.0
     for op in body.ops:
         if isinstance(op, Op):
-            seconds = _seconds_of(op, layout, plan, setting)
+            seconds = _seconds_of(op, body.layout, plan, setting)
             compute += times * (seconds.forward + seconds.backward)
             recompute += body.recomputed(op) * seconds.forward
     for op in body.local_ops:
         if isinstance(op, Op):
-            seconds, copies = collective_time(op, plan_size, device), packing_time(op, layout, device)
+            seconds, copies = collective_time(op, plan_size, device), packing_time(op, body.layout, device)
             reshards += times * (seconds.forward + seconds.backward) + recomputed * seconds.forward
             packing += times * (copies.forward + copies.backward) + recomputed * copies.forward
     fsdp, weight_copies, optimizer, reduced = (times * seconds for seconds in _weights_time(owner, plan, setting))

@@ -204,7 +204,7 @@ class Program(LinearProgram):
             seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware)
             self.costs[x] = scope.times * (seconds.forward + seconds.backward)
             scope.compute[x] = self.costs[x]
-            if recomputed is not None and seconds.forward:
+            if recomputed is not None and seconds.forward and op not in scope.layout.not_repeated:
                 repeated = self.product(x, recomputed, scope.times)
                 self.costs[repeated] = scope.compute[repeated] = seconds.forward
         self.add_saved(op, scope)
@@ -256,7 +256,7 @@ class Program(LinearProgram):
                 scope.readers.append((tensor, by_placement))
             elif tensor.kind != "constant":
                 scope.flows[tensor].demands.append(wanted)
-                if is_relayout(op) and op not in self.fixed.partitions:
+                if is_relayout(op, scope.layout) and op not in self.fixed.partitions:
                     scope.flows[tensor].passed_by.update(p.inputs[0] for p, _ in self.x[op])
 
     # --- reshards
@@ -446,11 +446,12 @@ def can_keep_attention(kind: LayerKind) -> bool:
     return len(contexts) == 1 and all(s.applies(op) for op, s in selective if s)
 
 
-def is_relayout(op: Op) -> bool:
+def is_relayout(op: Op, layout: Layout) -> bool:
     """Whether an op gives the same elements, in the same order, in other dimensions, so that resharding costs the same
     before and after it. A transpose does not: a strided value has to be copied before it is sent."""
     spec = spec_of(op)
-    if spec.view is not View.ALWAYS or spec.strides(op, False):
+    is_view = spec.view is View.ALWAYS or (spec.view is View.IF_CONTIGUOUS and not layout.is_strided(op))
+    if not is_view or spec.strides(op, False):
         return False
     return len(op.inputs) == len(op.outputs) == 1 and prod(op.inputs[0].shape) == prod(op.outputs[0].shape)
 
