@@ -111,12 +111,19 @@ def build_model(
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
     wrapped = CausalLMLoss(model).train()
-    for module in model.modules():
-        if getattr(module, "layerdrop", None) == 0.0:
-            # OPT's decoder, in some versions, draws for every layer whether to leave it out even if it never does, and
-            # torch.export can't trace a branch on what is drawn. Dropout is the layers' own, which stay in train mode.
-            module.training = False
+    _leave_out_no_layer(model)
     return wrapped
+
+
+def _leave_out_no_layer(model: PreTrainedModel) -> None:
+    """Keeps OPT's decoder from drawing whether to leave out a layer, where its configuration says that it never does.
+
+    Before transformers 5.23 it draws all the same, and torch.export can't trace a branch on what was drawn. The decoder
+    asks for its train mode nowhere else; its layers, which have the dropout, stay in theirs.
+    """
+    decoder = model.get_decoder()
+    if type(decoder).__name__ == "OPTDecoder" and decoder.layerdrop == 0.0:
+        decoder.training = False
 
 
 @contextmanager
