@@ -125,7 +125,7 @@ def measure_as_rank(folder: Path, argv: list[str]) -> None:
     with process_group() as device:
         model = build_on_rank(job, compiled_folder, compiled.read_plan_file(compiled_folder).module, device)
         random_values(model, job.seed)
-        measured = measure_step(model, job, random_row(load_config(job.model_id).vocab_size, job, device))
+        measured = measure_step(model, job, random_row(load_config(job.model_id).vocab_size, job))
     (folder / f"rank{torchrun.rank()}.json").write_text(json.dumps(dataclasses.asdict(measured)))
 
 

@@ -87,7 +87,7 @@ def measure_among_real_ranks(argv: list[str], folder: str) -> None:
     with process_group() as device:
         model = build_on_rank(job, builtin.ensure_compiled(job), plan, device)
         random_values(model, job.seed)
-        measured = measure_step(model, job, random_row(load_config(job.model_id).vocab_size, job, device))
+        measured = measure_step(model, job, random_row(load_config(job.model_id).vocab_size, job))
     Path(folder, f"rank{os.environ['RANK']}").write_text(str(measured.peak))
 
 

@@ -116,7 +116,7 @@ class Measured:
         return 4 * self.masters + self.micro_batch.peak
 
 
-Row = tuple[torch.Tensor, torch.Tensor]  # tokens and labels, each [1, l]
+Row = tuple[torch.Tensor, torch.Tensor]  # tokens and labels, [1, l] each, on the host
 
 
 def measure_step(model: parallel.ParallelModel, job: Job, row: Row, layers: Sequence[Layers] = ()) -> Measured:
@@ -124,12 +124,12 @@ def measure_step(model: parallel.ParallelModel, job: Job, row: Row, layers: Sequ
 
     The process group may be the stand-in, or real ranks that all call this.
     """
-    device = row[0].device
+    device = torch.device(model.mesh.device_type)
     optimizer = trainer.make_optimizer(model, job)
     cut = [group for group in layers if group.left_out]
     with tqdm(total=2 + MICRO_BATCHES * (1 + len(cut)), unit="micro-batch", desc="rehearse") as bar:
         for _ in range(2):  # Libraries start, kernels are chosen, and gradients are there for the next micro-batches.
-            run_micro_batch(model, row)
+            trainer.micro_batch(model, *row)
             bar.update()
         run_update(model, optimizer, job)
         ran, kernels = measure_micro_batch(model, row, bar)
@@ -148,15 +148,15 @@ def measure_step(model: parallel.ParallelModel, job: Job, row: Row, layers: Sequ
 
 def measure_micro_batch(model: parallel.ParallelModel, row: Row, bar: tqdm) -> tuple[Cost, tuple[parts.Kernel, ...]]:
     """The cost of a micro-batch whose gradients are added to others, and the kernels that took most of its time."""
-    device = row[0].device
+    device = torch.device(model.mesh.device_type)
     seconds = []
     for _ in range(TIMED):
-        seconds.append(timed(lambda: run_micro_batch(model, row), device))
+        seconds.append(timed(lambda: trainer.micro_batch(model, *row), device))
         bar.update()
     held, peak = weigh_micro_batch(model, row)
     bar.update()
     with profile(activities=parts.activities(device)) as profiled:
-        profiled_seconds = timed(lambda: run_micro_batch(model, row), device)
+        profiled_seconds = timed(lambda: trainer.micro_batch(model, *row), device)
     bar.update()
     by_part = parts.seconds_by_part(profiled, device)
     if device.type == "cpu":  # Events tell when they began and ended; here other processes may have run in between.
@@ -166,15 +166,13 @@ def measure_micro_batch(model: parallel.ParallelModel, row: Row, bar: tqdm) -> t
     return Cost(min(seconds) - copies, by_part, held, peak), tuple(parts.kernels(profiled, KERNELS))
 
 
-def run_micro_batch(model: parallel.ParallelModel, row: Row) -> None:
-    model.module(*row).backward()
-
-
 def weigh_micro_batch(model: parallel.ParallelModel, row: Row) -> tuple[int, int]:
     """Bytes that a micro-batch has allocated after its forward pass, and at the most."""
+    device = torch.device(model.mesh.device_type)
+    tokens, labels = (trainer.send(tensor, device) for tensor in row)
     losses: list[torch.Tensor] = []
-    peak_forward, held = parts.bytes_allocated(lambda: losses.append(model.module(*row)), row[0].device)
-    peak_backward, _ = parts.bytes_allocated(lambda: losses.pop().backward(), row[0].device)
+    peak_forward, held = parts.bytes_allocated(lambda: losses.append(model.module(tokens, labels)), device)
+    peak_backward, _ = parts.bytes_allocated(lambda: losses.pop().backward(), device)
     return held, max(peak_forward, held + peak_backward)
 
 
@@ -182,7 +180,7 @@ def run_update(model: parallel.ParallelModel, optimizer: torch.optim.Optimizer, 
     """The optimizer's step as the trainer takes it, but that gradients stay: the next micro-batch adds to them."""
     gradients = [(parameter, parameter.grad) for parameter in model.module.parameters()]
     norm = trainer.total_norm(model)
-    trainer.update_weights(model, optimizer, 0.0, trainer.clip_factor(norm, job))
+    trainer.update_weights(model, optimizer, 0.0, trainer.clip_factor(norm.item(), job))
     for parameter, gradient in gradients:
         parameter.grad = gradient
 
@@ -249,7 +247,6 @@ def random_values(model: parallel.ParallelModel, seed: int) -> None:
             local.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def random_row(vocab_size: int, job: Job, device: torch.device) -> Row:
-    """Tokens and their labels, [1, l] each."""
-    tokens = torch.randint(vocab_size, (1, job.sequence_length + 1), device=device)
+def random_row(vocab_size: int, job: Job) -> Row:
+    tokens = torch.randint(vocab_size, (1, job.sequence_length + 1))
     return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()

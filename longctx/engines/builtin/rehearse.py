@@ -47,7 +47,7 @@ def rehearse(job: Job) -> None:
         here = {name: dim for name, dim in plan.module.plan_sharded.items() if name in dict(module.named_parameters())}
         model = parallel.parallelize(module, plan.module.layers_path, device, job.dtype, job.plan_ngpus, here)
         random_values(model, job.seed)
-        measured = measure_step(model, job, random_row(config.vocab_size, job, device), layers)
+        measured = measure_step(model, job, random_row(config.vocab_size, job), layers)
     rehearsal = Rehearsal(
         device_name(device), torch.__version__, job.rehearse_rank, measured, project(measured, plan, job)
     )
