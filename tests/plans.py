@@ -37,6 +37,7 @@ from longctx.compiler.plan import Plan, Setting
 from longctx.compiler.program import can_keep_attention
 from longctx.compiler.recompute import Recompute
 from longctx.compiler.trace import trace
+from longctx.compiler.work import Work
 from longctx.huggingface.build import build_model
 from longctx.runtime import parallel
 
@@ -112,7 +113,9 @@ def chosen_plan(graph: Graph, case: Case) -> Plan:
     draw = random.Random(case.seed)
     cpu = HARDWARE["cpu"]
     link = replace(cpu.node_link, latency=1e-7, bandwidth=10 ** draw.uniform(7, 12), pair_bandwidth=1e12)
-    device = replace(cpu, node_link=link, float32_flops=10 ** draw.uniform(9, 13), launch_latency=1e-7)
+    products = replace(cpu.rates[Work.FLOAT32_PRODUCTS], a_second=10 ** draw.uniform(9, 13))
+    rates = {**cpu.rates, Work.FLOAT32_PRODUCTS: products}
+    device = replace(cpu, node_link=link, rates=rates, launch_latency=1e-7)
     return planner.make_plan(graph, Setting(case.plan_ngpus, case.n_ranks, device, 64e9))
 
 

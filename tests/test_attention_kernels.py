@@ -312,11 +312,11 @@ def test_two_steps_of_a_model_have_the_same_bits_with_the_option(tmp_path, deter
     module = compile_llama(tmp_path, "--deterministic", "--hardware", "h100", length=length).module
     (shapes,) = module.fused_attention
     fused.set_auto(choose(candidates("auto", deterministic=True), [shapes], torch.bfloat16).kernel or "auto")
-    model = parallel.load_generated(tmp_path / "compiled" / "small", module.class_name).to_empty(device="cuda")
+    model = parallel.load_generated(tmp_path / "compiled" / "small", module.class_name)
+    parallel.give_memory(model, torch.device("cuda"))
     torch.manual_seed(0)
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.05)
-    model = model.to(torch.bfloat16)
+    for parameter in model.parameters():  # the rotary table, a buffer, stays in float32
+        parameter.data = torch.nn.init.normal_(parameter.data, std=0.05).to(torch.bfloat16)
     tokens, labels = torch.randint(0, 256, (2, 1, length), device="cuda")
     labels[:, ::7] = -100
 

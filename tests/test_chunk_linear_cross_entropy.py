@@ -637,8 +637,8 @@ def test_the_triton_kernels_losses_and_gradients_are_those_of_float64(dtype, log
     only_losses = module._triton_softmax_pass(logits.clone()[:, :n], None, labels, row_grads, logit_softcap)
     dx = logits.view(dtype)[:, :n]
     losses = module._triton_softmax_pass(logits[:, :n], dx, labels, row_grads, logit_softcap)
-    assert torch.equal(losses, only_losses)
-    assert_close(losses, expected.detach(), 32 * EPS[torch.float32])
+    for found in (losses, only_losses):  # the two kernels that Triton makes of one may round in other orders
+        assert_close(found, expected.detach(), 32 * EPS[torch.float32])
     assert_close(dx, exact, 4 * EPS[torch.float32] + EPS[dtype])
 
 

@@ -148,10 +148,10 @@ def test_a_rule_that_is_built_into_python_has_a_fingerprint_though_it_has_no_fil
 
 def test_a_changed_default_of_the_loss_makes_a_compiled_folder_out_of_date(job, load_op):
     loss = (ROOT / "chunk_linear_cross_entropy.py").read_text()
-    assert "CHUNK_SIZE = 1024" in loss
+    assert "CHUNK_SIZE = 2048" in loss
     load_op(loss + "\n\nop = chunk_linear_cross_entropy\n")
     before = cache.plan_inputs(job)
-    load_op(loss.replace("CHUNK_SIZE = 1024", "CHUNK_SIZE = 2048") + "\n\nop = chunk_linear_cross_entropy\n")
+    load_op(loss.replace("CHUNK_SIZE = 2048", "CHUNK_SIZE = 4096") + "\n\nop = chunk_linear_cross_entropy\n")
     assert fingerprint(cache.plan_inputs(job)) != fingerprint(before)
 
 
