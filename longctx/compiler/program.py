@@ -79,9 +79,15 @@ class _Flow:
         """Whether the value is resharded after the view that reads it, and not before.
 
         If only a view reads a value, resharding costs the same on either side of the view. Of such equal plans the one
-        is taken that reshards as late as possible, right before the operator that needs it.
+        is taken that reshards as late as possible, right before the operator that needs it. A value that is gathered
+        before a view may be sliced behind it, for which there is no such equal.
         """
-        return len(self.demands) == 1 and source in self.passed_by - {REPLICATE, target}
+        return len(self.demands) == 1 and target != REPLICATE and source in self.passed_by - {REPLICATE, target}
+
+    def tie_break(self, source: Placement, target: Placement) -> float:
+        """Seconds that count against gathering a value before a view that could be gathered behind it."""
+        gathered_early = target == REPLICATE != source and source in self.passed_by
+        return TIE_BREAK_SECONDS if gathered_early else 0.0
 
 
 @dataclass(frozen=True)
@@ -272,7 +278,10 @@ class Program(LinearProgram):
             seconds = {s: self.reshard_seconds(tensor, s, target, partitioned, scope.layout) for s in sources}
             if len(sources) == len(flow.sources) and all(cost == Seconds() for cost in seconds.values()):
                 continue
-            z = {s: self.variable(scope.times * (cost.forward + cost.backward)) for s, cost in seconds.items()}
+            z = {
+                s: self.variable(scope.times * (cost.forward + cost.backward + flow.tie_break(s, target)))
+                for s, cost in seconds.items()
+            }
             for expression in expressions:  # equal reshards of a value are made once and shared
                 self.row(total(dict.fromkeys(z.values(), 1.0), scaled(expression, -1)), lower=0)
             for source, variable in z.items():
