@@ -9,7 +9,7 @@ demo: .venv
 	PATH="$(CURDIR)/$(VENV_BIN):$$PATH" bash examples/shakespeare/demo.sh
 
 test: check
-	$(VENV_BIN)/python -m pytest -q
+	$(VENV_BIN)/python -m pytest -q -n 2 --dist loadfile
 
 check: .venv
 	$(VENV_BIN)/ruff check .

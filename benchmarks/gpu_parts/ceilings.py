@@ -17,7 +17,7 @@ from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 
 PACKAGES = ("torch", "triton", "transformers", "flash-attn", "liger-kernel", "cut-cross-entropy", "datasets", "ruff")
 CARD = "name,driver_version,memory.total,power.limit,clocks.max.sm,clocks.max.memory"
-UNDER_LOAD = "clocks.sm,clocks.memory,power.draw,temperature.gpu"
+UNDER_LOAD = "clocks.sm,clocks.mem,power.draw,temperature.gpu"
 LOADED_S = 1.0
 
 

@@ -120,7 +120,7 @@ def gradients(model: nn.Module, loss: torch.Tensor) -> tuple[float, dict[str, to
     loss.backward()
     found = {name: parameter.grad for name, parameter in model.named_parameters()}
     whole = {name: grad.full_tensor() if isinstance(grad, DTensor) else grad for name, grad in found.items()}
-    return float(loss), {name: grad for name, grad in whole.items() if grad is not None}
+    return loss.item(), {name: grad for name, grad in whole.items() if grad is not None}
 
 
 def errors(found: tuple, expected: tuple) -> tuple[float, float]:
