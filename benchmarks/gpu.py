@@ -18,7 +18,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +25,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.gpu_parts import PARTS, ROWS, Part
+from benchmarks.gpu_parts.processes import end_family
 from longctx.atomic import whole_file, why_not_writable
 from longctx.errors import UserError, run_script
 
@@ -162,22 +162,6 @@ def run_part(number: int, part: Part, limit_s: float, options: argparse.Namespac
     said = (folder / "log.txt").read_text().splitlines()
     message = "\n".join(said[-LAST_LINES:]) if state == "failed" else ""
     return Result(number, part.title, state, time.monotonic() - started, limit_s, read_rows(folder / ROWS), message)
-
-
-def end_family(process: subprocess.Popen) -> None:
-    """Kills a process and all its descendants. torchrun's workers are in sessions of their own, so no group has all."""
-    for pid in family_of(process.pid):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    process.wait()
-
-
-def family_of(pid: int) -> list[int]:
-    """A process that has not been waited for, and its descendants."""
-    with suppress(FileNotFoundError):
-        children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-        return [pid, *(descendant for child in children for descendant in family_of(int(child)))]
-    return []
 
 
 def read_rows(file: Path) -> list[dict[str, Any]]:

@@ -2,9 +2,10 @@
 
     torchrun --nproc_per_node 8 -m longctx.measure --output profile.json
 
-It times large products, attention by the kernel that training takes, copies through memory, in order and strided, and
-every collective over every number of ranks that divides the whole. One process alone measures no collectives; its
-profile has the links of compiler/hardware.py's table. Every rate in the profile says whether it was measured.
+It times large products, attention by the first of PyTorch's kernels that takes it (cuDNN's where there is one), copies
+through memory, in order and strided, and every collective over every number of ranks that divides the whole. One
+process alone measures no collectives; its profile has the links of compiler/hardware.py's table. Every rate in the
+profile says whether it was measured.
 """
 
 import argparse

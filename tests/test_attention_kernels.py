@@ -12,7 +12,7 @@ import train
 from longctx.compiled import read_plan_file
 from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import target_of
-from longctx.engines.builtin.run import choose_attention
+from longctx.engines.builtin.run import agree_on_attention, choose_attention, take_attention
 from longctx.errors import KernelError, UserError
 from longctx.huggingface.attention import attention_function
 from longctx.kernels import attention as attention_module
@@ -109,7 +109,7 @@ def one_rank():
 def test_what_is_chosen_before_the_first_step_is_what_auto_runs(one_rank, no_gpu, monkeypatch, capsys):
     monkeypatch.setattr(choice, "choose", lambda names, shapes, dtype: Choice("cudnn", f"cudnn at {shapes}"))
     monkeypatch.setattr(choice, "candidates", lambda *asked: ("cudnn", "flash"))
-    choose_attention(Job(), SHAPES, torch.device("cuda"))
+    take_attention(Job(), agree_on_attention(Job(), SHAPES, torch.device("cuda")))
     assert capsys.readouterr().out == f"attention: cudnn at {SHAPES}\n"
 
     called = []
@@ -121,14 +121,15 @@ def test_what_is_chosen_before_the_first_step_is_what_auto_runs(one_rank, no_gpu
 
 def test_a_kernel_that_was_asked_for_and_refuses_the_shape_ends_the_run_in_one_sentence(one_rank, no_gpu, monkeypatch):
     monkeypatch.setattr(choice, "choose", lambda *asked: Choice(None, "fa4 can't: no heads of 80"))
+    job = Job(attn_implementation="fa4")
     with pytest.raises(KernelError, match="^fa4 can't: no heads of 80; choose auto$"):
-        choose_attention(Job(attn_implementation="fa4"), SHAPES, torch.device("cuda"))
+        take_attention(job, choose_attention(job, SHAPES, torch.device("cuda")))
 
 
 def test_on_a_cpu_and_in_float32_nothing_is_timed(monkeypatch):
     monkeypatch.setattr(choice, "choose", lambda *asked: pytest.fail("it was"))
-    choose_attention(Job(), SHAPES, torch.device("cpu"))
-    choose_attention(Job(dtype=torch.float32), SHAPES, torch.device("cuda"))
+    assert choose_attention(Job(), SHAPES, torch.device("cpu")) is None
+    assert choose_attention(Job(dtype=torch.float32), SHAPES, torch.device("cuda")) is None
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from benchmarks import gpu
-from benchmarks.gpu_parts import PARTS, Part, measuring, results, training
+from benchmarks.gpu_parts import PARTS, Part, measuring, processes, results, training
 
 ROOT = Path(__file__).parent.parent
 
@@ -133,9 +133,9 @@ def test_killing_a_part_kills_what_it_has_started_in_sessions_of_their_own():
     child += "start_new_session=True).wait()"
     process = subprocess.Popen([sys.executable, "-c", child])
     deadline = time.monotonic() + 60
-    while len(family := gpu.family_of(process.pid)) < 2 and time.monotonic() < deadline:
+    while len(family := processes.family_of(process.pid)) < 2 and time.monotonic() < deadline:
         time.sleep(0.05)
-    gpu.end_family(process)
+    processes.end_family(process)
     assert len(family) == 2
     while any(map(is_running, family)) and time.monotonic() < deadline:
         time.sleep(0.05)

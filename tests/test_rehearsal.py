@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from families import small_config
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from ranks import run_ranks
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import train
@@ -21,13 +24,16 @@ from longctx.engines import builtin
 from longctx.engines.builtin.run import build_on_rank
 from longctx.errors import UserError
 from longctx.huggingface.build import load_config
+from longctx.kernels import fused
+from longctx.kernels.choice import Choice
 from longctx.options import parse_job
 from longctx.runtime import collectives, parts
 from longctx.runtime.parallel import process_group
-from longctx.runtime.rehearsal import measure_step, random_row, random_values
+from longctx.runtime.rehearsal import Cost, Measured, measure_step, random_row, random_values
 from longctx.runtime.stand_in import COPIES, stand_in_group
 
 CPU = torch.device("cpu")
+rehearsal = sys.modules["longctx.engines.builtin.rehearse"]  # the package has a function of that name
 
 
 def arguments(folder: Path, family: str, *more: str, layers: int = 4, length: int = 64) -> list[str]:
@@ -152,6 +158,33 @@ def test_time_is_sorted_into_parts_by_what_an_operator_lies_in():
         assert seconds[COPIES] == 0
 
 
+def gpu_event(name: str, linked: int, stream: int, microseconds: int, device=DeviceType.CUDA, number: int = 0):
+    """An event as the profiler has it: an operator on the host, or what ran on a GPU for the operator `linked`."""
+    facts = {"name": name, "linked_correlation_id": linked, "device_resource_id": stream, "device_type": device}
+    facts |= {"correlation_id": number, "duration_ns": 1000 * microseconds}
+    return SimpleNamespace(**{fact: (lambda value=value: value) for fact, value in facts.items()})
+
+
+def test_a_gpus_kernels_count_once_and_copies_only_where_computing_waits_for_them():
+    """FSDP's gathers lie in a record_function, whose span is among the GPU's events, and have a stream of their own."""
+    gather = SimpleNamespace(id=1, name="FSDP::all_gather", cpu_parent=None, device_type=DeviceType.CPU)
+    copied = SimpleNamespace(id=2, name=COPIES, cpu_parent=gather, device_type=DeviceType.CPU)
+    waited = SimpleNamespace(id=3, name=COPIES, cpu_parent=None, device_type=DeviceType.CPU)
+    product = SimpleNamespace(id=4, name="aten::mm", cpu_parent=None, device_type=DeviceType.CPU)
+    operators = [gather, copied, waited, product]
+    events = [gpu_event(o.name, 0, 0, 0, DeviceType.CPU, o.id) for o in operators]
+    events += [gpu_event("FSDP::all_gather", 1, 9, 50), gpu_event("copy", 2, 9, 20), gpu_event("cast", 1, 9, 5)]
+    events += [gpu_event("copy", 3, 7, 30), gpu_event("gemm", 4, 7, 400)]
+    results = SimpleNamespace(events=lambda: events)
+    profiled = SimpleNamespace(events=lambda: operators, profiler=SimpleNamespace(kineto_results=results))
+    seconds = parts.seconds_by_part(profiled, torch.device("cuda"))
+    assert {part: round(1e6 * own) for part, own in seconds.items() if own} == {
+        parts.LINEAR: 400,
+        parts.FSDP: 5,
+        COPIES: 30,
+    }
+
+
 def test_bytes_allocated_are_counted_by_the_allocator_at_the_most_and_in_the_end():
     kept = []
 
@@ -183,6 +216,33 @@ def test_a_rehearsal_under_torchrun_is_refused_in_a_sentence(tmp_path, monkeypat
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="--run_mode rehearse: it runs one rank in one process"):
         rehearse(tmp_path, arguments(tmp_path, "llama", "--runtime_ngpus", "2"))
+
+
+def test_a_rank_other_than_the_first_chooses_attentions_kernel_itself(monkeypatch, tmp_path, capsys):
+    """There is no other rank that could tell it."""
+    chosen = Choice("cudnn", "cudnn, as it was made to be")
+    monkeypatch.setattr(rehearsal, "choose_attention", lambda *asked: chosen)
+    rehearse(tmp_path, arguments(tmp_path, "llama", "--plan_ngpus", "2"), "--rehearse_rank", "1")
+    assert "attention: cudnn, as it was made to be" in capsys.readouterr().out
+    fused.set_auto("auto")
+
+
+def test_a_rank_that_needs_more_than_the_plans_limit_is_warned_of(tmp_path, capsys):
+    argv = arguments(tmp_path, "llama", "--plan_ngpus", "2", length=128)
+    rehearse(tmp_path, argv)
+    assert "warning: that is more" not in capsys.readouterr().out
+    plan_file = tmp_path / "rehearsed" / compiled.PLAN
+    facts = json.loads(plan_file.read_text())
+    facts["inputs"]["gpu_mem_constraint"] = 1e-4
+    plan_file.write_text(json.dumps(facts))
+    plan = compiled.read_plan_file(tmp_path / "rehearsed")
+    found = json.loads((tmp_path / "rehearsed" / compiled.REHEARSAL).read_text())
+    micro_batch = Cost(**found["measured"].pop("micro_batch"))
+    measured = Measured(micro_batch, **{**found["measured"], "kernels": ()})
+    said = rehearsal.summary(
+        rehearsal.Rehearsal("cpu", "", 0, measured, rehearsal.Projection(**found["projection"])), plan
+    )
+    assert any(line.startswith("warning: that is more than the 0.0001 GB") for line in said)
 
 
 def test_a_projection_is_finite(tmp_path):

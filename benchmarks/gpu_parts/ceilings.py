@@ -50,12 +50,13 @@ def versions() -> str:
 
 
 def nvidia_smi(fields: str) -> str:
-    """What nvidia-smi says of its first GPU; it is asked, and changes nothing."""
+    """What nvidia-smi says of the GPU that is measured; it is asked, and changes nothing."""
     if not ON_GPU:
         raise LeftOut("there is no GPU")
     if not shutil.which("nvidia-smi"):
         raise LeftOut("nvidia-smi is not installed")
-    command = ["nvidia-smi", "--id=0", f"--query-gpu={fields}", "--format=csv,noheader"]
+    card = f"GPU-{torch.cuda.get_device_properties(0).uuid}"  # nvidia-smi knows nothing of CUDA_VISIBLE_DEVICES
+    command = ["nvidia-smi", f"--id={card}", f"--query-gpu={fields}", "--format=csv,noheader"]
     answer = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
     values = zip(fields.split(","), answer.strip().split(","), strict=True)
     return ", ".join(f"{name} {value.strip()}" for name, value in values)

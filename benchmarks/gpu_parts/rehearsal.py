@@ -61,8 +61,7 @@ def rehearse(model: Path, length: int, ranks: int, folder: Path) -> None:
 
 def whole_row(name: str, measured: dict, predicted: dict, rehearsal: dict) -> Row:
     """The micro-batch as a whole. `detail` is the whole of rehearsal.json, with a GPU's kernels."""
-    micro_batch, time = measured["micro_batch"], predicted["time"]
-    computing = time["compute"] + time["recompute"]
+    micro_batch, computing = measured["micro_batch"], sum(predicted["parts"].values())
     peak = sum(size for size in predicted["memory"].values() if not isinstance(size, str))
     note = f"predicted {1e3 * computing:,.1f} ms and {peak / GB:.2f} GB"
     if measured["reserved"] is not None:

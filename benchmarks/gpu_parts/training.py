@@ -1,8 +1,6 @@
 """Runs of train.py, as people type it: on several ranks that share what is here, and killed and resumed."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -16,6 +14,7 @@ import pyarrow as pa
 from transformers import LlamaConfig
 
 from benchmarks.gpu_parts.measuring import ON_GPU
+from benchmarks.gpu_parts.processes import end_family
 from benchmarks.gpu_parts.results import Measurement, Row
 
 ROOT = Path(__file__).parent.parent.parent
@@ -129,7 +128,8 @@ def finish(training: Training, run: Run, process: subprocess.Popen) -> dict[int,
     try:
         process.wait(timeout=SECONDS_OF_A_RUN)
     finally:
-        process.kill()
+        if process.poll() is None:
+            end_family(process)
     said = (training.folder / f"{run.name}.log").read_text().strip()
     print(said, flush=True)
     if process.returncode:
@@ -201,8 +201,7 @@ def kill(training: Training, run: Run) -> int:
     deadline = time.monotonic() + SECONDS_OF_A_RUN
     while len(steps_of(training, run)) < KILLED_AFTER and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    end_family(process)
     last = max(steps_of(training, run), default=0)
     if not CHECKPOINT_INTERVAL <= last < STEPS:
         raise RuntimeError(f"the run had taken {last} of {STEPS} steps when it was killed, which proves nothing")

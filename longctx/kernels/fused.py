@@ -150,7 +150,8 @@ def sdpa(
     if not grouped:  # only the memory-efficient kernel is left, which knows no grouped queries
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     kernel = KERNELS.get(implementation)
-    _activate(kernel.activates if kernel else None)
+    if grouped:  # no FlashAttention takes a mask, and none may be changed between a forward and its backward
+        _activate(kernel.activates if kernel else None)
     with sdpa_kernel([kernel.backend] if kernel else _IN_ORDER, set_priority=implementation == "auto"):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped, **mask

@@ -1,5 +1,6 @@
 """What a micro-batch's time and memory go to, from profiles; the parts of its time are those of a prediction."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -37,21 +38,31 @@ class Kernel:
 
 
 def seconds_by_part(profiled: profile, device: torch.device) -> dict[str, float]:
-    """Seconds that the device works for each of PARTS and, under COPIES, for what a stand-in for collectives copies."""
+    """Seconds that the device works for each of PARTS and, under COPIES, for what a stand-in for collectives copies.
+
+    Of the copies only those count that computing waits for.
+    """
     seconds: dict[str, float] = dict.fromkeys((*PARTS, COPIES), 0.0)
-    for operator, own in _kernel_times(profiled) if device.type == "cuda" else _operator_times(profiled):
-        seconds[_part_of(operator)] += own
+    times = list(_kernel_times(profiled) if device.type == "cuda" else _operator_times(profiled))
+    by_stream: Counter[int] = Counter()
+    for _, own, stream in times:
+        by_stream[stream] += own
+    for operator, own, stream in times:
+        part = _part_of(operator)
+        # FSDP's collectives have streams of their own: what is copied there takes no time from the computing.
+        if part != COPIES or stream == max(by_stream, key=lambda stream: by_stream[stream]):
+            seconds[part] += own
     return seconds
 
 
-def _operator_times(profiled: profile) -> Iterable[tuple[Any, float]]:
-    """Every operator's event, and the seconds that it takes itself, without the operators that it calls."""
+def _operator_times(profiled: profile) -> Iterable[tuple[Any, float, int]]:
+    """Every operator's event, and the seconds that it takes itself, without those that it calls; all in one stream."""
     for event in profiled.events() or []:
-        yield event, event.self_cpu_time_total / 1e6
+        yield event, event.self_cpu_time_total / 1e6, 0
 
 
-def _kernel_times(profiled: profile) -> Iterable[tuple[Any, float]]:
-    """For every kernel and copy of a GPU the event of the operator that launched it, or None, and its seconds.
+def _kernel_times(profiled: profile) -> Iterable[tuple[Any, float, int]]:
+    """For every kernel and copy of a GPU the event of the operator that launched it, or None, its seconds, its stream.
 
     The sums that PyTorch makes for an operator also have, as if they were kernels, the spans on the GPU of what lies
     in a record_function, as FSDP's collectives do. Here every kernel counts once.
@@ -65,7 +76,8 @@ def _kernel_times(profiled: profile) -> Iterable[tuple[Any, float]]:
     operators = {event.id: event for event in cpu if event.id in numbers}
     for event in results.events():
         if event.device_type() == DeviceType.CUDA and event.name() not in names:
-            yield operators.get(event.linked_correlation_id()), event.duration_ns() / 1e9
+            operator = operators.get(event.linked_correlation_id())
+            yield operator, event.duration_ns() / 1e9, event.device_resource_id()
 
 
 def _part_of(event: Any) -> str:

@@ -16,8 +16,9 @@ import torch
 from longctx import compiled, devices
 from longctx.atomic import whole_file
 from longctx.compiler import hardware
+from longctx.compiler.plan import GB
 from longctx.engines.builtin.cache import ensure_compiled
-from longctx.engines.builtin.run import choose_attention, saying_what_was_predicted
+from longctx.engines.builtin.run import choose_attention, saying_what_was_predicted, take_attention
 from longctx.errors import RehearsalError
 from longctx.flops import step_flops
 from longctx.huggingface.build import load_config
@@ -27,21 +28,19 @@ from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.rehearsal import Measured, keep_layers, measure_step, random_row, random_values
 from longctx.runtime.stand_in import stand_in_group
 
-GB = 1e9
-
 
 def rehearse(job: Job) -> None:
     """Runs rank `rehearse_rank` of the job's plan; writes rehearsal.json and rehearsal.md into its compiled folder."""
+    if job.deterministic:
+        be_deterministic()
     device = devices.take(job.device)
     config = load_config(job.model_id)
     folder = ensure_compiled(job)
     plan = compiled.read_plan_file(folder)
     check_layers(job, plan)
     print(f"rehearse: rank {job.rehearse_rank} of {job.runtime_ngpus}, alone on {device_name(device)}", flush=True)
-    if job.deterministic:
-        be_deterministic()
     with stand_in_group(job.rehearse_rank, job.runtime_ngpus), saying_what_was_predicted(plan.predicted):
-        choose_attention(job, plan.module.fused_attention, device)
+        take_attention(job, choose_attention(job, plan.module.fused_attention, device))
         module = parallel.load_generated(folder, plan.module.class_name)
         layers = keep_layers(module, plan, job.rehearse_layers)
         here = {name: dim for name, dim in plan.module.plan_sharded.items() if name in dict(module.named_parameters())}
@@ -99,7 +98,7 @@ def project(measured: Measured, plan: compiled.PlanFile, job: Job) -> Projection
     waited = time_of["reshards"] + time_of["fsdp_exposed"] + time_of["plan_sharded_gradients"]
     micro_batch = measured.micro_batch.seconds + waited
     step = job.grad_accumulation_steps * micro_batch + measured.update_seconds
-    peak = hardware.peak_rate_here(job.dtype)
+    peak = hardware.peak_rate_here(job.dtype) if job.device == "cuda" else None
 
     def mfu(forward_flops: float) -> float | None:
         return job.rows_per_step * step_flops(forward_flops) / (peak * job.runtime_ngpus * step) if peak else None
@@ -137,6 +136,9 @@ def summary(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
         f"{projected.fsdp_exposed_seconds:.3g} s ({projected.fsdp_hidden_seconds:.3g} s more hidden) a micro-batch "
         "are predictions",
     ]
+    limit = plan.inputs["gpu_mem_constraint"] * GB
+    if measured.peak > limit:
+        lines.append(f"warning: that is more than the {limit / GB:g} GB that the plan was made for")
     if measured.layers_run < measured.layers:
         lines.append(f"{measured.layers_run} of {measured.layers} layers ran; the others were counted like them")
     return lines

@@ -33,7 +33,9 @@ def run(job: Job) -> tuple[int, int]:
         The steps that were done before, and those that are now.
     """
     assert job.dataset_path is not None, "parse_job refuses a run without rows"
-    devices.take(job.device)  # first of all, since to ask for the GPU's name touches CUDA
+    if job.deterministic:
+        be_deterministic()
+    devices.take(job.device)  # before all else that touches CUDA, as to ask for the GPU's name does
     config = load_config(job.model_id)
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, config.vocab_size)
     resume = find_resume(job, len(rows), FORMATS)
@@ -48,10 +50,8 @@ def run(job: Job) -> tuple[int, int]:
         check_same_model(resume, plan.parameters)
     elif weights:
         check_weights(weights, plan.parameters)
-    if job.deterministic:
-        be_deterministic()
     with parallel.process_group(job.device) as device, saying_what_was_predicted(plan_file.predicted):
-        choose_attention(job, plan.fused_attention, device)
+        take_attention(job, agree_on_attention(job, plan.fused_attention, device))
         model = build_on_rank(job, folder, plan, device)
         if weights is not None:
             parallel.load_safetensors(model, weights)
@@ -63,23 +63,29 @@ def run(job: Job) -> tuple[int, int]:
         return train(model, rows, job, flops, resume, functools.partial(save_hf_files, job.model_id, config))
 
 
-def choose_attention(job: Job, shapes: list[list[list[int]]], device: torch.device) -> None:
-    """Tries the fused attention kernels that are there, before there is a model; rank 0 says what was taken.
+def agree_on_attention(job: Job, shapes: list[list[list[int]]], device: torch.device) -> choice.Choice | None:
+    """What the first rank chooses, for all: kernels differ in the last bits, and ranks of a plan are to round alike."""
+    chosen = [choose_attention(job, shapes, device) if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(chosen)
+    return chosen[0]
 
-    Rank 0 decides for all: kernels differ in the last bits, and ranks of one plan are to round alike.
+
+def choose_attention(job: Job, shapes: list[list[list[int]]], device: torch.device) -> choice.Choice | None:
+    """The fastest of the fused attention kernels that are here, at the plan's shapes; None if there is no choice."""
+    if not shapes or device.type != "cuda" or job.dtype not in fused.HALF:
+        return None
+    names = choice.candidates(job.attn_implementation, job.deterministic)
+    return choice.choose(names, shapes, job.dtype) if names else None
+
+
+def take_attention(job: Job, chosen: choice.Choice | None) -> None:
+    """Takes the kernel that was chosen, before there is a model; rank 0 says which.
 
     Raises:
         KernelError: none takes the plan's shapes.
     """
-    if not shapes or device.type != "cuda" or job.dtype not in fused.HALF:
+    if chosen is None:
         return
-    names = choice.candidates(job.attn_implementation, job.deterministic)
-    if not names:
-        return
-    found = [choice.choose(names, shapes, job.dtype) if torchrun.rank() == 0 else None]
-    dist.broadcast_object_list(found)
-    (chosen,) = found
-    assert chosen is not None, "rank 0 has chosen"
     if chosen.kernel is None and job.attn_implementation != "auto":
         raise KernelError(f"{chosen.findings}; choose auto")
     fused.set_auto(chosen.kernel or "sdpa")
