@@ -1,6 +1,6 @@
 """What a micro-batch's time and memory go to, from profiles; the parts of its time are those of a prediction."""
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -44,7 +44,7 @@ def seconds_by_part(profiled: profile, device: torch.device) -> dict[str, float]
     """
     seconds: dict[str, float] = dict.fromkeys((*PARTS, COPIES), 0.0)
     times = list(_kernel_times(profiled) if device.type == "cuda" else _operator_times(profiled))
-    by_stream: Counter[int] = Counter()
+    by_stream: dict[int, float] = defaultdict(float)
     for _, own, stream in times:
         by_stream[stream] += own
     for operator, own, stream in times:
