@@ -2,9 +2,11 @@
 
     python benchmarks/rehearsal.py [--output FILE.md]      # some three minutes on two cores
 
-Of two small models and two plans over two ranks, every rank is rehearsed alone, and then both run together, joined by
-gloo; the same code measures them. Time is that of the computing thread, so that waiting for the other rank does not
-count. A rehearsal leaves out the copies that stand in for the network, and gloo's copies are made by its own threads.
+Of two small models and two plans over two ranks, every rank is rehearsed, and then both run together, joined by gloo;
+the same code measures them. Time is that of the computing thread, so that waiting for the other rank does not count. A
+rehearsal leaves out the copies that stand in for the network, and gloo's copies are made by its own threads. The two
+rehearsals run side by side, though they know nothing of each other: two cores that are both busy are slower than one
+that is, and real ranks keep both busy.
 """
 
 import argparse
@@ -14,6 +16,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,8 +77,7 @@ def compare(folder: Path) -> str:
     for model, plan in tqdm([(model, plan) for model in MODELS for plan in PLANS], unit="plan"):
         argv = arguments(folder, model, plan)
         real = run_together(folder, argv)
-        for rank in range(RANKS):
-            alone = rehearse(argv, rank)
+        for rank, alone in enumerate(rehearse(argv)):
             seconds, peak = alone["micro_batch"]["seconds"], peak_bytes(alone)
             ratios = seconds / real[rank]["micro_batch"]["seconds"], peak / peak_bytes(real[rank])
             lines.append(
@@ -94,12 +96,15 @@ def arguments(folder: Path, model: str, plan: str) -> list[str]:
     return [*argv, *PLANS[plan], *recompute]
 
 
-def rehearse(argv: list[str], rank: int) -> dict:
-    """What rehearsal.json has as measured of this rank."""
+def rehearse(argv: list[str]) -> list[dict]:
+    """What rehearsal.json has as measured of each rank."""
     script = Path(__file__).parent.parent / "train.py"
-    run([sys.executable, str(script), *argv, "--rehearse_rank", str(rank)])
-    folder = Path(argv[argv.index("--compiled_dir") + 1]) / argv[argv.index("--name") + 1]
-    return json.loads((folder / compiled.REHEARSAL).read_text())["measured"]
+    places = [f"{argv[argv.index('--name') + 1]}-rank{rank}" for rank in range(RANKS)]
+    ranks = [["--name", place, "--rehearse_rank", str(rank)] for rank, place in enumerate(places)]
+    with ThreadPoolExecutor(RANKS) as pool:
+        list(pool.map(run, [[sys.executable, str(script), *argv, *options] for options in ranks]))
+    folder = Path(argv[argv.index("--compiled_dir") + 1])
+    return [json.loads((folder / place / compiled.REHEARSAL).read_text())["measured"] for place in places]
 
 
 def run_together(folder: Path, argv: list[str]) -> list[dict]:
