@@ -135,6 +135,7 @@ def measure_as_rank(folder: Path, argv: list[str]) -> None:
 
 
 def peak_bytes(measured: dict) -> float:
+    """Measured.peak, of what rehearsal.json has as measured."""
     return 4 * measured["masters"] + measured["micro_batch"]["peak"]
 
 

@@ -808,7 +808,7 @@ def test_the_time_that_a_gpu_works_is_predicted_within_5_percent_of_three_rehear
     assert plan.recompute.count(Recompute.ALL_BUT_ATTENTION) == (16 if length == 131072 else 0)
 
     time, (kernels, stand_ins) = step_time(graph, plan, setting), REHEARSED[length]
-    predicted = seconds_by_part(graph, plan, setting)
+    predicted = seconds_by_part(graph, plan, setting, time)
     assert set(predicted) == set(PARTS)
     for part, seconds in PARTS_REHEARSED.get(length, {}).items():
         assert predicted[part] == pytest.approx(seconds, rel=0.05), part

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -15,6 +14,7 @@ from families import reference_loss, reference_model, small_config
 from saved_rows import save_rows
 from transformers import AutoModelForCausalLM
 
+from benchmarks.gpu_parts.processes import end_family
 from longctx.data import order
 
 ROOT = Path(__file__).parent.parent
@@ -114,12 +114,6 @@ def test_a_plan_over_two_ranks_trains_as_two_ranks_apart_do(job, uninterrupted, 
         assert partitioned[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step
 
 
-def family_of(pid: int) -> list[int]:
-    """A process and all that it and its children have started."""
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [pid, *(descendant for child in children for descendant in family_of(int(child)))]
-
-
 @pytest.mark.parametrize("plan_ngpus", [1, 2])
 def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partitioned, plan_ngpus):
     expected, options = {1: (uninterrupted, []), 2: (partitioned, ["--deterministic"])}[plan_ngpus]
@@ -134,9 +128,7 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partition
     deadline = time.monotonic() + 120
     while len(read_steps(job, 2, name)) < 6 and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.01)
-    for pid in family_of(process.pid):  # torchrun's workers are in sessions of their own
-        os.kill(pid, signal.SIGKILL)
-    process.wait()
+    end_family(process)
     before = read_steps(job, 2, name)
     assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"
 

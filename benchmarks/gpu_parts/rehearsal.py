@@ -9,6 +9,8 @@ from pathlib import Path
 
 from benchmarks.gpu_parts.results import Measurement, Row
 from benchmarks.gpu_parts.training import small_llama
+from benchmarks.rehearsal import peak_bytes
+from longctx.compiled import Predicted, read_plan_file
 
 ROOT = Path(__file__).parent.parent.parent
 LLAMA_8B = ROOT / "examples" / "llama3_8b_128k"
@@ -33,11 +35,11 @@ def rehearsal_rows(name: str, model: Path, length: int, ranks: int, compiled: Pa
     folder = compiled / f"{length}-tokens"
     rehearse(model, length, ranks, folder)
     rehearsal = json.loads((folder / "rehearsal.json").read_text())
-    predicted = json.loads((folder / "plan.json").read_text())["predicted"]
+    predicted = read_plan_file(folder).predicted
     measured, projection = rehearsal["measured"], rehearsal["projection"]
     return [
         whole_row(name, measured, predicted, rehearsal),
-        *part_rows(name, measured["micro_batch"]["parts"], predicted["parts"]),
+        *part_rows(name, measured["micro_batch"]["parts"], predicted.parts),
         Row(f"{name}, the optimizer's step", ms=1e3 * measured["update_seconds"]),
         Row(f"{name}, projected step", ms=1e3 * projection["step_seconds"], note=say_projection(projection)),
     ]
@@ -59,15 +61,13 @@ def rehearse(model: Path, length: int, ranks: int, folder: Path) -> None:
     print((folder / "rehearsal.md").read_text(), flush=True)  # with the table of kernels, into the part's log
 
 
-def whole_row(name: str, measured: dict, predicted: dict, rehearsal: dict) -> Row:
+def whole_row(name: str, measured: dict, predicted: Predicted, rehearsal: dict) -> Row:
     """The micro-batch as a whole. `detail` is the whole of rehearsal.json, with a GPU's kernels."""
-    micro_batch, computing = measured["micro_batch"], sum(predicted["parts"].values())
-    peak = sum(size for size in predicted["memory"].values() if not isinstance(size, str))
-    note = f"predicted {1e3 * computing:,.1f} ms and {peak / GB:.2f} GB"
+    micro_batch, computing = measured["micro_batch"], sum(predicted.parts.values())
+    note = f"predicted {1e3 * computing:,.1f} ms and {predicted.peak_bytes / GB:.2f} GB"
     if measured["reserved"] is not None:
         note += f"; {measured['reserved'] / GB:.2f} GB reserved, {measured['in_use'] / GB:.2f} in use on the card"
-    held = 4 * measured["masters"] + micro_batch["peak"]  # masters, gradients and two moments; and the rest
-    ms, peak_gb = 1e3 * micro_batch["seconds"], held / GB
+    ms, peak_gb = 1e3 * micro_batch["seconds"], peak_bytes(measured) / GB
     return Row(f"{name}, a micro-batch", ms=ms, peak_gb=peak_gb, note=note, detail=rehearsal)
 
 

@@ -16,7 +16,7 @@ from longctx.compiler.hardware import Hardware, collective_seconds
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.layout import Layout
 from longctx.compiler.lifetimes import saved_tensors, wants_gradient
-from longctx.compiler.ops import Shares, View, spec_of
+from longctx.compiler.ops import Shares, spec_of
 from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape
@@ -80,8 +80,7 @@ def _traffic(op: Op, phase: str, layout: Layout) -> Shares:
     if spec.traffic is not None:
         return spec.traffic(op, phase)
     if phase == "forward":
-        is_view = spec.view is View.ALWAYS or (spec.view is View.IF_CONTIGUOUS and not layout.is_strided(op))
-        return {} if is_view else _counted([*op.inputs, *op.outputs])
+        return {} if layout.is_view(op) else _counted([*op.inputs, *op.outputs])
     output = op.outputs[0]
     made = [t for t in op.inputs if t.requires_grad and not spec.shares_gradient(t, output)]
     return _counted([*made, *(len(made) * [*op.outputs]), *(saved_tensors(op) if made else [])])

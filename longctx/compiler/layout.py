@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
 from longctx.compiler.lifetimes import saved_besides, saved_tensors, strided_values, wants_gradient
+from longctx.compiler.ops import View, spec_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,11 @@ class Layout:
     def is_strided(self, op: Op) -> bool:
         """Whether an op reads or writes a strided value, which takes far longer than one in order."""
         return any(t.name in self.strided for t in (*op.inputs, *op.outputs) if t.kind != "parameter")
+
+    def is_view(self, op: Op) -> bool:
+        """Whether an op's output is its input's memory, so that nothing is read or written."""
+        view = spec_of(op).view
+        return view is View.ALWAYS or (view is View.IF_CONTIGUOUS and not self.is_strided(op))
 
 
 def layout_of(owner: Graph | LayerKind) -> Layout:

@@ -76,8 +76,8 @@ def predict(
 ) -> Prediction:
     """Seconds and bytes of a plan; `forward_flops` of one row are given, counted whole and counted causal."""
     memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
-    time, parts = step_time(graph, plan, setting), seconds_by_part(graph, plan, setting)
-    return Prediction(n_parameters, *forward_flops, time, parts, memory)
+    time = step_time(graph, plan, setting)
+    return Prediction(n_parameters, *forward_flops, time, seconds_by_part(graph, plan, setting, time), memory)
 
 
 @dataclass(frozen=True)
@@ -117,10 +117,10 @@ def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:
     return StepTime(*(sum(values) for values in zip(*(vars(time).values() for time in times), strict=True)))
 
 
-def seconds_by_part(graph: Graph, plan: Plan, setting: Setting) -> dict[str, float]:
+def seconds_by_part(graph: Graph, plan: Plan, setting: Setting, time: StepTime) -> dict[str, float]:
     """Seconds of a micro-batch's computing by what it is for, as a rehearsal measures them (runtime/parts.py).
 
-    What is recomputed counts with the operator that it is of.
+    What is recomputed counts with the operator that it is of. `time` is the plan's, and has what is no operator's.
     """
     seconds: defaultdict[str, float] = defaultdict(float)
     for body in _bodies(graph, plan):
@@ -131,7 +131,6 @@ def seconds_by_part(graph: Graph, plan: Plan, setting: Setting) -> dict[str, flo
                 forward, backward = (f"{part}, forward", f"{part}, backward") if part == "attention" else (part, part)
                 seconds[forward] += (times + body.recomputed(op)) * own.forward
                 seconds[backward] += times * own.backward
-    time = step_time(graph, plan, setting)
     return {**seconds, "FSDP's copies": time.weight_copies, "packing for reshards": time.packing}
 
 

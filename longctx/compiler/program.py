@@ -53,7 +53,7 @@ from longctx.compiler.lifetimes import saved_besides
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, Solution, scaled, total, value_of
 from longctx.compiler.localize import Assignment
 from longctx.compiler.memory import PERSISTENT_BYTES, gathered_bytes
-from longctx.compiler.ops import View, legal_partitions, spec_of
+from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.recompute import Recompute
@@ -458,9 +458,7 @@ def can_keep_attention(kind: LayerKind) -> bool:
 def is_relayout(op: Op, layout: Layout) -> bool:
     """Whether an op gives the same elements, in the same order, in other dimensions, so that resharding costs the same
     before and after it. A transpose does not: a strided value has to be copied before it is sent."""
-    spec = spec_of(op)
-    is_view = spec.view is View.ALWAYS or (spec.view is View.IF_CONTIGUOUS and not layout.is_strided(op))
-    if not is_view or spec.strides(op, False):
+    if not layout.is_view(op) or spec_of(op).strides(op, False):
         return False
     return len(op.inputs) == len(op.outputs) == 1 and prod(op.inputs[0].shape) == prod(op.outputs[0].shape)
 

@@ -197,6 +197,11 @@ def load_tensors(model: ParallelModel, tensors: Iterable[tuple[str, torch.Tensor
     assert not parameters, f"no weights for {list(parameters)}"
 
 
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's shard of a DTensor, which shares its memory; any other tensor as it is."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 @torch.no_grad()
 def load_slice(tensor: torch.Tensor, read: Reader) -> None:
     """Fills a tensor, or this rank's shard of a DTensor, with what `read` returns for its place in the whole."""

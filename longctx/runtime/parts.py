@@ -47,10 +47,11 @@ def seconds_by_part(profiled: profile, device: torch.device) -> dict[str, float]
     by_stream: dict[int, float] = defaultdict(float)
     for _, own, stream in times:
         by_stream[stream] += own
+    computing = max(by_stream, key=lambda stream: by_stream[stream])
     for operator, own, stream in times:
         part = _part_of(operator)
         # FSDP's collectives have streams of their own: what is copied there takes no time from the computing.
-        if part != COPIES or stream == max(by_stream, key=lambda stream: by_stream[stream]):
+        if part != COPIES or stream == computing:
             seconds[part] += own
     return seconds
 

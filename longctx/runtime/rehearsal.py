@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.profiler import profile
 from tqdm import tqdm
 
@@ -228,7 +227,7 @@ def whole_bytes(module: nn.Module, layers: Sequence[Layers]) -> float:
 
 def local_bytes(module: nn.Module) -> int:
     """Bytes of this rank's part of a module's weights."""
-    tensors = (p.to_local() if isinstance(p, DTensor) else p for p in module.parameters())
+    tensors = map(parallel.local, module.parameters())
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
@@ -240,7 +239,7 @@ def random_values(model: parallel.ParallelModel, seed: int) -> None:
     """Fills this rank's part of every weight: matrices at random, as models start, and vectors with ones or zeros."""
     torch.manual_seed(seed)
     for name, parameter in model.module.named_parameters():
-        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        local = parallel.local(parameter)
         if parameter.dim() > 1:
             local.normal_(std=0.02)
         else:

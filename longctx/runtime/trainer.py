@@ -25,7 +25,7 @@ from longctx.errors import TrainingError
 from longctx.job import Job
 from longctx.runtime import checkpoint
 from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
-from longctx.runtime.parallel import ParallelModel, reduce_plan_sharded_gradients
+from longctx.runtime.parallel import ParallelModel, local, reduce_plan_sharded_gradients
 
 BETAS = (0.9, 0.95)
 
@@ -170,8 +170,7 @@ def clip_factor(grad_norm: float, job: Job) -> float:
 def update_weights(model: ParallelModel, optimizer: torch.optim.Optimizer, lr: float, gradient_scale: float) -> None:
     """The optimizer's step, on the gradients times `gradient_scale`."""
     gradients = [p.grad for p in model.module.parameters() if p.grad is not None]
-    local = [g.to_local() if isinstance(g, DTensor) else g for g in gradients]
-    torch._foreach_mul_(local, gradient_scale)
+    torch._foreach_mul_([local(gradient) for gradient in gradients], gradient_scale)
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()

@@ -192,7 +192,7 @@ def bytes_by_kind(measured: Measured, plan: compiled.PlanFile) -> list[tuple[str
     return [
         *((name, times * measured.masters, predicted[name]) for name, times in state.items()),
         ("activations, gathered weights, workspace", measured.micro_batch.peak, rest),
-        ("**peak**", measured.peak, sum(predicted.values())),
+        ("**peak**", measured.peak, plan.predicted.peak_bytes),
     ]
 
 
