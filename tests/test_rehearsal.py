@@ -135,6 +135,7 @@ def test_a_rehearsal_says_what_it_measured_beside_what_was_predicted(tmp_path, c
     assert projection["tokens_per_s_per_gpu"] == pytest.approx(2 * 4 * 64 / projection["step_seconds"] / 4)
     said = capsys.readouterr().out
     assert "projection:" in said
+    assert "were predicted for cpu;" in said
     assert "were predicted" in said
 
 

@@ -127,8 +127,8 @@ def summary(rehearsal: Rehearsal, plan: compiled.PlanFile) -> list[str]:
     measured, projected = rehearsal.measured, rehearsal.projection
     lines = [
         f"rank {rehearsal.rank} alone on {rehearsal.device}, PyTorch {rehearsal.torch}: a micro-batch computes for "
-        f"{measured.micro_batch.seconds:.3g} s, where {computing_predicted(plan):.3g} were predicted; an optimizer "
-        f"step takes {measured.update_seconds:.3g} s",
+        f"{measured.micro_batch.seconds:.3g} s, where {computing_predicted(plan):.3g} were predicted for "
+        f"{plan.inputs['hardware']['name']}; an optimizer step takes {measured.update_seconds:.3g} s",
         f"{measured.peak / GB:.2f} GB at the peak, where {plan.predicted.peak_bytes / GB:.2f} were predicted"
         f"{_say_device(measured)}",
         f"projection: {projected.step_seconds:.3g} s a step, {projected.tokens_per_s_per_gpu:,.0f} tokens/s/GPU"
