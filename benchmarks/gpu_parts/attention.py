@@ -4,10 +4,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.gpu_parts.measuring import (
     DEVICE,
     ON_GPU,
+    Attention,
     Sizes,
     gradient_call,
     kernel_table,
@@ -19,36 +22,35 @@ from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 from longctx.kernels.attention import attention
 from longctx.kernels.fused import KERNELS, why_not
 
-RANKS, GROUP = 8, 4  # ranks that share the query heads; query heads that share a key
 OTHERS = ("sdpa",) if ON_GPU else ("sdpa", "eager")  # at a GPU's sizes the plain formula would take minutes
+MEMORY_EFFICIENT = "memory-efficient"  # PyTorch's, which sdpa takes where no other does, as for float32
 SAME_BITS = "the same bits twice"
 
 
 def attention_measurements(size: Sizes) -> Iterator[Measurement]:
-    """[1, heads/RANKS, l, d] with one key-value head for each GROUP query heads, at every length."""
-    heads = max(GROUP, size.heads // RANKS)
+    """Every kernel at each of the sizes' shapes."""
     deterministic = [name for name, kernel in KERNELS.items() if kernel.deterministic]
-    for length in size.attention_lengths:
-        shape = (heads, length, size.head_dim)
-        for kernel in (*KERNELS, *OTHERS):
-            name = f"attention at {length:,}, {kernel}"
-            yield Measurement(name, partial(attention_rows, name, kernel, *shape))
+    for shape in size.attention:
+        for kernel in (*KERNELS, *OTHERS, MEMORY_EFFICIENT):
+            name = f"attention {shape}, {kernel}"
+            yield Measurement(name, partial(attention_rows, name, kernel, shape))
         for kernel in deterministic:
-            name = f"attention at {length:,}, {kernel}, deterministic"
-            yield Measurement(name, partial(deterministic_rows, name, kernel, *shape))
+            name = f"attention {shape}, {kernel}, deterministic"
+            yield Measurement(name, partial(deterministic_rows, name, kernel, shape))
 
 
-def attention_rows(
-    name: str, kernel: str, heads: int, length: int, head_dim: int, deterministic: bool = False
-) -> list[Row]:
+def attention_rows(name: str, kernel: str, shape: Attention, deterministic: bool = False) -> list[Row]:
     """Two products over half of all pairs in the forward, five in the backward (arXiv:2307.08691, section 3.1.2)."""
     if reason := why_not(kernel, torch.bfloat16, DEVICE.type):
         raise LeftOut(reason)
-    query = normal(1, heads, length, head_dim).requires_grad_()
-    key, value = (normal(1, heads // GROUP, length, head_dim).requires_grad_() for _ in range(2))
-    options = {"implementation": kernel, "deterministic": deterministic}
-    forward = partial(attention, query, key, value, head_dim**-0.5, **options)
-    flops = 2 * 2 * heads * head_dim * length**2 / 2
+    query = normal(1, shape.heads, shape.length, shape.head_dim).requires_grad_()
+    key, value = (normal(1, shape.kv_heads, shape.length, shape.head_dim).requires_grad_() for _ in range(2))
+    if kernel == MEMORY_EFFICIENT:
+        forward = partial(memory_efficient, query, key, value)
+    else:
+        options = {"implementation": kernel, "deterministic": deterministic}
+        forward = partial(attention, query, key, value, shape.head_dim**-0.5, **options)
+    flops = 2 * 2 * shape.heads * shape.head_dim * shape.length**2 / 2
     with torch.no_grad():
         ahead = timed_row(f"{name}, forward", forward, flops, peak_gb=peak_gb(forward), detail=kernel_table(forward, 3))
     backward = gradient_call(forward(), [query, key, value])
@@ -63,7 +65,21 @@ def attention_rows(
     return [ahead, back]
 
 
-def deterministic_rows(name: str, kernel: str, heads: int, length: int, head_dim: int) -> list[Row]:
+def memory_efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """Causal attention, [1, heads, l, d] -> the same; the kernel wants a key and a value for every query head.
+
+    Raises:
+        LeftOut: there is no GPU.
+    """
+    if not ON_GPU:
+        raise LeftOut("it runs on a GPU")
+    group = query.shape[1] // key.shape[1]
+    key, value = (tensor.repeat_interleave(group, dim=1) for tensor in (key, value))
+    with sdpa_kernel(SDPBackend.EFFICIENT_ATTENTION):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True)
+
+
+def deterministic_rows(name: str, kernel: str, shape: Attention) -> list[Row]:
     """What --deterministic costs: the kernel is told to add in a fixed order, for which it may need more memory.
 
     Raises:
@@ -73,7 +89,7 @@ def deterministic_rows(name: str, kernel: str, heads: int, length: int, head_dim
     # As runs with --deterministic have it: by default PyTorch then fills all memory that it allocates.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
     try:
-        rows = attention_rows(name, kernel, heads, length, head_dim, deterministic=True)
+        rows = attention_rows(name, kernel, shape, deterministic=True)
     finally:
         torch.use_deterministic_algorithms(False)
     if SAME_BITS not in rows[1].note:

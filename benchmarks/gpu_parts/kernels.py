@@ -17,7 +17,7 @@ from longctx.kernels.rms_norm import rms_norm
 
 RANKS = 8  # that attention's all-to-alls are over
 BYTES = 2  # of a bfloat16
-CHUNKS = (1024, 2048, 4096, 8192)  # of the loss
+CHUNKS = (512, 1024, 2048, 4096, 8192)  # of the loss
 
 
 def measurements(small: bool, folder: Path) -> Iterator[Measurement]:

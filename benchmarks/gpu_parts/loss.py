@@ -12,7 +12,7 @@ from benchmarks import loss as benchmark
 from benchmarks.gpu_parts.measuring import Sizes, kernel_table, sizes, timed_row
 from benchmarks.gpu_parts.results import LeftOut, Measurement, Row
 
-OUR_CHUNKS = [1024, 2048, 4096]
+OUR_CHUNKS = [512, 1024, 2048, 4096]
 ON_GPUS = ("Liger's fused", "Apple's cut")  # peers that are packages for a GPU
 
 

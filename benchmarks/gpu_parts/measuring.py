@@ -21,8 +21,21 @@ HEAD_START_CYCLES = 20_000_000  # some 10 ms of a GPU
 
 
 @dataclass(frozen=True)
+class Attention:
+    """Causal attention of one row: query [1, heads, length, head_dim], keys and values with kv_heads of them."""
+
+    heads: int
+    kv_heads: int
+    length: int
+    head_dim: int
+
+    def __str__(self) -> str:
+        return f"of {self.heads}/{self.kv_heads} heads at {self.length:,}"
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """What is measured: the tokens and layer of one rank, and the lengths at which its attention runs."""
+    """What is measured: the tokens and layer of one rank, and its attention."""
 
     tokens: int
     hidden: int
@@ -30,15 +43,17 @@ class Sizes:
     heads: int  # of `hidden`, each of head_dim features
     head_dim: int
     vocab: int
-    attention_lengths: tuple[int, ...]
+    attention: tuple[Attention, ...]
     square: int  # the side of a product as large as any
     copied: int  # bytes of a copy far larger than any cache
     optimized: int  # parameters of an optimizer's step
 
 
-# A rank of eight that train Llama-3-8B at 131,072 tokens: 16,384 of the tokens, and 4 of the 32 query heads.
-LLAMA_8B = Sizes(16_384, 4096, 14_336, 32, 128, 128_256, (131_072, 32_768, 8_192), 8192, 2**31, 2**28)
-SMALL = Sizes(128, 64, 128, 8, 16, 500, (128,), 128, 2**22, 2**16)
+# A rank of eight that train Llama-3-8B has 4 of its 32 query heads, and one that trains it alone has them all.
+ATTENTION = (*(Attention(4, 1, length, 128) for length in (131_072, 32_768, 8_192)), Attention(32, 8, 8_192, 128))
+# At 131,072 tokens the rank of eight has 16,384 of them.
+LLAMA_8B = Sizes(16_384, 4096, 14_336, 32, 128, 128_256, ATTENTION, 8192, 2**31, 2**28)
+SMALL = Sizes(128, 64, 128, 8, 16, 500, (Attention(4, 1, 128, 16),), 128, 2**22, 2**16)
 
 
 def sizes(small: bool) -> Sizes:
