@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from families import (
     FAMILIES,
+    config_of,
     gradients_of,
     random_rows,
     reference_loss,
     reference_model,
-    small_config,
     worst_gradient_error,
 )
 from ranks import run_ranks
@@ -93,14 +93,14 @@ def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
 
 
 def trace_family(family: str) -> Graph:
-    config = small_config(family, tie_word_embeddings=list(FAMILIES).index(family) % 2 == 1)
+    config = config_of(family)
     sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     return trace(build_model(config, torch.float32), sample)
 
 
 def write_reference(folder: Path, family: str, n_rows: int) -> None:
     """The Hugging Face model's weights, loss and gradients on `n_rows` rows."""
-    config = small_config(family, tie_word_embeddings=list(FAMILIES).index(family) % 2 == 1)
+    config = config_of(family)
     reference = reference_model(config)
     loss = reference_loss(reference, *random_rows(n_rows, LENGTH, 256))
     loss.backward()
@@ -152,15 +152,22 @@ def run_cases(folder: Path, cases: list[Case]) -> None:
             parallel.reduce_plan_sharded_gradients(model)
             total = loss.detach().clone()
             dist.all_reduce(total, group=model.mesh.get_group("data_parallel"))
-            found = {name: model.globally(name, p.grad).full_tensor() for name, p in module.named_parameters()}
+            found = {n: model.globally(n, g).full_tensor() for n, g in gradients_of(module).items()}
             worst, name = worst_gradient_error(found, gradients)
             errors[case] = (abs(total.item() - expected) / abs(expected), worst, name)
         if dist.get_rank() == 0:
             torch.save(errors, folder / "errors.pt")
 
 
-def check_cases(cases: list[Case], chosen: bool = False) -> dict[Case, tuple[float, float, str]]:
-    """Runs cases of one number of ranks; returns each one's relative loss error, worst gradient error and where."""
+def check_cases(
+    cases: list[Case], chosen: bool = False, start_method: str = "spawn"
+) -> dict[Case, tuple[float, float, str]]:
+    """Runs cases of one number of ranks; returns each one's relative loss error, worst gradient error and where.
+
+    Args:
+        chosen: whether the planner chooses the plans, where otherwise they are drawn.
+        start_method: how the ranks' processes are started, as run_ranks takes it.
+    """
     (n_ranks,) = {case.n_ranks for case in cases}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -172,7 +179,7 @@ def check_cases(cases: list[Case], chosen: bool = False) -> dict[Case, tuple[flo
                     if not (folder / f"{family}-{n_rows}.pt").exists():
                         write_reference(folder, family, n_rows)
                     write_case(folder, case, graph, chosen)
-        run_ranks(n_ranks, run_cases, folder, cases)
+        run_ranks(n_ranks, run_cases, folder, cases, start_method=start_method)
         return torch.load(folder / "errors.pt", weights_only=False)
 
 
