@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx.data.rows import IGNORE_INDEX
@@ -133,22 +133,32 @@ def tiny_settings(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
         settings["is_decoder"] = True
     if "layer_types" in fields and "num_hidden_layers" in settings:  # so that there are layers of each type
         settings["num_hidden_layers"] = 4
-    inner = {name: one for name, one in config_class.sub_configs.items() if dataclasses.is_dataclass(one)}
-    return settings | {name: tiny_settings(one) for name, one in inner.items()}
+    for name, inner in config_class.sub_configs.items():
+        if inner is AutoConfig:
+            model_type = config_class.sub_configs_defaults[name].model_type
+            settings[name] = {"model_type": model_type, **tiny_settings(CONFIG_MAPPING[model_type])}
+        elif dataclasses.is_dataclass(inner):
+            settings[name] = tiny_settings(inner)
+    return settings
 
 
 _ROTARY = {"rope_type": "default", "rope_theta": 10_000.0}
 _FULL_AND_SLIDING = ["sliding_attention", "full_attention"] * 2
+_INDEXER = {"indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2}
 # What a family needs besides; of a configuration within it, what is to be changed there.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0}},
-    "dots1": {"n_shared_experts": 1},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
-    "dots3_note": {"text_config": {"num_key_value_heads": 4, "num_hidden_layers": 42}},
+    "dots3_note": {
+        "text_config": {"num_key_value_heads": 4},
+        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 64, "adapter_out_dim": 64},
+    },
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_unified_assistant": {"text_config": {"layer_types": _FULL_AND_SLIDING}},
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 16},
@@ -157,8 +167,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "mamba2": {"num_heads": 8},
     "ministral": {"head_dim": 16},
     "moshi": {"audio_vocab_size": 256},
+    "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, **_INDEXER},
+    "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, **_INDEXER}},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (4, 8), "attn_layers": ("local", "lsh")},
-    "zamba": {"num_hidden_layers": 3},
+    "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},
 }

@@ -66,20 +66,19 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
             whole, *split = legal_partitions(op, plan_size)
             partitions[op] = draw.choice(split) if split and draw.random() < eager else whole
 
-    def placement(tensor: Tensor) -> Placement:
+    def draw_placement(tensor: Tensor) -> Placement:
         shards = [Shard(d) for d, size in enumerate(tensor.shape) if size % plan_size == 0]
         return draw.choice([REPLICATE, *shards])
 
-    inputs = {t: placement(t) for call in graph.layer_calls for t in call.inputs[1:]}
+    inputs = {t: draw_placement(t) for call in graph.layer_calls for t in call.inputs[1:]}
     plan_sharded = {}
     for owner in (graph, *graph.kinds):
         ops = [op for op in (owner.body if isinstance(owner, Graph) else owner.ops) if isinstance(op, Op)]
         for tensor in owner.parameters.values():
             wanted = {partitions[op].inputs[i] for op in ops for i, t in enumerate(op.inputs) if t is tensor}
-            (placement_wanted, *others) = wanted
-            if isinstance(placement_wanted, Shard) and not others and draw.random() < 0.5:
-                plan_sharded[tensor] = placement_wanted.dim
-    return Assignment(plan_size, partitions, placement(graph.layer_calls[0].inputs[0]), inputs, plan_sharded)
+            if len(wanted) == 1 and isinstance(placement := wanted.pop(), Shard) and draw.random() < 0.5:
+                plan_sharded[tensor] = placement.dim
+    return Assignment(plan_size, partitions, draw_placement(graph.layer_calls[0].inputs[0]), inputs, plan_sharded)
 
 
 def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:

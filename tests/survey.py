@@ -3,14 +3,16 @@
     PYTHONPATH=. python tests/survey.py --quick                      # plans for 1 rank; some minutes
     PYTHONPATH=. python tests/survey.py --output docs/models.md      # plans for 1, 2 and 4 ranks
 
-Each family has a process of its own with a time limit, since some models' code never ends or ends the process. What has
-been found is kept in --results, and a family that is there is not tried again: an interrupted survey goes on.
+Each family has a process of its own with a time limit, since some models' code never ends, takes all memory or ends the
+process. What has been found is kept in --results, and a family that is there is not tried again: an interrupted survey
+goes on.
 """
 
 import argparse
 import json
 import multiprocessing
 import os
+import resource
 import signal
 import traceback
 import warnings
@@ -21,11 +23,11 @@ import transformers
 from families import ALL_FAMILIES
 from plans import Case, check_cases
 from tqdm import tqdm
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx.errors import UserError, one_line
 
 TIME_LIMIT_S = 300
+MEMORY_LIMIT = 8 << 30  # bytes of a process
 LARGEST_LOSS_ERROR, LARGEST_GRADIENT_ERROR = 1e-6, 1e-4
 DRAWN = [(1, 1, 1), (2, 2, 3), (4, 4, 3), (4, 2, 2)]  # ranks, ranks of a plan, plans
 DRAWN_QUICKLY = [(1, 1, 1)]
@@ -33,7 +35,7 @@ DRAWN_QUICKLY = [(1, 1, 1)]
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of a family. `result` is 'right', 'wrong', 'refused', or 'failed': an error that is no sentence."""
+    """What was found of a family. `result` is 'right', 'wrong', 'refused', or 'failed': with an error and no sentence."""
 
     family: str
     result: str
@@ -67,6 +69,7 @@ def try_family(family: str, drawn: list[tuple[int, int, int]]) -> Row:
 def _write_row(path: Path, family: str, drawn: list[tuple[int, int, int]]) -> None:
     """What the process of a family does."""
     os.setsid()  # so that its ranks end with it
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY_LIMIT, MEMORY_LIMIT))
     devnull = os.open(os.devnull, os.O_WRONLY)
     os.dup2(devnull, 1)
     os.dup2(devnull, 2)

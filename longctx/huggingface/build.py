@@ -99,14 +99,7 @@ def build_model(
         ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't.
     """
     register_attention(attn_implementation, deterministic)
-    try:
-        with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=REGISTERED_NAME)
-    except Exception as error:  # values that make no sense fail anywhere in the model's code
-        raise ModelError(
-            f"this program can't build a {config.model_type} model from its configuration "
-            f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
-        ) from error
+    model = _build_on_meta(config, dtype)
     _refuse_mixtures(model)
     route_rms_norms(model)
     if sequence_length is not None:
@@ -114,6 +107,24 @@ def build_model(
     wrapped = CausalLMLoss(model).train()
     _leave_out_no_layer(model)
     return wrapped
+
+
+def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of transformers with its parameters on meta, and with our attention if it takes any but its own."""
+    build = functools.partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
+    try:
+        with parameters_on_meta():
+            try:
+                return build(attn_implementation=REGISTERED_NAME)
+            except KeyError as error:
+                if error.args != (REGISTERED_NAME,):
+                    raise
+                return build(attn_implementation="eager")  # it has a table of attention classes of its own
+    except Exception as error:  # values that make no sense fail anywhere in the model's code
+        raise ModelError(
+            f"transformers can't build a {config.model_type} model from its configuration "
+            f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
+        ) from error
 
 
 def _refuse_mixtures(model: PreTrainedModel) -> None:
