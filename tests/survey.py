@@ -35,7 +35,7 @@ DRAWN_QUICKLY = [(1, 1, 1)]
 
 @dataclass(frozen=True)
 class Row:
-    """What was found of a family. `result` is 'right', 'wrong', 'refused', or 'failed': with an error and no sentence."""
+    """What was found of a family. `result` is 'right', 'wrong', 'refused', or 'failed' (with no sentence)."""
 
     family: str
     result: str

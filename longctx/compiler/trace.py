@@ -45,7 +45,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     module.to("meta")  # so that everything is on one device; the values of the buffers are in `buffers`
     with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
         try:
-            with _without_logs():
+            with _without_logs(), _numbers_kept():
                 exported = torch.export.export(module, (), kwargs=sample, strict=False)
         except UserError:
             raise
@@ -66,6 +66,38 @@ def _without_logs() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+@contextmanager
+def _numbers_kept() -> Iterator[None]:
+    """Inside, torch.tensor of numbers is traced as operators that make them.
+
+    torch.export would keep the tensor itself as a constant, and one that a model makes on meta has no values.
+    """
+    make = torch.tensor
+
+    def tensor(data: Any, *args, **kwargs) -> torch.Tensor:
+        return _full(data, **kwargs) if _are_numbers(data) and not args else make(data, *args, **kwargs)
+
+    torch.tensor = tensor
+    try:
+        yield
+    finally:
+        torch.tensor = make
+
+
+def _are_numbers(data: Any) -> bool:
+    """Whether it is a number, or a nested list of numbers."""
+    if isinstance(data, (list, tuple)):
+        return bool(data) and all(map(_are_numbers, data))
+    return type(data) in (bool, int, float)
+
+
+def _full(data: Any, **kwargs) -> torch.Tensor:
+    """The tensor of numbers that torch.tensor makes."""
+    if isinstance(data, (list, tuple)):
+        return torch.stack([_full(item, **kwargs) for item in data])
+    return torch.full((), data, **kwargs)
 
 
 @dataclass
