@@ -153,7 +153,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {
         "text_config": {"num_key_value_heads": 4},
-        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 64, "adapter_out_dim": 64},
+        "vision_config": {"num_hidden_layers": 42, "adapter_in_dim": 64, "adapter_out_dim": 64, "embed_dim": 64},
     },
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
     "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
@@ -165,6 +165,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "minicpm3": {"num_key_value_heads": 4},
     "ministral": {"head_dim": 16},
     "moshi": {"audio_vocab_size": 256},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, **_INDEXER},

@@ -441,11 +441,16 @@ class {name}(nn.Module):
 
 
 def _parameter_tree(owner: Graph | LayerKind) -> dict:
-    """{'mlp': {'up_proj': {'weight': (14336, 4096)}}}: the parameters' shapes, nested as their names are."""
+    """{'mlp': {'up_proj': {'weight': (14336, 4096)}}}: the parameters' shapes, nested as their names are.
+
+    A parameter that is not trained, as a table of sines may be, has the expression that makes it.
+    """
     tree: dict = {}
     for name, tensor in owner.parameters.items():
         *path, last = name.split(".")
-        reduce(lambda node, part: node.setdefault(part, {}), path, tree)[last] = tensor.shape
+        frozen = f"nn.Parameter(torch.empty({tensor.shape}), requires_grad=False)"
+        node = reduce(lambda node, part: node.setdefault(part, {}), path, tree)
+        node[last] = tensor.shape if tensor.requires_grad else frozen
     return tree
 
 

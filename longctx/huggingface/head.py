@@ -111,7 +111,9 @@ def _head_ops(model: PreTrainedModel) -> list[HeadOp]:
         ModelError: the model has no output embeddings apart from its decoder, or never calls them.
     """
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
-    if not isinstance(getattr(lm_head, "weight", None), nn.Parameter) or decoder is model:
+    if decoder in (model, lm_head):  # some models call their output embeddings the decoder
+        decoder = max(model.children(), key=lambda module: sum(p.numel() for p in module.parameters()))
+    if not isinstance(getattr(lm_head, "weight", None), nn.Parameter) or decoder is lm_head:
         raise ModelError(
             f"this program needs a model whose decoder and output embeddings are modules of their own, and those of "
             f"{type(model).__name__} are not; choose another model"
