@@ -171,6 +171,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, **_INDEXER},
     "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, **_INDEXER}},
     "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (4, 8), "attn_layers": ("local", "lsh")},
+    "xmod": {"default_language": "en_XX"},
+    "youtu": {"num_key_value_heads": 4},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
     "zamba2": {"layer_types": ["mamba", "hybrid"]},
     "zaya": {"num_experts_per_tok": 1},

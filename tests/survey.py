@@ -29,7 +29,7 @@ from longctx.errors import UserError, one_line
 TIME_LIMIT_S = 300
 MEMORY_LIMIT = 8 << 30  # bytes of a process
 LARGEST_LOSS_ERROR, LARGEST_GRADIENT_ERROR = 1e-6, 1e-4
-DRAWN = [(1, 1, 1), (2, 2, 3), (4, 4, 3), (4, 2, 2)]  # ranks, ranks of a plan, plans
+DRAWN = [(1, 1, 1), (2, 2, 2), (4, 4, 2)]  # ranks, ranks of a plan, plans
 DRAWN_QUICKLY = [(1, 1, 1)]
 
 
