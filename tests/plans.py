@@ -16,11 +16,11 @@ import torch
 import torch.distributed as dist
 from families import (
     FAMILIES,
+    config_of,
     gradients_of,
     random_rows,
     reference_loss,
     reference_model,
-    small_config,
     worst_gradient_error,
 )
 from ranks import run_ranks
@@ -66,20 +66,19 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
             whole, *split = legal_partitions(op, plan_size)
             partitions[op] = draw.choice(split) if split and draw.random() < eager else whole
 
-    def placement(tensor: Tensor) -> Placement:
+    def draw_placement(tensor: Tensor) -> Placement:
         shards = [Shard(d) for d, size in enumerate(tensor.shape) if size % plan_size == 0]
         return draw.choice([REPLICATE, *shards])
 
-    inputs = {t: placement(t) for call in graph.layer_calls for t in call.inputs[1:]}
+    inputs = {t: draw_placement(t) for call in graph.layer_calls for t in call.inputs[1:]}
     plan_sharded = {}
     for owner in (graph, *graph.kinds):
         ops = [op for op in (owner.body if isinstance(owner, Graph) else owner.ops) if isinstance(op, Op)]
         for tensor in owner.parameters.values():
             wanted = {partitions[op].inputs[i] for op in ops for i, t in enumerate(op.inputs) if t is tensor}
-            (placement_wanted, *others) = wanted
-            if isinstance(placement_wanted, Shard) and not others and draw.random() < 0.5:
-                plan_sharded[tensor] = placement_wanted.dim
-    return Assignment(plan_size, partitions, placement(graph.layer_calls[0].inputs[0]), inputs, plan_sharded)
+            if len(wanted) == 1 and isinstance(placement := wanted.pop(), Shard) and draw.random() < 0.5:
+                plan_sharded[tensor] = placement.dim
+    return Assignment(plan_size, partitions, draw_placement(graph.layer_calls[0].inputs[0]), inputs, plan_sharded)
 
 
 def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
@@ -93,14 +92,14 @@ def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
 
 
 def trace_family(family: str) -> Graph:
-    config = small_config(family, tie_word_embeddings=list(FAMILIES).index(family) % 2 == 1)
+    config = config_of(family)
     sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
     return trace(build_model(config, torch.float32), sample)
 
 
 def write_reference(folder: Path, family: str, n_rows: int) -> None:
     """The Hugging Face model's weights, loss and gradients on `n_rows` rows."""
-    config = small_config(family, tie_word_embeddings=list(FAMILIES).index(family) % 2 == 1)
+    config = config_of(family)
     reference = reference_model(config)
     loss = reference_loss(reference, *random_rows(n_rows, LENGTH, 256))
     loss.backward()
@@ -152,15 +151,22 @@ def run_cases(folder: Path, cases: list[Case]) -> None:
             parallel.reduce_plan_sharded_gradients(model)
             total = loss.detach().clone()
             dist.all_reduce(total, group=model.mesh.get_group("data_parallel"))
-            found = {name: model.globally(name, p.grad).full_tensor() for name, p in module.named_parameters()}
+            found = {n: model.globally(n, g).full_tensor() for n, g in gradients_of(module).items()}
             worst, name = worst_gradient_error(found, gradients)
             errors[case] = (abs(total.item() - expected) / abs(expected), worst, name)
         if dist.get_rank() == 0:
             torch.save(errors, folder / "errors.pt")
 
 
-def check_cases(cases: list[Case], chosen: bool = False) -> dict[Case, tuple[float, float, str]]:
-    """Runs cases of one number of ranks; returns each one's relative loss error, worst gradient error and where."""
+def check_cases(
+    cases: list[Case], chosen: bool = False, start_method: str = "spawn"
+) -> dict[Case, tuple[float, float, str]]:
+    """Runs cases of one number of ranks; returns each one's relative loss error, worst gradient error and where.
+
+    Args:
+        chosen: whether the planner chooses the plans, where otherwise they are drawn.
+        start_method: how the ranks' processes are started, as run_ranks takes it.
+    """
     (n_ranks,) = {case.n_ranks for case in cases}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -172,7 +178,7 @@ def check_cases(cases: list[Case], chosen: bool = False) -> dict[Case, tuple[flo
                     if not (folder / f"{family}-{n_rows}.pt").exists():
                         write_reference(folder, family, n_rows)
                     write_case(folder, case, graph, chosen)
-        run_ranks(n_ranks, run_cases, folder, cases)
+        run_ranks(n_ranks, run_cases, folder, cases, start_method=start_method)
         return torch.load(folder / "errors.pt", weights_only=False)
 
 

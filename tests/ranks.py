@@ -8,15 +8,18 @@ import torch
 import torch.multiprocessing as mp
 
 
-def run_ranks(world_size: int, function: Callable, *args, device: str = "cpu") -> None:
+def run_ranks(world_size: int, function: Callable, *args, device: str = "cpu", start_method: str = "spawn") -> None:
     """Calls function(*args) in `world_size` processes, set up as torchrun does; an exception in one is raised here.
 
-    The processes see GPUs only if `device` is 'cuda', and else train on the CPU wherever the tests run.
+    The processes see GPUs only if `device` is 'cuda', and else train on the CPU wherever the tests run. Processes that
+    are forked start at once, but PyTorch must not have made threads in this process.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    mp.spawn(_run_rank, (world_size, port, device, function, args), nprocs=world_size)
+    mp.start_processes(
+        _run_rank, (world_size, port, device, function, args), nprocs=world_size, start_method=start_method
+    )
 
 
 def _run_rank(rank: int, world_size: int, port: int, device: str, function: Callable, args: tuple) -> None:

@@ -38,10 +38,10 @@ def test_a_folder_without_a_configuration_or_of_another_kind_of_model_is_refused
         load_config(str(tmp_path))
 
 
-def test_a_model_that_can_not_be_built_is_refused_as_one_that_this_program_can_not_build():
+def test_a_model_that_can_not_be_built_is_refused_as_one_that_transformers_can_not_build():
     config = small_config("llama")
     config.hidden_act = "no such function"
-    with pytest.raises(ModelError, match="^this program can't build a llama model from its configuration .*no such"):
+    with pytest.raises(ModelError, match="^transformers can't build a llama model from its configuration .*no such"):
         build_model(config, torch.float32)
 
 

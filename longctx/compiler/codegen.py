@@ -197,7 +197,7 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
     results = (owner.output,) if isinstance(owner, Graph) else owner.outputs
     reserved = {"torch", "F", "nn", "checkpoint", "module", "self", "layer"} | {name for name, _ in constants.values()}
     reserved |= {spec_of(op).name for op in graph.all_ops() if not is_aten(op)}
-    body = _Body(device, reserved, constants, {t: f"self.{name}" for name, t in owner.parameters.items()}, results)
+    body = _Body(device, reserved, constants, {t: _attribute(name) for name, t in owner.parameters.items()}, results)
 
     users: dict[Tensor, list[Op | LayerCall]] = {}
     for item in items:
@@ -441,12 +441,27 @@ class {name}(nn.Module):
 
 
 def _parameter_tree(owner: Graph | LayerKind) -> dict:
-    """{'mlp': {'up_proj': {'weight': (14336, 4096)}}}: the parameters' shapes, nested as their names are."""
+    """{'mlp': {'up_proj': {'weight': (14336, 4096)}}}: the parameters' shapes, nested as their names are.
+
+    A parameter that is not trained, as a table of sines may be, has the expression that makes it.
+    """
     tree: dict = {}
     for name, tensor in owner.parameters.items():
         *path, last = name.split(".")
-        reduce(lambda node, part: node.setdefault(part, {}), path, tree)[last] = tensor.shape
+        frozen = f"nn.Parameter(torch.empty({tensor.shape}), requires_grad=False)"
+        node = reduce(lambda node, part: node.setdefault(part, {}), path, tree)
+        node[last] = tensor.shape if tensor.requires_grad else frozen
     return tree
+
+
+def _attribute(path: str) -> str:
+    """The expression for a parameter: self.mlp.up_proj.weight, or self.ffn["0"].weight within a list of modules."""
+    return "self" + "".join(f".{part}" if _is_name(part) else f'["{part}"]' for part in path.split("."))
+
+
+def _is_name(part: str) -> bool:
+    """Whether Python can write it behind a dot."""
+    return part.isidentifier() and not keyword.iskeyword(part)
 
 
 def _parameters(node: dict | tuple | str) -> str:
@@ -456,9 +471,12 @@ def _parameters(node: dict | tuple | str) -> str:
     if isinstance(node, tuple):
         return f"nn.Parameter(torch.empty({node}))"
     parts = {name: str(v) if isinstance(v, tuple) else _parameters(v) for name, v in node.items()}
-    if all(name.isidentifier() and not keyword.iskeyword(name) for name in parts):
+    if all(map(_is_name, parts)):
         return f"module({', '.join(f'{name}={text}' for name, text in parts.items())})"
-    return f"module(**{{{', '.join(f'{name!r}: {text}' for name, text in parts.items())}}})"
+    holder = "nn.ModuleDict"  # its parts are reached by subscript, whatever their names
+    if all(isinstance(part, tuple) for part in node.values()):
+        holder, parts = "nn.ParameterDict", {name: f"torch.empty({shape})" for name, shape in parts.items()}
+    return f"{holder}({{{', '.join(f'{name!r}: {text}' for name, text in parts.items())}}})"
 
 
 def _module_list(graph: Graph) -> str:

@@ -81,9 +81,12 @@ def _cut_layer(
     made = {t for op in ops for t in op.outputs}
     inside = set(ops)
     taken = list(dict.fromkeys(t for op in ops for t in op.inputs if t not in made))
-    parameters = {t.name.removeprefix(prefix): t for t in taken if t.kind == "parameter"}
-    if outsiders := [t.name for t in parameters.values() if not t.name.startswith(prefix)]:
+    used = {t.name: t for t in taken if t.kind == "parameter"}
+    if outsiders := [name for name in used if not name.startswith(prefix)]:
         raise ModelError(f"layer {index} uses the weight {outsiders[0]}, which is not its own")
+    # A weight that the loss does not depend on (of an attention to an encoder, say) is loaded and saved all the same.
+    own = used | {name: t for name, t in flat.parameters.items() if name.startswith(prefix)}
+    parameters = {name.removeprefix(prefix): t for name, t in own.items()}
     constants = {t: flat.constants[t] for t in taken if t.kind == "constant"}
     inputs = [t for t in taken if t.kind not in ("parameter", "constant")]
     inputs.sort(key=lambda t: (t is not carried, not t.requires_grad))  # stable: hidden states come first
@@ -105,7 +108,8 @@ def _signature(kind: LayerKind) -> tuple:
 
     ops = tuple(repr((op.target, map_tensors((op.args, op.kwargs), local), op.module)) for op in kind.ops)
     inputs, outputs = (tuple(local(t) for t in side) for side in (kind.inputs, kind.outputs))
-    return kind.class_name, inputs, outputs, ops
+    shapes = tuple((name, t.shape) for name, t in sorted(kind.parameters.items()))
+    return kind.class_name, shapes, inputs, outputs, ops
 
 
 def _numbered(kinds: list[LayerKind]) -> list[LayerKind]:

@@ -13,11 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
+from math import prod
 from types import FunctionType
 from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.overrides import TorchFunctionMode
 
 from longctx.compiler.annotation import output_shapes
 from longctx.compiler.ir import Device, FlatGraph, Graph, Op, Tensor, map_tensors
@@ -45,7 +47,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     module.to("meta")  # so that everything is on one device; the values of the buffers are in `buffers`
     with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
         try:
-            with _without_logs():
+            with _without_logs(), _NumbersKept():
                 exported = torch.export.export(module, (), kwargs=sample, strict=False)
         except UserError:
             raise
@@ -53,7 +55,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
             raise ModelError(f"torch.export can't trace {class_name}: {one_line(error)}") from error
     flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
     _check_learned_positions(flat, class_name)
-    return fold_layers(flat, class_name, *_decoder_layers(model))
+    return fold_layers(flat, class_name, *_decoder_layers(model, flat))
 
 
 @contextmanager
@@ -66,6 +68,43 @@ def _without_logs() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
+
+
+class _NumbersKept(TorchFunctionMode):
+    """Inside, tensors that are made of Python's numbers are traced as operators that make them.
+
+    torch.export would keep each as a constant, and one that a model makes on meta has no values.
+    """
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is torch.tensor and len(args) == 1 and _are_numbers(args[0]):
+            return _full(args[0], **kwargs)
+        if func is torch.Tensor.__getitem__ and _is_one_of_a_list(args[1]):
+            return args[0][tuple(slice(i[0], i[0] + 1 or None) if isinstance(i, list) else i for i in args[1])]
+        return func(*args, **kwargs)
+
+
+def _is_one_of_a_list(index: Any) -> bool:
+    """Whether an index is like [..., [-1]], which is [..., -1:]."""
+    if not isinstance(index, tuple) or any(isinstance(i, torch.Tensor) for i in index):
+        return False
+    lists = [i for i in index if isinstance(i, list)]
+    return len(lists) == 1 and len(lists[0]) == 1 and type(lists[0][0]) is int
+
+
+def _are_numbers(data: Any) -> bool:
+    """Whether it is a number, or a nested list of numbers."""
+    if isinstance(data, (list, tuple)):
+        return bool(data) and all(map(_are_numbers, data))
+    return type(data) in (bool, int, float)
+
+
+def _full(data: Any, **kwargs) -> torch.Tensor:
+    """The tensor of numbers that torch.tensor makes."""
+    if isinstance(data, (list, tuple)):
+        return torch.stack([_full(item, **kwargs) for item in data])
+    return torch.full((), data, **kwargs)
 
 
 @dataclass
@@ -133,12 +172,21 @@ def _stand_in(library: torch.library.Library, op: RegisteredOp, table: dict[str,
     return stand_in
 
 
-def _decoder_layers(model: nn.Module) -> tuple[str, dict[int, str]]:
-    """The path of the decoder's list of layers, and each layer's class name. It is the list with most parameters."""
+def _decoder_layers(model: nn.Module, flat: FlatGraph) -> tuple[str, dict[int, str]]:
+    """The path of the decoder's list of layers, and each layer's class name.
+
+    It is the list most of whose parameters the graph uses: a model may have larger layers that a loss of tokens never
+    meets, as those of a vision tower.
+    """
+    used = {t.name: prod(t.shape) for op in flat.ops for t in op.inputs if t.kind == "parameter"}
     lists = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.ModuleList)]
     if not lists:
         return "", {}
-    path, layers = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+
+    def size(path: str) -> int:
+        return sum(n for name, n in used.items() if name.startswith(f"{path}."))
+
+    path, layers = max(lists, key=lambda item: size(item[0]))
     return path, {index: type(layer).__name__ for index, layer in enumerate(layers)}
 
 

@@ -15,7 +15,7 @@ from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, one_line
 from longctx.huggingface.attention import REGISTERED_NAME, register_attention
-from longctx.huggingface.head import read_head
+from longctx.huggingface.head import input_of_output_embeddings, read_head
 from longctx.huggingface.norms import route_rms_norms
 from longctx.huggingface.rotary import settle_rotary_tables
 
@@ -33,7 +33,7 @@ class CausalLMLoss(nn.Module):
         self.head = read_head(model)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        hidden_states = self.model.get_decoder()(input_ids=tokens, use_cache=False).last_hidden_state
+        hidden_states = input_of_output_embeddings(self.model, tokens)
         lm_head = self.model.get_output_embeddings()
         assert lm_head is not None, "read_head refuses a model without"
         weight = lm_head.weight
@@ -99,20 +99,41 @@ def build_model(
         ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't.
     """
     register_attention(attn_implementation, deterministic)
-    try:
-        with parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=REGISTERED_NAME)
-    except Exception as error:  # values that make no sense fail anywhere in the model's code
-        raise ModelError(
-            f"this program can't build a {config.model_type} model from its configuration "
-            f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
-        ) from error
+    model = _build_on_meta(config, dtype)
+    _refuse_mixtures(model)
     route_rms_norms(model)
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
     wrapped = CausalLMLoss(model).train()
     _leave_out_no_layer(model)
     return wrapped
+
+
+def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
+    """The model of transformers with its parameters on meta, and with our attention if it takes any but its own."""
+    build = functools.partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
+    try:
+        with parameters_on_meta():
+            try:
+                return build(attn_implementation=REGISTERED_NAME)
+            except KeyError as error:
+                if error.args != (REGISTERED_NAME,):
+                    raise
+                return build(attn_implementation="eager")  # it has a table of attention classes of its own
+    except Exception as error:  # values that make no sense fail anywhere in the model's code
+        raise ModelError(
+            f"transformers can't build a {config.model_type} model from its configuration "
+            f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
+        ) from error
+
+
+def _refuse_mixtures(model: PreTrainedModel) -> None:
+    """Raises a ModelError for a mixture of experts: which of its weights a token meets depends on the data."""
+    if any(name.rsplit(".", 1)[-1] == "experts" for name, _ in model.named_modules()):
+        raise ModelError(
+            f"{type(model).__name__} is a mixture of experts, and this program can't train those yet; "
+            "choose a model whose layers are dense"
+        )
 
 
 def _leave_out_no_layer(model: PreTrainedModel) -> None:

@@ -1,17 +1,21 @@
-"""What a model's own head does to its logits, read from its operators, so that the chunked loss does the same.
+"""What a model's own head does, so that the chunked loss does the same.
 
-Configurations name it differently in every family (final_logit_softcapping, logits_scaling, logit_scale), and a name
-that is not known would silently be ignored. So the head is run once, on meta tensors, and its operators are recorded.
+Before the output embeddings a head may do anything (BERT's has a layer of its own): that is part of the traced model.
+What it does to the logits afterwards has to be known, since the loss never holds them. Configurations name it
+differently in every family (final_logit_softcapping, logits_scaling, logit_scale), and a name that is not known would
+silently be ignored. So the head is run once, on meta tensors, and its operators are recorded.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from longctx.errors import ModelError
+from longctx.errors import ModelError, one_line
 
 # Operators that move, rename or convert numbers and compute none.
 LAYOUT_OPS = {"t", "view", "_unsafe_view", "slice", "alias", "_to_copy", "detach", "expand", "reshape", "unsqueeze"}
@@ -34,7 +38,7 @@ class HeadOp:
 
 
 def read_head(model: PreTrainedModel) -> Head:
-    """Reads what a model on meta does between its decoder and its logits.
+    """Reads what a model on meta does from its output embeddings on.
 
     Raises:
         ModelError: that is something else than a linear layer, a scale and a soft-cap.
@@ -66,24 +70,84 @@ def _head_error(model: PreTrainedModel, names: list[str]) -> ModelError:
     )
 
 
+def input_of_output_embeddings(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
+    """Runs a model up to its output embeddings, and returns what it hands them: [b, l] int64 -> [b, l, d]."""
+    handed: list[torch.Tensor] = []
+
+    def take(hidden_states: torch.Tensor) -> torch.Tensor:
+        handed.append(hidden_states)
+        return hidden_states  # in place of the logits, which nobody reads
+
+    with _forward_replaced(model.get_output_embeddings(), take):
+        model(input_ids=tokens, use_cache=False)
+    return handed[-1]
+
+
+@contextmanager
+def _forward_replaced(module: nn.Module, forward: Callable) -> Iterator[None]:
+    """Inside, calling the module calls `forward`."""
+    module.forward = forward
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+class _DecoderOutput(tuple):
+    """What a decoder returns, whatever its family: the hidden states, and None for all else that a head asks for."""
+
+    @property
+    def last_hidden_state(self) -> torch.Tensor:
+        return self[0]
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
 def _head_ops(model: PreTrainedModel) -> list[HeadOp]:
-    """The operators of the model's forward outside its decoder, in order."""
+    """The operators of the model's forward from its output embeddings on, in order.
+
+    Raises:
+        ModelError: the model has no output embeddings apart from its decoder, or never calls them.
+    """
     decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
-    if lm_head is None or decoder is model:
+    if decoder in (model, lm_head):  # some models call their output embeddings the decoder
+        decoder = max(model.children(), key=lambda module: sum(p.numel() for p in module.parameters()))
+    if not isinstance(getattr(lm_head, "weight", None), nn.Parameter) or decoder is lm_head:
         raise ModelError(
             f"this program needs a model whose decoder and output embeddings are modules of their own, and those of "
             f"{type(model).__name__} are not; choose another model"
         )
-    hidden_states = torch.empty(1, 2, lm_head.weight.shape[1], device="meta", dtype=lm_head.weight.dtype)
+    # A head that begins with a layer of its own may take more features than the output embeddings do.
+    width = lm_head.weight.shape[1]
+    for width in dict.fromkeys((width, getattr(model.config.get_text_config(), "hidden_size", width))):
+        try:
+            return _run_head(model, decoder, lm_head, width)
+        except Exception as error:
+            failed = error
+    raise ModelError(
+        f"this program can't run the head of {type(model).__name__} apart from its decoder "
+        f"({type(failed).__name__}: {one_line(failed)}); choose another model"
+    ) from failed
+
+
+def _run_head(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Module, width: int) -> list[HeadOp]:
+    """The operators from the output embeddings on, where the decoder returns hidden states with `width` features."""
+    hidden_states = torch.empty(1, 2, width, device="meta", dtype=lm_head.weight.dtype)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
-    output = BaseModelOutputWithPast(last_hidden_state=hidden_states)
-    # The decoder is made to return these hidden states at once, so that only the head's operators are recorded.
-    decoder.forward = lambda *args, **kwargs: output
-    try:
-        with torch.no_grad(), _RecordedOps() as recorded:
-            model(input_ids=tokens, use_cache=False)
-    finally:
-        del decoder.forward
+    run_lm_head = lm_head.forward
+
+    def project(hidden_states: torch.Tensor) -> torch.Tensor:
+        recorded.ops.clear()  # what came before is part of the traced model
+        return run_lm_head(hidden_states)
+
+    with (
+        torch.no_grad(),
+        _forward_replaced(decoder, lambda *args, **kwargs: _DecoderOutput((hidden_states,))),
+        _forward_replaced(lm_head, project),
+        _RecordedOps() as recorded,
+    ):
+        model(input_ids=tokens, use_cache=False)
     return recorded.ops
 
 

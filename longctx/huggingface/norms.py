@@ -7,6 +7,7 @@ doesn't say whether the weight is an offset from 1. Hence each candidate is run 
 """
 
 import copy
+import inspect
 import types
 from collections.abc import Callable
 
@@ -42,9 +43,11 @@ def _forward_with(arguments: tuple) -> Callable:
 
 
 def _may_be_rms_norm(module: nn.Module) -> bool:
-    """Whether it is worth trying: a norm by its class's name, with one weight of one dimension and no bias."""
+    """Whether it is worth trying: a norm by its class's name, of one tensor, with one weight of one dimension alone."""
     parameters = dict(module.named_parameters())
-    return "norm" in type(module).__name__.lower() and list(parameters) == ["weight"] and parameters["weight"].ndim == 1
+    if "norm" not in type(module).__name__.lower() or list(parameters) != ["weight"]:
+        return False
+    return parameters["weight"].ndim == 1 and len(inspect.signature(module.forward).parameters) == 1  # no gate
 
 
 def _rms_norm_arguments(module: nn.Module) -> tuple | None:
@@ -60,6 +63,6 @@ def _rms_norm_arguments(module: nn.Module) -> tuple | None:
             try:
                 if torch.allclose(real(x), rms_norm(x, weight, *arguments), rtol=1e-5, atol=1e-6):
                     return arguments
-            except (RuntimeError, TypeError, AttributeError):  # its forward takes something else than [*, d]
+            except Exception:  # its forward takes something else than [*, d], and says so in its own way
                 return None
     return None
