@@ -14,7 +14,7 @@ from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import target_of
 from longctx.engines.builtin.run import agree_on_attention, choose_attention, take_attention
 from longctx.errors import KernelError, UserError
-from longctx.huggingface.attention import attention_function
+from longctx.huggingface.attention import attention_function, attention_options
 from longctx.kernels import attention as attention_module
 from longctx.kernels import choice, fused
 from longctx.kernels.attention import attention, fused_shapes, is_one_kernel, workspace
@@ -168,9 +168,10 @@ def test_a_kernel_for_another_kind_of_gpu_is_refused(monkeypatch):
 @pytest.mark.parametrize("options", [{"sliding_window": 8}, {"softcap": 50.0}])
 def test_a_kernel_without_a_window_or_a_softcap_is_refused_for_a_model_that_has_one(options):
     tensors = torch.randn(3, 1, 2, 16, 4)
-    with pytest.raises(KernelError, match="the attention of Linear has a window or a soft-cap, which this kernel"):
-        attention_function("flash", False, torch.nn.Linear(1, 1), *tensors, None, **options)
-    attention_function("flash", False, torch.nn.Linear(1, 1), *tensors, None, sliding_window=16)  # all is seen
+    flash = attention_options("flash")
+    with pytest.raises(KernelError, match="the attention of Linear has a window, a soft-cap or a bias, which this"):
+        attention_function(flash, torch.nn.Linear(1, 1), *tensors, None, **options)
+    attention_function(flash, torch.nn.Linear(1, 1), *tensors, None, sliding_window=16)  # all is seen
 
 
 # --- what the compiler knows -----------------------------------------------------------------------------------------

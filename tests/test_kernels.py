@@ -6,11 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.kernels import attention as attention_module
-from longctx.kernels.attention import attention
+from longctx.kernels.attention import alibi_attention, attention
 from longctx.kernels.rms_norm import rms_norm
 
 
-def formula(query, key, value, scale, window=0, softcap=0.0):
+def formula(query, key, value, scale, window=0, softcap=0.0, slopes=None):
     """Attention by its definition, in float64, all scores at once."""
     query, key, value = query.double(), key.double(), value.double()
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
@@ -19,6 +19,8 @@ def formula(query, key, value, scale, window=0, softcap=0.0):
         scores = softcap * torch.tanh(scores / softcap)
     i = torch.arange(query.shape[2], device=query.device)
     distance = i[:, None] - i
+    if slopes is not None:
+        scores = scores - slopes.double().view(-1, 1, 1) * distance
     seen = (distance >= 0) & (distance < (window or len(i)))
     return (scores.masked_fill(~seen, float("-inf")).softmax(-1) @ value).transpose(1, 2)
 
@@ -49,6 +51,25 @@ def test_attention_computes_its_formula(b, heads, length, d, window, softcap, im
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
     for gradient, reference in zip(gradients, expected_gradients, strict=True):
         torch.testing.assert_close(gradient, reference, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("window", "softcap"), [(0, 0.0), (70, 5.0)])
+@pytest.mark.parametrize("implementation", ["auto", "eager"])
+def test_attention_with_linear_biases_computes_its_formula(implementation, window, softcap, dtype, device, monkeypatch):
+    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 96)
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, heads, 256, 64, generator=generator).to(device, dtype).requires_grad_() for heads in (4, 2, 2)
+    )
+    slopes = torch.tensor([0.5, 0.25, 0.125, 0.0625], device=device)
+    upstream = torch.randn(2, 256, 4, 64, generator=generator).to(device, dtype)
+    result = alibi_attention(query, key, value, slopes, 0.125, window, softcap, implementation=implementation)
+    expected = formula(query, key, value, 0.125, window, softcap, slopes)
+    found = [result, *torch.autograd.grad(result, (query, key, value), upstream)]
+    exact = [expected, *torch.autograd.grad(expected, (query, key, value), upstream.double())]
+    for name, ours, theirs in zip(("output", "query", "key", "value"), found, exact, strict=True):
+        assert (ours.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * theirs.norm(), name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])

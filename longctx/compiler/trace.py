@@ -22,9 +22,10 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from longctx.compiler.annotation import output_shapes
-from longctx.compiler.ir import Device, FlatGraph, Graph, Op, Tensor, map_tensors
+from longctx.compiler.ir import FlatGraph, Graph, Op, Tensor
 from longctx.compiler.layers import fold_layers
 from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, aten, spec_of
+from longctx.compiler.ops.positions import Positions, UnknownValueError
 from longctx.compiler.statements import statement_of
 from longctx.errors import AnnotationError, ModelError, UserError, one_line
 
@@ -53,7 +54,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
             raise
         except Exception as error:
             raise ModelError(f"torch.export can't trace {class_name}: {one_line(error)}") from error
-    flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
+    flat = _without_dead_ops(_rewritten(_flatten(module, exported, buffers, opaque), module))
     _check_learned_positions(flat, class_name)
     return fold_layers(flat, class_name, *_decoder_layers(model, flat))
 
@@ -308,25 +309,41 @@ def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | No
     return first if same else None
 
 
-def _without_dead_ops(flat: FlatGraph) -> FlatGraph:
-    """The graph without the ops and constants that its output does not depend on.
+def _rewritten(flat: FlatGraph, module: nn.Module) -> FlatGraph:
+    """The graph in which registered ops have taken the place of what they were found to be written out as."""
+    options = getattr(module, "attention_options", {})
+    for op in REGISTERED_OPS.values():
+        if op.spec.rewrite is not None:
+            flat = op.spec.rewrite(replace(flat, ops=_live_ops(flat)), options)
+    return flat
 
-    Raises:
-        ModelError: a constant that is left has no value.
-    """
+
+def _live_ops(flat: FlatGraph) -> list[Op]:
+    """The ops on which the graph's output depends."""
     used = {flat.output}
     live = []
     for op in reversed(flat.ops):
         if used & set(op.outputs):
             live.append(op)
             used.update(op.inputs)
+    return live[::-1]
+
+
+def _without_dead_ops(flat: FlatGraph) -> FlatGraph:
+    """The graph without the ops and constants that its output does not depend on.
+
+    Raises:
+        ModelError: a constant that is left has no value.
+    """
+    live = _live_ops(flat)
+    used = {tensor for op in live for tensor in op.inputs}
     constants = {t: value for t, value in flat.constants.items() if t in used}
     if lost := [t.name for t, value in constants.items() if value.is_meta]:
         raise ModelError(
             f"its forward makes a tensor of numbers ({lost[0]}), whose values tracing loses; train "
             "a model that keeps them in a buffer"
         )
-    return replace(flat, ops=live[::-1], constants=constants)
+    return replace(flat, ops=live, constants=constants)
 
 
 def _check_learned_positions(flat: FlatGraph, class_name: str) -> None:
@@ -335,25 +352,15 @@ def _check_learned_positions(flat: FlatGraph, class_name: str) -> None:
     Running the model would fail there, but tracing reads no entry of the table of positions.
     """
     makers = {t: op for op in flat.ops for t in op.outputs}
-
-    def value_of(tensor: Tensor) -> torch.Tensor | None:
-        """The tensor's value, if it does not depend on the tokens; None if it does."""
-        if tensor in flat.constants:
-            return flat.constants[tensor]
-        if tensor not in makers or len(makers[tensor].outputs) > 1 or not aten.is_aten(makers[tensor]):
-            return None
-        op = makers[tensor]
-        known = {t: value_of(t) for t in op.inputs}
-        if any(value is None for value in known.values()):
-            return None
-        args, kwargs = map_tensors((op.args, op.kwargs), known.__getitem__)
-        kwargs = {name: "cpu" if isinstance(value, Device) else value for name, value in kwargs.items()}
-        return aten.compute(op, args, kwargs)
-
+    positions_in = Positions(makers, flat.constants)
     length = flat.inputs[0].shape[-1]
     for op in flat.ops:
-        if spec_of(op).lookup and (positions := value_of(op.inputs[1])) is not None:
-            table = op.inputs[0]
+        if spec_of(op).lookup:
+            table, indices = op.inputs[:2]
+            try:
+                positions = positions_in.whole(indices)
+            except UnknownValueError:
+                continue  # they are tokens
             if (missing := positions.max().item() + 1 - table.shape[0]) > 0:
                 raise ModelError(
                     f"{class_name} has learned positions ({table.name}) for {length - missing} tokens and "

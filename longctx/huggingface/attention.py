@@ -1,33 +1,41 @@
 """Gives a Hugging Face model this program's attention, by way of transformers' registry of attention functions.
 
 A model takes any function of that registry by name, so no module of it has to be replaced or patched, whatever its
-family. For a name that has no mask function, transformers builds no mask, which at long context would be the largest
-tensor of all; ours is causal by itself. Each family passes its own keyword arguments (a window, a soft-cap, sinks). An
-argument that went unnoticed would make another model of it, so whatever ours doesn't know is an error.
+family. transformers makes the mask for it that the model would have with its own attention, and what that mask says
+decides; each family passes keyword arguments too (a soft-cap, sinks), and whatever ours doesn't know of these is an
+error. Older families don't ask the registry. They are built with their own attention, which tracing then recognizes.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from longctx.errors import KernelError, ModelError
+from longctx.errors import ModelError
 from longctx.kernels.attention import attention
-from longctx.kernels.fused import KERNELS
+from longctx.kernels.fused import check_masks
+from longctx.kernels.written_attention import masked_attention
 
 REGISTERED_NAME = "annotated"  # what models are told as attn_implementation
 
 
-def register_attention(implementation: str, deterministic: bool = False) -> None:
+def attention_options(implementation: str, deterministic: bool = False) -> dict[str, Any]:
+    """What generated code tells the kernel besides what the model does: nothing where that is the default."""
+    options = {"implementation": None if implementation == "auto" else implementation, "deterministic": deterministic}
+    return {name: value for name, value in options.items() if value}
+
+
+def register_attention(options: dict[str, Any]) -> None:
     """Makes `attention`, with these options, the attention function that transformers has by REGISTERED_NAME."""
-    function = partial(attention_function, implementation, deterministic)
-    ALL_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, function)
+    ALL_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, partial(attention_function, options))
+    ALL_MASK_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, eager_mask)
 
 
 def attention_function(
-    implementation: str,
-    deterministic: bool,
+    options: dict[str, Any],
     module: nn.Module,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -42,32 +50,30 @@ def attention_function(
     position_ids: torch.Tensor | None = None,  # the rotary embedding has used them already
     **others,
 ) -> tuple[torch.Tensor, None]:
-    """`attention` with the signature of transformers: [b, heads, l, d], twice [b, kv_heads, l, d] -> [b, l, heads, d].
+    """Attention with the signature of transformers: [b, heads, l, d], twice [b, kv_heads, l, d] -> [b, l, heads, d].
 
-    The second result would be the attention weights, which no loss needs.
+    Where there is a mask, a token sees what it says, as with the model's own attention; without one attention is
+    causal, with `sliding_window`. The second result would be the attention weights, which no loss needs.
 
     Raises:
         ModelError: the model asks for what `attention` doesn't do.
         KernelError: it asks for what the kernel that was asked for doesn't do.
     """
     unknown = [name for name, given in others.items() if given is not None and given is not False]
-    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    if attention_mask is None and not causal:
         unknown.append("is_causal=False")
-    if attention_mask is not None:
-        unknown.append("attention_mask")
     if unknown:
         raise ModelError(
             f"the attention of {type(module).__name__} takes {', '.join(unknown)}, which this program's attention "
             "does not have; choose a model without it"
         )
-    kernel = KERNELS.get(implementation)
-    if kernel and not kernel.masks_more and (softcap or 0 < (sliding_window or 0) < query.shape[2]):
-        raise KernelError(
-            f"the attention of {type(module).__name__} has a window or a soft-cap, which this kernel does not have; "
-            "choose auto or flash_attention_2"
-        )
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    options = {"window": sliding_window, "softcap": softcap, "dropout": dropout, "deterministic": deterministic}
-    options["implementation"] = None if implementation == "auto" else implementation
-    given = {name: value for name, value in options.items() if value}  # what is off is left out of the generated code
+    window = None if attention_mask is not None else sliding_window
+    told: dict[str, Any] = {"window": window, "softcap": softcap, "dropout": dropout}
+    given = {name: value for name, value in told.items() if value} | options
+    if attention_mask is not None:
+        return masked_attention(query, key, value, attention_mask, scale, **given), None
+    masks_more = bool(softcap or 0 < (window or 0) < query.shape[2])
+    check_masks(options.get("implementation", "auto"), type(module).__name__, masks_more)
     return attention(query, key, value, scale, **given), None

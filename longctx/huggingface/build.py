@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, one_line
-from longctx.huggingface.attention import REGISTERED_NAME, register_attention
+from longctx.huggingface.attention import REGISTERED_NAME, attention_options, register_attention
 from longctx.huggingface.head import input_of_output_embeddings, read_head
 from longctx.huggingface.norms import route_rms_norms
 from longctx.huggingface.rotary import settle_rotary_tables
@@ -27,9 +28,10 @@ class CausalLMLoss(nn.Module):
     token after tokens[:, i], or IGNORE_INDEX.
     """
 
-    def __init__(self, model: PreTrainedModel):
+    def __init__(self, model: PreTrainedModel, attention_options: dict[str, Any] | None = None):
         super().__init__()
         self.model = model
+        self.attention_options = attention_options or {}
         self.head = read_head(model)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -98,13 +100,14 @@ def build_model(
     Raises:
         ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't.
     """
-    register_attention(attn_implementation, deterministic)
+    options = attention_options(attn_implementation, deterministic)
+    register_attention(options)
     model = _build_on_meta(config, dtype)
     _refuse_mixtures(model)
     route_rms_norms(model)
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
-    wrapped = CausalLMLoss(model).train()
+    wrapped = CausalLMLoss(model, options).train()
     _leave_out_no_layer(model)
     return wrapped
 

@@ -4,6 +4,7 @@ The first half of the file is the function; its fused kernels are in fused.py. T
 to know of it: its FLOPs, what autograd saves, and its workspace.
 """
 
+from functools import partial
 from math import ceil
 from typing import Any
 
@@ -55,17 +56,44 @@ def attention(
         RuntimeError: the kernel that was asked for does not take these tensors.
     """
     masks_more = bool(softcap or 0 < window < query.shape[2])  # than the keys that come after a query
-    flash_attn_takes_it = flash_attn_func is not None and query.is_cuda and query.dtype in HALF
     kernel = resolve(implementation)
-    if kernel == "flash_attention_2" or (implementation == "auto" and masks_more and flash_attn_takes_it):
-        return _flash_attn(query, key, value, scale, window, softcap, dropout, deterministic)
+    if kernel == "flash_attention_2" or (masks_more and _is_for_flash_attn(implementation, query)):
+        return _flash_attn(query, key, value, None, scale, window, softcap, dropout, deterministic)
     if implementation == "eager" or masks_more:
-        return _blockwise_attention(query, key, value, scale, window, softcap, dropout, implementation == "eager")
+        in_float32 = bool(softcap) or implementation == "eager"
+        return _blockwise_attention(query, key, value, None, scale, window, softcap, dropout, in_float32)
     return sdpa(query, key, value, scale, dropout, kernel, is_causal=True).transpose(1, 2)
 
 
-def _flash_attn(query, key, value, scale, window, softcap, dropout, deterministic) -> torch.Tensor:
-    """FlashAttention-2 by the package flash-attn."""
+def alibi_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    slopes: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """`attention` with linear biases (ALiBi, arXiv:2108.12409, section 3), which take the place of positions.
+
+    To the score of query i and key j of a head, scaled and capped, slopes[head] * (j - i) is added. `slopes` are
+    float32, [heads]. Of the fused kernels flash-attn's knows biases; elsewhere blocks of queries are taken.
+    """
+    if resolve(implementation) == "flash_attention_2" or _is_for_flash_attn(implementation, query):
+        return _flash_attn(query, key, value, slopes, scale, window, softcap, dropout, deterministic)
+    return _blockwise_attention(query, key, value, slopes, scale, window, softcap, dropout, in_float32=True)
+
+
+def _is_for_flash_attn(implementation: str, query: torch.Tensor) -> bool:
+    """Whether 'auto' takes flash-attn for what none of PyTorch's fused kernels knows."""
+    return implementation == "auto" and flash_attn_func is not None and query.is_cuda and query.dtype in HALF
+
+
+def _flash_attn(query, key, value, slopes, scale, window, softcap, dropout, deterministic) -> torch.Tensor:
+    """FlashAttention-2 by the package flash-attn, which adds -slope * |i - j| to the scores, if there are slopes."""
     return flash_attn_func(
         *(x.transpose(1, 2) for x in (query, key, value)),
         dropout,
@@ -73,18 +101,19 @@ def _flash_attn(query, key, value, scale, window, softcap, dropout, deterministi
         causal=True,
         window_size=(window - 1, 0) if window else (-1, -1),
         softcap=softcap,
+        alibi_slopes=slopes,
         deterministic=deterministic,
     )
 
 
-def _blockwise_attention(query, key, value, scale, window, softcap, dropout, eager) -> torch.Tensor:
+def _blockwise_attention(query, key, value, slopes, scale, window, softcap, dropout, in_float32) -> torch.Tensor:
     """Attention for one block of queries after another, over the keys that the block sees.
 
     The scores are recomputed in the backward. At any time, QUERY_BLOCK x (QUERY_BLOCK + window) scores of each head are
     held, or QUERY_BLOCK x l without a window.
     """
     window = window if window < query.shape[2] else 0  # a window over all keys is no window
-    attend = _attend_in_float32 if softcap or eager else _attend_masked
+    attend = partial(_attend_in_float32, slopes=slopes) if in_float32 else _attend_masked
     blocks = []
     for start in range(0, query.shape[2], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, query.shape[2])
@@ -95,26 +124,33 @@ def _blockwise_attention(query, key, value, scale, window, softcap, dropout, eag
     return torch.cat(blocks, dim=2).transpose(1, 2)
 
 
-def _visible(rows: int, keys: int, window: int, device: torch.device) -> torch.Tensor:
-    """Which keys each query sees, bool [rows, keys]. The last query and the last key are at the same position."""
-    distance = torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)
+def _distance(rows: int, keys: int, device: torch.device) -> torch.Tensor:
+    """How far each query is behind each key, [rows, keys]. The last query and the last key are at one position."""
+    return torch.arange(keys - rows, keys, device=device)[:, None] - torch.arange(keys, device=device)
+
+
+def _visible(distance: torch.Tensor, window: int) -> torch.Tensor:
+    """Which keys each query sees, bool [rows, keys]."""
     return (distance >= 0) & (distance < window) if window else distance >= 0
 
 
 def _attend_masked(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
     """Attention of a block of queries by PyTorch's own kernel with a mask; [b, heads, rows, e]."""
-    mask = _visible(query.shape[2], key.shape[2], window, query.device)
+    mask = _visible(_distance(query.shape[2], key.shape[2], query.device), window)
     return sdpa(query, key, value, scale, dropout, attn_mask=mask)
 
 
-def _attend_in_float32(query, key, value, scale, window, softcap, dropout) -> torch.Tensor:
+def _attend_in_float32(query, key, value, scale, window, softcap, dropout, slopes) -> torch.Tensor:
     """Attention of a block of queries by its formula, with scores and weights in float32; [b, heads, rows, e]."""
     b, heads, rows, d = query.shape
+    distance = _distance(rows, key.shape[2], query.device)
     query = query.view(b, key.shape[1], -1, rows, d)  # a group of heads shares its keys without a copy of them
     scores = (query.float() @ key.float().transpose(-1, -2).unsqueeze(2)) * scale
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~_visible(rows, key.shape[2], window, query.device), float("-inf"))
+    if slopes is not None:
+        scores = scores - slopes.view(key.shape[1], -1, 1, 1) * distance
+    scores = scores.masked_fill(~_visible(distance, window), float("-inf"))
     weights = F.dropout(scores.softmax(-1), dropout)
     return (weights @ value.float().unsqueeze(2)).to(value.dtype).flatten(1, 2)
 
@@ -141,9 +177,9 @@ def takes_blocks(op: Op) -> bool:
 
 
 def _holds_scores(op: Op) -> bool:
-    """Whether blocks of scores are computed in float32: because of a soft-cap, or because 'eager' was asked for."""
+    """Whether blocks of scores are computed in float32: for a soft-cap or biases, or if 'eager' was asked for."""
     arguments = arguments_of(op)
-    return bool(arguments["softcap"]) or arguments["implementation"] == "eager"
+    return "slopes" in arguments or bool(arguments["softcap"]) or arguments["implementation"] == "eager"
 
 
 def _windowed(op: Op) -> bool:
@@ -280,15 +316,16 @@ def key_value_heads(op: Op) -> str:
     return f"its {op.inputs[1].shape[1]} key-value heads"
 
 
-register_op(
-    "b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^",
-    flops=flops,
-    rates=(Work.ATTENTION_FORWARD, Work.ATTENTION_BACKWARD),
-    passes=passes,
-    saves=saves,
-    saves_besides=saves_besides,
-    workspace=workspace,
-    strides=strides,
-    draws_random=draws_random,
-    selective_recompute=SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention", key_value_heads),
-)(attention)
+RULES = {
+    "flops": flops,
+    "rates": (Work.ATTENTION_FORWARD, Work.ATTENTION_BACKWARD),
+    "passes": passes,
+    "saves": saves,
+    "saves_besides": saves_besides,
+    "workspace": workspace,
+    "strides": strides,
+    "draws_random": draws_random,
+    "selective_recompute": SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention", key_value_heads),
+}
+register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^", **RULES)(attention)
+register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^, (k g) -> b l^ (k g) e^", **RULES)(alibi_attention)

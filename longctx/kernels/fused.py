@@ -19,6 +19,8 @@ from torch.nn.attention import (
     sdpa_kernel,
 )
 
+from longctx.errors import KernelError
+
 HALF = (torch.float16, torch.bfloat16)  # what all these kernels compute in, but for the memory-efficient one of sdpa
 NVIDIA = (8, 9, 10, 11, 12)  # major numbers of compute capabilities: A100, H100, B200 and what came with it
 
@@ -34,7 +36,7 @@ class Kernel:
         capabilities: the major numbers of the CUDA compute capabilities that it runs on.
         module: the Python module that it comes in; None if PyTorch has it.
         package: what that module belongs to, and how to install it.
-        masks_more: whether it knows windows and soft-caps.
+        masks_more: whether it knows windows, soft-caps and linear biases.
         deterministic: whether its backward can give the same bits each time.
     """
 
@@ -104,6 +106,21 @@ def why_not(implementation: str, dtype: torch.dtype, device: str | None) -> str 
     if device == "cpu":
         return "it runs on a GPU; choose auto, sdpa or eager"
     return _why_not_this_gpu(kernel) if device == "cuda" else None
+
+
+def check_masks(implementation: str, module: str, masks_more: bool) -> None:
+    """Raises a KernelError if attention masks more than what comes after a query, and the kernel doesn't know that.
+
+    Args:
+        module: whose attention it is, for the error.
+        masks_more: whether there is a window, a soft-cap or a bias.
+    """
+    kernel = KERNELS.get(implementation)
+    if kernel and masks_more and not kernel.masks_more:
+        raise KernelError(
+            f"the attention of {module} has a window, a soft-cap or a bias, which this kernel does not have; "
+            "choose auto or flash_attention_2"
+        )
 
 
 def _is_installed(module: str) -> bool:

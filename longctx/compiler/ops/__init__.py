@@ -6,6 +6,8 @@ registered.py   register_op: functions as operators, the user's, and those of lo
 reshards.py     the collectives between placements
 partitions.py   annotations that many of PyTorch's operators share
 python.py       the forms in which operators are written
+positions.py    values of tensors that depend on positions alone, such as masks
+scores.py       attention that is written out in PyTorch's operators
 """
 
 from longctx.compiler import placement

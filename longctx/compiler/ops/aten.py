@@ -302,6 +302,11 @@ def compute(op: Op, args: tuple, kwargs: dict[str, Any]) -> Any:
     return getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
 
 
+def base_name(op: Op) -> str:
+    """The operator's name, whichever its overload, and whether or not it works in place."""
+    return op.target.split(".")[1].removesuffix("_") if is_aten(op) else ""
+
+
 # --- what tracing and localizing make themselves ---------------------------------------------------------------------
 
 
@@ -328,6 +333,26 @@ def without_device(target: str, args: tuple, kwargs: dict[str, Any]) -> tuple[st
 def detach(tensor: Tensor, output: Tensor) -> Op:
     """output = tensor.detach()"""
     return Op("aten.detach.default", (tensor,), {}, (output,), "", None)
+
+
+def transpose(tensor: Tensor, first: int, second: int, output: Tensor) -> Op:
+    """output = tensor.transpose(first, second)"""
+    return Op("aten.transpose.int", (tensor, first, second), {}, (output,), "", None)
+
+
+def unsqueeze(tensor: Tensor, dim: int, output: Tensor) -> Op:
+    """output = tensor.unsqueeze(dim)"""
+    return Op("aten.unsqueeze.default", (tensor, dim), {}, (output,), "", None)
+
+
+def squeeze(tensor: Tensor, dim: int, output: Tensor) -> Op:
+    """output = tensor.squeeze(dim)"""
+    return Op("aten.squeeze.dim", (tensor, dim), {}, (output,), "", None)
+
+
+def cast(tensor: Tensor, output: Tensor) -> Op:
+    """output = tensor.to(its dtype)"""
+    return Op(CAST, (tensor, output.dtype), {}, (output,), "", None)
 
 
 CAST = "aten.to.dtype"  # (tensor, dtype)

@@ -14,10 +14,11 @@ and a forgotten row is silently taken for the default.
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 import torch
 
-from longctx.compiler.ir import Op, Tensor
+from longctx.compiler.ir import FlatGraph, Op, Tensor
 from longctx.compiler.ops.python import Expression, Values
 from longctx.compiler.work import Work
 
@@ -160,6 +161,7 @@ class OpSpec:
         lookup: whether its second input holds indices into the rows of its first.
         selective_recompute: how its output can be kept where the rest of a layer is recomputed; None if it can't.
         resharding: of a collective between placements; None for all else.
+        rewrite: what finds, in a traced graph, operators whose place this one takes; None if it takes none's.
     """
 
     name: str
@@ -185,3 +187,4 @@ class OpSpec:
     lookup: bool = False
     selective_recompute: SelectiveRecompute | None = None
     resharding: Resharding | None = None
+    rewrite: Callable[[FlatGraph, dict[str, Any]], FlatGraph] | None = None
