@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, eager_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
@@ -32,6 +33,20 @@ def register_attention(options: dict[str, Any]) -> None:
     """Makes `attention`, with these options, the attention function that transformers has by REGISTERED_NAME."""
     ALL_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, partial(attention_function, options))
     ALL_MASK_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, eager_mask)
+
+
+def make_no_masks(model: PreTrainedModel) -> None:
+    """Lets transformers make no masks any more, for an engine that would keep them: attention is then causal by itself.
+
+    Raises:
+        ModelError: the model has an attention that asks for no attention function, and would see the future.
+    """
+    if not model._can_set_attn_implementation():  # transformers' own rule, which reads the model's source
+        raise ModelError(
+            f"{type(model).__name__} has an attention of its own, which this engine can't replace; choose the torch "
+            "engine"
+        )
+    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(REGISTERED_NAME, None)
 
 
 def attention_function(

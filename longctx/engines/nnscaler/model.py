@@ -6,6 +6,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
+from longctx.huggingface.attention import make_no_masks
 from longctx.huggingface.build import build_model, load_config
 from longctx.huggingface.weights import find_weights, random_weights
 from longctx.job import DTYPES
@@ -26,6 +27,7 @@ class WrappedModel(nn.Module):
         super().__init__()
         config = load_config(model_id)
         self.loss = build_model(config, DTYPES[precision], attn_implementation, sequence_length)
+        make_no_masks(self.loss.model)
         weights = random_weights(config, seed) if random_init else stored_weights(model_id, config)
         fill(self.loss.model, weights)
 
