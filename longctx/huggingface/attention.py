@@ -63,6 +63,7 @@ def attention_function(
     softcap: float | None = None,
     is_causal: bool | None = None,
     position_ids: torch.Tensor | None = None,  # the rotary embedding has used them already
+    logits_to_keep: int | torch.Tensor = 0,  # is for the head
     **others,
 ) -> tuple[torch.Tensor, None]:
     """Attention with the signature of transformers: [b, heads, l, d], twice [b, kv_heads, l, d] -> [b, l, heads, d].
