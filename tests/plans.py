@@ -78,7 +78,8 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
             wanted = {partitions[op].inputs[i] for op in ops for i, t in enumerate(op.inputs) if t is tensor}
             if len(wanted) == 1 and isinstance(placement := wanted.pop(), Shard) and draw.random() < 0.5:
                 plan_sharded[tensor] = placement.dim
-    return Assignment(plan_size, partitions, draw_placement(graph.layer_calls[0].inputs[0]), inputs, plan_sharded)
+    boundary = draw_placement(graph.layer_calls[0].inputs[0]) if graph.layer_calls else REPLICATE
+    return Assignment(plan_size, partitions, boundary, inputs, plan_sharded)
 
 
 def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:

@@ -55,6 +55,8 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
         except Exception as error:
             raise ModelError(f"torch.export can't trace {class_name}: {one_line(error)}") from error
     flat = _without_dead_ops(_flatten(module, exported, buffers, opaque))
+    if not flat.output.requires_grad:
+        raise ModelError(f"{class_name} writes its own backward pass, which tracing loses; choose another model")
     _check_learned_positions(flat, class_name)
     return fold_layers(flat, class_name, *_decoder_layers(model, flat))
 
