@@ -7,6 +7,7 @@ argument that went unnoticed would make another model of it, so whatever ours do
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import nn
@@ -40,6 +41,7 @@ def attention_function(
     softcap: float | None = None,
     is_causal: bool | None = None,
     position_ids: torch.Tensor | None = None,  # the rotary embedding has used them already
+    logits_to_keep: Any = None,  # the head is asked for all
     **others,
 ) -> tuple[torch.Tensor, None]:
     """`attention` with the signature of transformers: [b, heads, l, d], twice [b, kv_heads, l, d] -> [b, l, heads, d].
