@@ -174,7 +174,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "xmod": {"default_language": "en_XX"},
     "youtu": {"num_key_value_heads": 4},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
-    "zamba2": {"layer_types": ["mamba", "hybrid"]},
+    "zamba2": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},
     "zaya": {"num_experts_per_tok": 1},
 }
 

@@ -70,7 +70,9 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
         shards = [Shard(d) for d, size in enumerate(tensor.shape) if size % plan_size == 0]
         return draw.choice([REPLICATE, *shards])
 
-    inputs = {t: draw_placement(t) for call in graph.layer_calls for t in call.inputs[1:]}
+    alike = graph.placed_alike()
+    drawn = {t: draw_placement(t) for t in dict.fromkeys(alike.values())}
+    inputs = {t: drawn[leader] for t, leader in alike.items()}
     plan_sharded = {}
     for owner in (graph, *graph.kinds):
         ops = [op for op in (owner.body if isinstance(owner, Graph) else owner.ops) if isinstance(op, Op)]
@@ -78,7 +80,8 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
             wanted = {partitions[op].inputs[i] for op in ops for i, t in enumerate(op.inputs) if t is tensor}
             if len(wanted) == 1 and isinstance(placement := wanted.pop(), Shard) and draw.random() < 0.5:
                 plan_sharded[tensor] = placement.dim
-    return Assignment(plan_size, partitions, draw_placement(graph.layer_calls[0].inputs[0]), inputs, plan_sharded)
+    boundary = draw_placement(graph.layer_calls[0].inputs[0]) if graph.layer_calls else REPLICATE
+    return Assignment(plan_size, partitions, boundary, inputs, plan_sharded)
 
 
 def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:

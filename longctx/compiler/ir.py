@@ -114,6 +114,24 @@ class Graph:
     def layer_calls(self) -> list[LayerCall]:
         return [item for item in self.body if isinstance(item, LayerCall)]
 
+    def placed_alike(self) -> dict[Tensor, Tensor]:
+        """Each value that layers take besides the carried one, with the value that has to be placed as it is.
+
+        Layers of one kind are one function, so what they take in the same place has one placement.
+        """
+        leaders: dict[Tensor, Tensor] = {}
+        taken: dict[tuple[int, int], Tensor] = {}
+
+        def leader(tensor: Tensor) -> Tensor:
+            while leaders.setdefault(tensor, tensor) is not tensor:
+                tensor = leaders[tensor]
+            return tensor
+
+        for call in self.layer_calls:
+            for place, tensor in enumerate(call.inputs[1:]):
+                leaders[leader(tensor)] = leader(taken.setdefault((call.kind, place), tensor))
+        return {tensor: leader(tensor) for tensor in leaders}
+
     def all_parameters(self) -> dict[str, Tensor]:
         """Every parameter by its Hugging Face name."""
         named = dict(self.parameters)

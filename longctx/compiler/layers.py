@@ -1,7 +1,8 @@
 """Layers that are equal but for their parameters become one kind, so that planning has one layer of each.
 
 What a layer's modules ran is told apart by the paths of the modules. Two layers are equal if numbering their values in
-the order in which they are made gives the same operators, arguments, shapes and constants.
+the order in which they are made gives the same operators, arguments, shapes and constants. Layers that a model runs
+more than once, or that share weights, are not told apart: all operators are then the root's, and none is recomputed.
 """
 
 import re
@@ -9,16 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from longctx.compiler.ir import FlatGraph, Graph, LayerCall, LayerKind, Op, Tensor, map_tensors
-from longctx.errors import ModelError
 
 
 def fold_layers(flat: FlatGraph, class_name: str, layers_path: str, class_names: dict[int, str]) -> Graph:
     """Gathers the ops of each layer, and makes one kind of the layers that differ in nothing but their parameters."""
-    layer_of: dict[Op, int] = {}
-    for op in flat.ops:
-        match = re.match(rf"{re.escape(layers_path)}\.(\d+)(\.|$)", op.module) if layers_path else None
-        if match:
-            layer_of[op] = int(match[1])
+    layer_of = _layers_by_op(flat, layers_path) if layers_path else {}
+    if not (_run_once(flat, layer_of) and _own_their_weights(flat, layer_of, layers_path)):
+        layers_path, layer_of = "", {}
     by_layer: dict[int, list[Op]] = {}
     for op, index in layer_of.items():
         by_layer.setdefault(index, []).append(op)
@@ -52,12 +50,43 @@ def fold_layers(flat: FlatGraph, class_name: str, layers_path: str, class_names:
         class_name=class_name,
         inputs=flat.inputs,
         output=flat.output,
-        parameters={n: t for n, t in flat.parameters.items() if not re.match(rf"{re.escape(layers_path)}\.\d+\.", n)},
+        parameters={n: t for n, t in flat.parameters.items() if _index_of(n, layers_path) not in by_layer},
         constants={t: v for t, v in flat.constants.items() if t not in in_layers},
         body=tuple(body),
         kinds=tuple(_numbered(kinds)),
         layers_path=layers_path,
     )
+
+
+def _layers_by_op(flat: FlatGraph, layers_path: str) -> dict[Op, int]:
+    """The layer of each op that a layer's modules ran."""
+    indices = {op: _index_of(op.module, layers_path) for op in flat.ops}
+    return {op: index for op, index in indices.items() if index is not None}
+
+
+def _index_of(path: str, layers_path: str) -> int | None:
+    """The layer that a module or a parameter is in, by its path; None outside the layers."""
+    match = re.match(rf"{re.escape(layers_path)}\.(\d+)(\.|$)", path) if layers_path else None
+    return int(match[1]) if match else None
+
+
+def _run_once(flat: FlatGraph, layer_of: dict[Op, int]) -> bool:
+    """Whether all that a layer computes is computed before anything outside it reads a result of it."""
+    read: set[int] = set()  # the layers whose results were read
+    makers: dict[Tensor, int] = {}
+    for op in flat.ops:
+        index = layer_of.get(op)
+        if index in read:
+            return False
+        read |= {makers[t] for t in op.inputs if t in makers and makers[t] != index}
+        makers |= {t: index for t in op.outputs if index is not None}
+    return True
+
+
+def _own_their_weights(flat: FlatGraph, layer_of: dict[Op, int], layers_path: str) -> bool:
+    """Whether each layer uses weights of its own only, and nothing else uses those."""
+    used = ((op, t) for op in flat.ops for t in op.inputs if t.kind == "parameter")
+    return all(_index_of(t.name, layers_path) == layer_of.get(op) for op, t in used)
 
 
 def _cut_layer(
@@ -74,16 +103,11 @@ def _cut_layer(
     Args:
         users: the ops that read each value, in the whole graph.
         carried: the output of the layer before it, which becomes the first input.
-
-    Raises:
-        ModelError: the layer uses a weight of another module.
     """
     made = {t for op in ops for t in op.outputs}
     inside = set(ops)
     taken = list(dict.fromkeys(t for op in ops for t in op.inputs if t not in made))
     used = {t.name: t for t in taken if t.kind == "parameter"}
-    if outsiders := [name for name in used if not name.startswith(prefix)]:
-        raise ModelError(f"layer {index} uses the weight {outsiders[0]}, which is not its own")
     # A weight that the loss does not depend on (of an attention to an encoder, say) is loaded and saved all the same.
     own = used | {name: t for name, t in flat.parameters.items() if name.startswith(prefix)}
     parameters = {name.removeprefix(prefix): t for name, t in own.items()}

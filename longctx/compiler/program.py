@@ -126,7 +126,9 @@ class Program(LinearProgram):
         calls = self.graph.layer_calls
         if calls:
             self.boundary = self.choice(self.placements(calls[0].inputs[0], self.fixed.boundary))
-        self.extra = {t: self.choice(self.placements(t)) for t in dict.fromkeys(t for c in calls for t in c.inputs[1:])}
+        alike = self.graph.placed_alike()
+        choices = {t: self.choice(self.placements(t)) for t in dict.fromkeys(alike.values())}
+        self.extra = {t: choices[leader] for t, leader in alike.items()}
         self.scopes = [self.build_root(), *(self.build_kind(number) for number in range(len(self.graph.kinds)))]
         for scope in self.scopes:
             for tensor, flow in scope.flows.items():

@@ -14,6 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
 from math import prod
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -55,6 +56,8 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
         except Exception as error:
             raise ModelError(f"torch.export can't trace {class_name}: {one_line(error)}") from error
     flat = _without_dead_ops(_rewritten(_flatten(module, exported, buffers, opaque), module))
+    if not flat.output.requires_grad:
+        raise ModelError(f"{class_name} writes its own backward pass, which tracing loses; choose another model")
     _check_learned_positions(flat, class_name)
     return fold_layers(flat, class_name, *_decoder_layers(model, flat))
 
@@ -252,10 +255,24 @@ def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opa
         elif aten.is_check(target):
             continue
         elif target in opaque or aten.is_operator(target):
+            _check_static(node)
             env[node] = _append_op(target, args, kwargs, node, ops, opaque)
         else:
             raise ModelError(f"it uses {target}, which the compiler does not know how to generate")
     raise AssertionError("a graph has an output")
+
+
+def _check_static(node: fx.Node) -> None:
+    """Raises a ModelError if what a node returns is no tensor, or one whose shape depends on the tokens."""
+    values = node.meta["val"]
+    for value in values if isinstance(values, (tuple, list)) else [values]:
+        if not isinstance(value, torch.Tensor) or not all(type(size) is int for size in value.shape):
+            statement = statement_of(node.meta.get("stack_trace") or "")
+            where = f" ({Path(statement.place[0]).name}, line {statement.place[1]})" if statement else ""
+            raise ModelError(
+                f"its forward takes numbers or shapes from the tokens{where}, and a compiled plan has one shape for "
+                "all rows; choose another model"
+            )
 
 
 def _inline(args: tuple, node: fx.Node, ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:

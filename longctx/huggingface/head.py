@@ -119,8 +119,8 @@ def _head_ops(model: PreTrainedModel) -> list[HeadOp]:
             f"{type(model).__name__} are not; choose another model"
         )
     # A head that begins with a layer of its own may take more features than the output embeddings do.
-    width = lm_head.weight.shape[1]
-    for width in dict.fromkeys((width, getattr(model.config.get_text_config(), "hidden_size", width))):
+    taken = lm_head.weight.shape[1]
+    for width in dict.fromkeys((taken, getattr(model.config.get_text_config(), "hidden_size", taken))):
         try:
             return _run_head(model, decoder, lm_head, width)
         except Exception as error:
