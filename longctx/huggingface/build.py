@@ -17,6 +17,7 @@ from longctx.errors import ModelError, one_line
 from longctx.huggingface.attention import REGISTERED_NAME, register_attention
 from longctx.huggingface.head import read_head
 from longctx.huggingface.norms import route_rms_norms
+from longctx.huggingface.recurrences import route_recurrences
 from longctx.huggingface.rotary import settle_rotary_tables
 
 
@@ -108,6 +109,7 @@ def build_model(
             f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
         ) from error
     route_rms_norms(model)
+    route_recurrences(model)
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
     wrapped = CausalLMLoss(model).train()
