@@ -8,6 +8,7 @@ It is replaced for the modules of this one model, while their forward runs; else
 
 import functools
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -20,7 +21,7 @@ from transformers.activations import ACT2FN
 from longctx.errors import ModelError
 from longctx.kernels.causal_conv1d import causal_conv1d
 from longctx.kernels.linear_attention import decaying_linear_attention, gated_delta_rule
-from longctx.kernels.selective_scan import selective_scan
+from longctx.kernels.selective_scan import bounded_sqrt, linear_recurrence, selective_scan
 
 
 def route_recurrences(model: nn.Module) -> None:
@@ -31,11 +32,16 @@ def route_recurrences(model: nn.Module) -> None:
     """
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
-        if ours := _replacements(forward):
-            module.forward = _calling(module.forward, forward.__globals__, ours)
+        functions, methods = _replacements(type(module), forward)
+        for name, ours in methods.items():
+            setattr(module, name, types.MethodType(ours, module))
+        if functions:
+            module.forward = _calling(module.forward, forward.__globals__, functions)
+        if _is_causal_convolution(module):
+            module.forward = types.MethodType(_convolution_forward, module)
 
 
-def _calling(forward: Callable, namespace: dict[str, Any], ours: dict[str, Callable]) -> Callable:
+def _calling(forward: Callable, namespace: dict[str, Any], ours: dict[str, Any]) -> Callable:
     """The forward, while which the names in `ours` stand for something else in the file that it is from."""
 
     @functools.wraps(forward)
@@ -51,19 +57,26 @@ def _calling(forward: Callable, namespace: dict[str, Any], ours: dict[str, Calla
 
 
 @functools.cache
-def _replacements(forward: Callable) -> dict[str, Callable]:
-    """The functions that a forward calls by name and that ours replace, by these names."""
-    values = {name: forward.__globals__.get(name) for name in forward.__code__.co_names}
-    found = {name: _ours_for(inspect.unwrap(value)) for name, value in values.items() if inspect.isfunction(value)}
-    return {name: ours for name, ours in found.items() if ours is not None}
+def _replacements(owner: type, forward: Callable) -> tuple[dict[str, Any], dict[str, Callable]]:
+    """What a class's forward uses by name and ours replaces: what stands in its file, and methods."""
+    names = forward.__code__.co_names
+    functions = {name: _ours_for(forward.__globals__.get(name)) for name in names}
+    methods = {name: _ours_for(getattr(owner, name, None)) for name in names}
+    functions, methods = ({n: ours for n, ours in found.items() if ours} for found in (functions, methods))
+    return functions, methods
 
 
-def _ours_for(theirs: Callable) -> Callable | None:
-    """What replaces one of transformers' functions; None if it is no recurrence.
+def _ours_for(theirs: Any) -> Any:
+    """What replaces a function of transformers; None if it is none, or no recurrence.
 
     Raises:
         ModelError: it has the parameters of a recurrence and computes something else.
     """
+    if isinstance(theirs, type) and issubclass(theirs, torch.autograd.Function):
+        return BoundedSquareRoot if _is_bounded_square_root(theirs) else None
+    if not inspect.isfunction(theirs):
+        return None
+    theirs = inspect.unwrap(theirs)
     parameters = set(inspect.signature(theirs).parameters)
     for recurrence in RECURRENCES:
         if recurrence.parameters <= parameters and "conv_state" not in parameters:
@@ -88,6 +101,25 @@ def _same(theirs: Callable, recurrence: "Recurrence") -> bool:
     except (RuntimeError, TypeError, ValueError, IndexError):  # it takes tensors of other shapes
         return False
     return expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=1e-5)
+
+
+def _is_bounded_square_root(function: type[torch.autograd.Function]) -> bool:
+    """Whether it computes what BoundedSquareRoot does, its gradient too, which tracing would lose."""
+    x = torch.tensor([0.0, 1e-9, 1e-6, 0.3], requires_grad=True)
+    try:
+        expected, found = (f.apply(x) for f in (function, BoundedSquareRoot))
+        slopes = [torch.autograd.grad(result.sum(), x)[0] for result in (expected, found)]
+    except (RuntimeError, TypeError, ValueError):  # it takes something else
+        return False
+    return torch.allclose(expected, found) and torch.allclose(slopes[0], slopes[1])
+
+
+def _is_causal_convolution(module: nn.Module) -> bool:
+    """Whether it is a convolution of each channel alone, padded so that it begins before the first token."""
+    if type(module) is not nn.Conv1d or module.padding_mode != "zeros":
+        return False
+    alone = module.groups == module.in_channels == module.out_channels
+    return alone and (module.stride, module.dilation, module.padding) == ((1,), (1,), (module.kernel_size[0] - 1,))
 
 
 # --- transformers' functions, as ours compute them -------------------------------------------------------------------
@@ -124,7 +156,7 @@ def _mamba2_scan(
 ):
     """mamba_chunk_scan_combined: [b, l, heads, e], [b, l, heads], [heads], twice [b, l, groups, d] -> the first."""
     _check_stateless(initial_states, return_final_states)
-    dt = _time_step(dt, None if dt_bias is None else dt_bias, dt_softplus).clamp(*dt_limit).float()
+    dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit).float()
     hidden_states = hidden_states.float()
     output = decaying_linear_attention(C, B, hidden_states * dt.unsqueeze(-1), A.float() * dt)
     return output if D is None else output + D.unsqueeze(-1) * hidden_states
@@ -150,6 +182,26 @@ def _mamba_scan(
     if D is not None:
         output = output + hidden_states * D.unsqueeze(-1)
     return output if z is None else output * F.silu(z)
+
+
+def _recurrence(self, hidden_states, recurrent_gate, reset, recurrent_states=None, acc_dtype=torch.float32):
+    """RecurrentGemma's _rnn_scan: twice [b, l, channels], [1, l, 1] -> ([b, l, channels], no state)."""
+    _check_stateless(recurrent_states, False)
+    return linear_recurrence(recurrent_gate * ~reset, hidden_states), None
+
+
+class BoundedSquareRoot:
+    """RecurrentGemma's SqrtBoundDerivative."""
+
+    @staticmethod
+    def apply(x: torch.Tensor) -> torch.Tensor:
+        return bounded_sqrt(x)
+
+
+def _convolution_forward(self: nn.Conv1d, x: torch.Tensor) -> torch.Tensor:
+    """nn.Conv1d's output, which is k - 1 tokens longer than its input: [b, channels, l] -> [b, channels, l + k - 1]."""
+    beyond = torch.zeros(*x.shape[:2], self.kernel_size[0] - 1, dtype=x.dtype, device=x.device)
+    return causal_conv1d(torch.cat((x, beyond), dim=2), self.weight.squeeze(1), self.bias)
 
 
 def _time_step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> torch.Tensor:
@@ -194,6 +246,12 @@ def _mamba_sample(generator: torch.Generator) -> dict[str, Any]:
     return {**drawn, "A": -drawn["A"].abs(), "delta_softplus": True}
 
 
+def _recurrence_sample(generator: torch.Generator) -> dict[str, Any]:
+    drawn = _drawn({"hidden_states": (2, 9, 6), "recurrent_gate": (2, 9, 6)}, generator)
+    reset = torch.arange(9).view(1, 9, 1) % 4 == 0
+    return {"self": None, **drawn, "reset": reset, "recurrent_states": None}
+
+
 def _drawn(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
@@ -204,4 +262,5 @@ RECURRENCES = (
     Recurrence(frozenset(("query", "key", "value", "g", "beta", "chunk_size")), _gated_delta_rule, _gated_delta_sample),
     Recurrence(_SCAN | {"chunk_size"}, _mamba2_scan, _mamba2_sample),
     Recurrence(_SCAN | {"delta_softplus"}, _mamba_scan, _mamba_sample),
+    Recurrence(frozenset(("hidden_states", "recurrent_gate", "reset")), _recurrence, _recurrence_sample),
 )

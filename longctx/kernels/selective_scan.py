@@ -23,6 +23,7 @@ except ImportError:
     selective_scan_fn: Any = None
 
 SEGMENT = 256  # tokens of which every state of the selective scan is held at a time
+LARGEST_SLOPE = 1000.0  # of bounded_sqrt
 RECURRENCE_SEGMENT = 4096  # ... of a linear recurrence, which has one number where that has a dozen
 
 
@@ -68,6 +69,24 @@ def linear_recurrence(decay: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
 def _recurrence_segment(state: torch.Tensor, decay: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     states = _Recurrence.apply(decay.to(state.dtype), x.to(state.dtype), state)
     return states.to(x.dtype), states[:, -1]
+
+
+def bounded_sqrt(x: torch.Tensor) -> torch.Tensor:
+    """The square root, with a slope of at most 1,000, as RecurrentGemma gates its recurrence; [b, l, channels]."""
+    return _BoundedSqrt.apply(x)
+
+
+class _BoundedSqrt(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        return x.sqrt()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, gradient: torch.Tensor) -> torch.Tensor:
+        (x,) = ctx.saved_tensors
+        return gradient / (4 * x).clamp(min=LARGEST_SLOPE**-2).sqrt()
 
 
 class _Recurrence(torch.autograd.Function):
@@ -142,3 +161,4 @@ register_op("b d l^, b d l^, d n^, b n^ l^, b n^ l^ -> b d l^", saves_besides=st
     selective_scan
 )
 register_op("b l^ d, b l^ d -> b l^ d", saves_besides=states_of_recurrence, **_RULES)(linear_recurrence)
+register_op("b l d -> b l d", flops=no_flops, saves=saves, draws_random=draws_nothing)(bounded_sqrt)
