@@ -51,7 +51,7 @@ def gated_delta_rule(
             0
         ]
     step = partial(_segment, scale=scale, normalized=normalized)
-    return in_segments(step, SEGMENT, _zero_state(key, value), (query, key, value, decay, beta))
+    return in_segments(step, SEGMENT, _zero_state(key, value), (value, query, key, decay, beta))
 
 
 def decaying_linear_attention(
@@ -66,7 +66,7 @@ def decaying_linear_attention(
         value: [b, l, value_heads, e], as is the output.
         decay: [b, l, value_heads], at most 0.
     """
-    return in_segments(_segment, SEGMENT, _zero_state(key, value), (query, key, value, decay))
+    return in_segments(_segment, SEGMENT, _zero_state(key, value), (value, query, key, decay))
 
 
 def _zero_state(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -79,9 +79,9 @@ def _zero_state(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def _segment(
     state: torch.Tensor,
+    value: torch.Tensor,
     query: torch.Tensor,
     key: torch.Tensor,
-    value: torch.Tensor,
     decay: torch.Tensor,
     beta: torch.Tensor | None = None,
     scale: float = 1.0,

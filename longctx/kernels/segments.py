@@ -10,14 +10,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
-# step(state, *pieces, *whole) -> (output [b, n, ...], next state), n being the number of tokens of the pieces
+# step(state, *pieces, *whole) -> (output, next state); the output has the shape of the first piece, [b, n, ...]
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
 
 def in_segments(
     step: Step, size: int, state: torch.Tensor, cut: Sequence[torch.Tensor], whole: Sequence[torch.Tensor] = ()
 ) -> torch.Tensor:
-    """Calls `step` on one segment after another, and joins their outputs: [b, l, ...].
+    """Calls `step` on one segment after another, and joins their outputs, to the shape and dtype of the first tensor.
+
+    Tensors on meta are not computed: the loop takes as long there as with numbers, and the shape is known.
 
     Args:
         step: computes one segment, in operators that autograd knows; `state` is what it takes from the one before.
@@ -34,17 +36,14 @@ class _InSegments(torch.autograd.Function):
     def forward(ctx, step: Step, size: int, n_cut: int, state: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         cut, whole = tensors[:n_cut], tensors[n_cut:]
         ctx.step, ctx.size, ctx.n_cut = step, size, n_cut
-        if state.is_meta:  # only the shape is wanted, which one segment tells
-            output, _ = step(state, *(tensor[:, :size] for tensor in cut), *whole)
-            ctx.save_for_backward(*tensors)
-            return output.new_empty(*cut[0].shape[:2], *output.shape[2:])
-        states, outputs = [], []
-        for pieces in zip(*(tensor.split(size, dim=1) for tensor in cut), strict=True):
+        output = torch.empty_like(cut[0], memory_format=torch.contiguous_format)
+        states = []
+        for begin in range(0, 0 if output.is_meta else output.shape[1], size):
+            tokens = slice(begin, begin + size)
             states.append(state)
-            output, state = step(state, *pieces, *whole)
-            outputs.append(output)
+            output[:, tokens], state = step(state, *(tensor[:, tokens] for tensor in cut), *whole)
         ctx.save_for_backward(*tensors, *states)
-        return torch.cat(outputs, dim=1)
+        return output
 
     @staticmethod
     @once_differentiable
@@ -56,14 +55,15 @@ class _InSegments(torch.autograd.Function):
         of_cut = [torch.empty_like(tensor) for tensor in cut]
         of_whole = [torch.zeros_like(tensor) for tensor in whole]
         of_state = torch.zeros_like(states[0]) if states else None  # of the state behind the segment
-        segments = list(zip(*(tensor.split(ctx.size, dim=1) for tensor in (gradient, *of_cut, *cut)), strict=True))
-        for state, (of_output, *parts) in zip(reversed(states), reversed(segments), strict=True):
-            inputs = [tensor.detach().requires_grad_() for tensor in (state, *parts[ctx.n_cut :], *whole)]
+        for place, state in reversed(list(enumerate(states))):
+            tokens = slice(place * ctx.size, (place + 1) * ctx.size)
+            pieces = (tensor[:, tokens] for tensor in cut)
+            inputs = [tensor.detach().requires_grad_() for tensor in (state, *pieces, *whole)]
             with torch.enable_grad():
                 results = ctx.step(*inputs)
-            of_state, *of_inputs = torch.autograd.grad(results, inputs, (of_output, of_state))
-            for total, found in zip(parts[: ctx.n_cut], of_inputs, strict=False):
-                total.copy_(found)
-            for total, found in zip(of_whole, of_inputs[ctx.n_cut :], strict=True):
-                total.add_(found)
+            of_state, *found = torch.autograd.grad(results, inputs, (gradient[:, tokens], of_state))
+            for total, part in zip(of_cut, found, strict=False):
+                total[:, tokens] = part
+            for total, part in zip(of_whole, found[ctx.n_cut :], strict=True):
+                total += part
         return None, None, None, None, *of_cut, *of_whole

@@ -63,7 +63,7 @@ def _selective_segment(
 def linear_recurrence(decay: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     """h = decay * h + x from token to token, from zeros: twice [b, l, channels] -> every h, [b, l, channels]."""
     state = x.new_zeros(x.shape[0], x.shape[2], dtype=torch.promote_types(x.dtype, torch.float32))
-    return in_segments(_recurrence_segment, RECURRENCE_SEGMENT, state, (decay, x))
+    return in_segments(_recurrence_segment, RECURRENCE_SEGMENT, state, (x, decay))
 
 
 def _recurrence_segment(state: torch.Tensor, decay: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
