@@ -58,7 +58,7 @@ MAY_IMPORT = {
 # A room or file -> the libraries that it may import, besides Python's own.
 MAY_USE = {
     "longctx/compiler": ("torch", "numpy", "scipy"),
-    "longctx/kernels": ("torch", "flash_attn", "apex"),
+    "longctx/kernels": ("torch", "flash_attn", "apex", "fla", "causal_conv1d", "mamba_ssm"),
     "longctx/runtime/collectives.py": ("torch",),
     "chunk_linear_cross_entropy.py": ("torch", "triton"),
 }

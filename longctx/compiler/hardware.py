@@ -76,7 +76,7 @@ class Hardware:
 
     def product_rate(self, work: Work, dtype: torch.dtype) -> float:
         """FLOP/s of products or attention in this dtype; in float32 attention is to products as on the H200."""
-        if dtype != torch.float32:
+        if dtype != torch.float32 or work is Work.FLOAT32_PRODUCTS:
             return self.rates[work].a_second
         share = _H200_RATES[work].a_second / _H200_RATES[Work.PRODUCTS].a_second
         return self.rates[Work.FLOAT32_PRODUCTS].a_second * share

@@ -18,6 +18,7 @@ from longctx.errors import ModelError, one_line
 from longctx.huggingface.attention import REGISTERED_NAME, attention_options, register_attention
 from longctx.huggingface.head import input_of_output_embeddings, read_head
 from longctx.huggingface.norms import route_rms_norms
+from longctx.huggingface.recurrences import route_recurrences
 from longctx.huggingface.rotary import settle_rotary_tables
 
 
@@ -105,6 +106,7 @@ def build_model(
     model = _build_on_meta(config, dtype)
     _refuse_mixtures(model)
     route_rms_norms(model)
+    route_recurrences(model)
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
     wrapped = CausalLMLoss(model, options).train()

@@ -184,10 +184,12 @@ def _parts_first(x: torch.Tensor, dim: int) -> torch.Tensor:
 def _joined(parts: torch.Tensor, dim: int) -> torch.Tensor:
     """[plan_size, .., n/plan_size, ..] -> [.., n, ..], the inverse of _parts_first.
 
-    It is a view where every dimension before `dim` has length 1, and a copy elsewhere.
+    It is a view where every dimension before `dim` has length 1, and a copy elsewhere. Its elements lie in the order of
+    its dimensions, so that it can be viewed as the whole graph's tensor is; flatten sees to that, but for parts that
+    have length 1 along `dim`.
     """
     dim %= parts.dim() - 1
-    return parts.movedim(0, dim).flatten(dim, dim + 1)
+    return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:

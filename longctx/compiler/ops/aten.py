@@ -66,6 +66,17 @@ def product_flops(op: Op) -> Flops:
     return Flops(forward, 2 * forward)
 
 
+def saves_biased_factors(op: Op) -> list[Tensor]:
+    """As of a product, but for the bias, which comes first."""
+    _, left, right = op.inputs
+    return [t for t, other in ((left, right), (right, left)) if other.requires_grad]
+
+
+def biased_product_flops(op: Op) -> Flops:
+    forward = 2.0 * _product(op.outputs[0].shape) * op.inputs[1].shape[-1]
+    return Flops(forward, 2 * forward)
+
+
 def _product(shape: Sequence[int]) -> int:
     return torch.Size(shape).numel()
 
@@ -250,6 +261,14 @@ ATEN: dict[str, OpSpec] = {
         product("matmul", p.matmul, py.function("torch.matmul")),
         product("mm", p.matmul),
         product("bmm", p.matmul, py.function("torch.bmm")),
+        OpSpec(
+            "baddbmm",
+            p.baddbmm,
+            py.function("torch.baddbmm"),
+            flops=biased_product_flops,
+            saves=saves_biased_factors,
+            strides=never_strided,
+        ),
         OpSpec("outer", p.outer, py.function("torch.outer")),
         OpSpec("embedding", p.embedding, py.embedding, saves=saves_indices, traffic=rows_looked_up, lookup=True),
         # Reductions and what looks along a dimension.

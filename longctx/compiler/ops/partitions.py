@@ -61,6 +61,13 @@ def matmul(op: Op) -> str:
     return f"{_join([*batch, 'm', 'k+'], [*batch, 'k+', 'n'])} -> {_join([*batch, 'm', 'n'])}"
 
 
+def baddbmm(op: Op) -> str:
+    """bias + left @ right for each of a batch; the bias may have length 1 where the product has more."""
+    bias, out = op.inputs[0].shape, op.outputs[0].shape
+    entry = [name if size == full else "1" for name, size, full in zip("bmn", bias, out, strict=True)]
+    return f"{_join(entry, ['b', 'm', 'k^'], ['b', 'k^', 'n'])} -> b m n"
+
+
 def embedding(op: Op) -> str:
     rows = names_of(op.inputs[1].shape)
     return f"n^ d, {_join(rows)} -> {_join([*rows, 'd'])}"
