@@ -17,6 +17,7 @@ FAMILIES = {
     "qwen3": {"num_key_value_heads": 2, "head_dim": 16},
     "phi3": {"num_key_value_heads": 2, "pad_token_id": 0},
     "gemma2": {"num_key_value_heads": 2, "head_dim": 16, "sliding_window": 16},
+    "olmo": {"num_key_value_heads": 2, "clip_qkv": 0.5},
     "olmo2": {"num_key_value_heads": 2},
     "granite": {"num_key_value_heads": 2, "logits_scaling": 6.0, "residual_multiplier": 0.5},
     "stablelm": {"num_key_value_heads": 2, "use_parallel_residual": True},

@@ -300,6 +300,31 @@ def draw_select(draw: Draw) -> Call:
     return Call("aten.select.int", (draw.values(shape), dim, draw.draw(st.integers(-shape[dim], shape[dim] - 1))))
 
 
+def draw_slice_scatter(draw: Draw) -> Call:
+    shape = draw.shape()
+    dim = draw.dim(shape)
+    start = draw.draw(st.integers(0, shape[dim] - 1))
+    bounds = draw.one_of((start,), (start, start + 1), (start, 2**63 - 1, 2))
+    x = draw.values(shape)
+    part = torch.ops.aten.slice.Tensor(x, dim, *bounds)
+    return Call("aten.slice_scatter.default", (x, draw.values(part.shape), dim, *bounds))
+
+
+def draw_select_scatter(draw: Draw) -> Call:
+    shape = draw.shape()
+    dim = draw.dim(shape)
+    x, index = draw.values(shape), draw.draw(st.integers(-shape[dim], shape[dim] - 1))
+    return Call("aten.select_scatter.default", (x, draw.values(x.select(dim, index).shape), dim, index))
+
+
+def draw_index_put(draw: Draw) -> Call:
+    shape = draw.shape(2, 3)
+    x, index = draw.values(shape), torch.tensor(draw.one_of([0], [0, shape[1] - 1], [0, 0]))
+    if draw.one_of(True, False):  # where an index comes twice, values are added rather than one of them taken
+        return Call("aten.index_put.default", (x, [None, index], draw.values(x[:, index].shape), True))
+    return Call("aten.index_put.default", (x, [index[:1]], draw.values(x[index[:1]].shape)))
+
+
 def draw_split(target: str, draw: Draw) -> Call:
     shape = draw.shape()
     return Call(f"aten.{target}", (draw.values(shape), draw.one_of(1, 2, 3), *draw.one_of((), (draw.dim(shape),))))
@@ -417,6 +442,9 @@ CALLS: dict[str, MakeCall] = {
     "stack": draw_stack,
     "slice": draw_slice,
     "select": draw_select,
+    "slice_scatter": draw_slice_scatter,
+    "select_scatter": draw_select_scatter,
+    "index_put": draw_index_put,
     "chunk": partial(draw_split, "chunk.default"),
     "split": partial(draw_split, "split.Tensor"),
     "split_with_sizes": draw_split_with_sizes,
@@ -587,6 +615,9 @@ OFFERED = [
     ("aten.stack.default", ([X, Y], 1), "S0 S0 -> S0, S1 S1 -> S2, S2 S2 -> S3"),
     ("aten.slice.Tensor", (X, 1, 0, 2), "S0 -> S0, S2 -> S2"),
     ("aten.select.int", (X, 1, 0), "S0 -> S0, S2 -> S1"),
+    ("aten.slice_scatter.default", (X, zeros(2, 2, 6), 1, 0, 2), "S0 S0 -> S0, S2 S2 -> S2"),
+    ("aten.select_scatter.default", (X, zeros(2, 6), 1, 0), "S0 S0 -> S0, S2 S1 -> S2"),
+    ("aten.index_put.default", (X, [TOKENS[0]], zeros(4, 4, 6)), ""),
     ("aten.narrow.default", (X, 1, 0, 2), "S0 -> S0, S2 -> S2"),
     ("aten.unbind.int", (zeros(4, 2), 1), "S0 -> S0 S0"),
     ("aten.outer.default", (zeros(4), zeros(6)), "R S0 -> S1, S0 R -> S0"),

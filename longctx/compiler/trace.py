@@ -23,10 +23,12 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 
 from longctx.compiler.annotation import output_shapes
+from longctx.compiler.functional import Memory, Place, Variable, View, apply, overwrite, read, variables_of
 from longctx.compiler.ir import FlatGraph, Graph, Op, Tensor
 from longctx.compiler.layers import fold_layers
 from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, aten, spec_of
 from longctx.compiler.ops.positions import Positions, UnknownValueError
+from longctx.compiler.ops.writes import writes
 from longctx.compiler.statements import statement_of
 from longctx.errors import AnnotationError, ModelError, UserError, one_line
 
@@ -200,8 +202,8 @@ def _decoder_layers(model: nn.Module, flat: FlatGraph) -> tuple[str, dict[int, s
 def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaque: dict[str, _Opaque]) -> FlatGraph:
     """The exported graph as one list of ops.
 
-    Nested graphs are inlined, devices replaced by DEVICE, parameters and constants found, and ops that change nothing
-    dropped.
+    Nested graphs are inlined, devices replaced by DEVICE, parameters and constants found, ops that change nothing
+    dropped, and ops that write into a tensor replaced (functional.py).
     """
     env: dict[fx.Node, Any] = {}
     inputs: list[Tensor] = []
@@ -214,49 +216,53 @@ def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaq
         exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
     ):
         value, path = node.meta["val"], spec.target
+        storage = value.untyped_storage()._cdata
         if spec.kind.name == "PARAMETER":
             parameter = by_name[path]
             name = canonical[id(parameter)].removeprefix("model.")
             if name not in parameters:
                 parameters[name] = _tensor(name, value, parameter.requires_grad, "parameter")
-            env[node] = parameters[name]
+            env[node] = Variable(parameters[name], Memory(storage, state=name))
         elif spec.kind.name == "USER_INPUT":
-            env[node] = _tensor(node.name, value, False, "input")
-            inputs.append(env[node])
+            inputs.append(_tensor(node.name, value, False, "input"))
+            env[node] = Variable(inputs[-1], Memory(storage))
         else:
-            env[node] = _tensor(path.rsplit(".", 1)[-1], value, False, "constant")
-            constants[env[node]] = values[path]
+            constant = _tensor(path.rsplit(".", 1)[-1], value, False, "constant")
+            constants[constant] = values[path]
+            env[node] = Variable(constant, Memory(storage, state=path.removeprefix("model.")))
     ops: list[Op] = []
     (output,) = _convert(exported.graph_module, env, ops, opaque)
-    return FlatGraph(tuple(inputs), output, parameters, constants, ops)
+    return FlatGraph(tuple(inputs), read(output, Place("", None, "loss"), ops), parameters, constants, ops)
 
 
-def _tensor(name: str, value: torch.Tensor, requires_grad: bool, kind: str = "activation") -> Tensor:
+def _tensor(name: str, value: torch.Tensor, requires_grad: bool, kind: str) -> Tensor:
     return Tensor(name, tuple(value.shape), value.dtype, requires_grad, kind)
 
 
 def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:
-    """Appends a graph's nodes to `ops`, and returns the values of its outputs. `env` maps placeholders to values."""
+    """Appends a graph's nodes to `ops`, and returns the variables of its outputs.
+
+    Args:
+        env: the variables of placeholders, to which those of the other nodes are added.
+    """
     for node in module.graph.nodes:
         if node.op == "placeholder":
             continue
         if node.op == "get_attr":
             env[node] = getattr(module, node.target)
             continue
-        args = fx.map_arg(node.args, env.__getitem__)
-        if node.op == "output":
-            return tuple(args[0])
-        kwargs = {k: fx.map_arg(v, env.__getitem__) for k, v in node.kwargs.items()}
         target = str(node.target)
+        if node.op == "output":
+            return tuple(fx.map_arg(node.args[0], env.__getitem__))
         if target == "wrap_with_set_grad_enabled":
-            env[node] = _inline(args, node, ops, opaque)
+            env[node] = _inline(fx.map_arg(node.args, env.__getitem__), ops, opaque)
         elif target == "<built-in function getitem>":
-            env[node] = args[0][args[1]]
+            env[node] = env[node.args[0]][node.args[1]]
         elif aten.is_check(target):
             continue
         elif target in opaque or aten.is_operator(target):
             _check_static(node)
-            env[node] = _append_op(target, args, kwargs, node, ops, opaque)
+            env[node] = _append_op(target, node, env, ops, opaque)
         else:
             raise ModelError(f"it uses {target}, which the compiler does not know how to generate")
     raise AssertionError("a graph has an output")
@@ -275,55 +281,56 @@ def _check_static(node: fx.Node) -> None:
             )
 
 
-def _inline(args: tuple, node: fx.Node, ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:
+def _inline(args: tuple, ops: list[Op], opaque: dict[str, _Opaque]) -> tuple:
     """Inlines a region with autograd switched on or off. Where it is off, detached inputs have the same effect."""
     grad_enabled, module, *given = args
     if not grad_enabled:
-        given = [_detach(value, ops) if value.requires_grad else value for value in given]
+        given = [_detach(variable, ops) for variable in given]
     return _convert(module, dict(zip(module.graph.find_nodes(op="placeholder"), given, strict=True)), ops, opaque)
 
 
-def _detach(tensor: Tensor, ops: list[Op]) -> Tensor:
+def _detach(variable: Variable, ops: list[Op]) -> Variable:
+    tensor = read(variable, Place("", None, variable.value.name), ops)
+    if not tensor.requires_grad:
+        return variable
     result = replace(tensor, name=f"{tensor.name}_detached", requires_grad=False, kind="activation")
     ops.append(aten.detach(tensor, result))
-    return result
+    return Variable(result, variable.memory, View(variable, tensor, ops[-1], 0))
 
 
-def _append_op(target: str, args: tuple, kwargs: dict, node: fx.Node, ops: list[Op], opaque: dict) -> Any:
-    """Appends a node as an op and returns its output. Of a node that changes nothing only the input is returned."""
-    if target in opaque:
-        stands_for = opaque[target]
-        parameters = inspect.signature(stands_for.op.fn).parameters
-        kwargs = {name: v for name, v in stands_for.values.items() if v != parameters[name].default}
-        target = stands_for.op.name
-        if list(stands_for.tensors) != list(parameters)[: len(args)]:  # a tensor after a plain value is passed by name
-            kwargs |= dict(zip(stands_for.tensors, args, strict=True))
-            args = ()
-    else:
-        target, args, kwargs = aten.without_device(target, args, kwargs)
-        if (same := _identity(target, args, kwargs, node.meta["val"])) is not None:
-            return same
+def _append_op(target: str, node: fx.Node, env: dict[fx.Node, Any], ops: list[Op], opaque: dict[str, _Opaque]) -> Any:
+    """Appends what a node computes, and returns the variables of its outputs."""
     path = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
     path = path.removeprefix("model").removeprefix(".")
-    op = Op(target, args, kwargs, (), path, statement_of(node.meta.get("stack_trace") or ""))
-    requires_grad = any(t.requires_grad for t in op.inputs) and not spec_of(op).cuts_gradient
-    values = node.meta["val"]
-    outputs = tuple(
-        _tensor(node.name if i == 0 else f"{node.name}_{i}", value, requires_grad and value.dtype.is_floating_point)
-        for i, value in enumerate(values if isinstance(values, (tuple, list)) else [values])
-    )
-    ops.append(replace(op, outputs=outputs))
-    return outputs if isinstance(values, (tuple, list)) else outputs[0]
+    place = Place(path, statement_of(node.meta.get("stack_trace") or ""), node.name)
+    variables: list[Variable] = []
+
+    def value_of(argument: fx.Node) -> Any:
+        variables.append(env[argument])
+        return read(env[argument], place, ops)
+
+    args, kwargs = fx.map_arg(node.args, value_of), fx.map_arg(dict(node.kwargs), value_of)
+    if target in opaque:
+        target, args, kwargs = _registered_call(opaque[target], args)
+    else:
+        target, args, kwargs = aten.without_device(target, args, kwargs)
+        if writes(target):
+            overwrite(variables[0], target, args, kwargs, place, ops)
+            return variables[0]
+    made = node.meta["val"]
+    several = isinstance(made, (tuple, list))
+    op = apply(ops, target, args, kwargs, place, made)
+    outputs = variables_of(op, made if several else [made], variables)
+    return tuple(outputs) if several else outputs[0]
 
 
-def _identity(target: str, args: tuple, kwargs: dict, value: Any) -> Tensor | None:
-    """The input of an op that returns its input unchanged, bit for bit; None for any other op."""
-    first = args[0] if args and isinstance(args[0], Tensor) else None
-    if first is None or not isinstance(value, torch.Tensor):
-        return None
-    unchanged = first.dtype == value.dtype and first.shape == tuple(value.shape)
-    same = unchanged and spec_of(Op(target, args, kwargs, (), "", None)).is_identity(args)
-    return first if same else None
+def _registered_call(stands_for: _Opaque, args: tuple) -> tuple[str, tuple, dict[str, Any]]:
+    """The call of a registered function that a torch operator stood in for while tracing."""
+    parameters = inspect.signature(stands_for.op.fn).parameters
+    kwargs = {name: v for name, v in stands_for.values.items() if v != parameters[name].default}
+    if list(stands_for.tensors) != list(parameters)[: len(args)]:  # a tensor after a plain value is passed by name
+        return stands_for.op.name, (), kwargs | dict(zip(stands_for.tensors, args, strict=True))
+    return stands_for.op.name, args, kwargs
 
 
 def _rewritten(flat: FlatGraph, module: nn.Module) -> FlatGraph:

@@ -3,6 +3,7 @@
 spec.py         OpSpec: the rules that an operator has, and their defaults
 aten.py         PyTorch's own operators, one entry each
 registered.py   register_op: functions as operators, the user's, and those of longctx/kernels
+writes.py       operators that write into a tensor, and what computes the same without
 reshards.py     the collectives between placements
 partitions.py   annotations that many of PyTorch's operators share
 python.py       the forms in which operators are written

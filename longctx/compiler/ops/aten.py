@@ -17,6 +17,7 @@ import torch
 from longctx.compiler.ir import DEVICE, Op, Tensor
 from longctx.compiler.ops import partitions as p
 from longctx.compiler.ops import python as py
+from longctx.compiler.ops import writes as w
 from longctx.compiler.ops.spec import (
     FLOAT32_BYTES,
     Flops,
@@ -139,6 +140,7 @@ def drops_nothing(args: tuple) -> bool:
 def view(name: str, partition, python=py.overload, **rest) -> OpSpec:
     """The same memory under another shape; its gradient is the output's, under the old shape."""
     shared = {"saves": saves_nothing, "view": View.ALWAYS, "strides": keeps_strides, "shares_gradient": always}
+    shared |= {"written_back": w.reshaped_back}
     return OpSpec(name, partition, python, **{**shared, **rest})
 
 
@@ -151,6 +153,7 @@ def part(name: str, partition, python=py.overload, **rest) -> OpSpec:
 def relayout(name: str, partition, python=py.overload, **rest) -> OpSpec:
     """The same elements in the order of their dimensions: a copy only where they are not in that order already."""
     shared = {"saves": saves_nothing, "view": View.IF_CONTIGUOUS, "strides": never_strided, "shares_gradient": always}
+    shared |= {"written_back": w.reshaped_back}
     return OpSpec(name, partition, python, **{**shared, **rest})
 
 
@@ -190,8 +193,8 @@ ATEN: dict[str, OpSpec] = {
         pointwise("log"),
         pointwise("maximum"),
         pointwise("minimum"),
-        pointwise("clamp"),
-        pointwise("clamp_min"),
+        pointwise("clamp", py.method("clamp")),
+        pointwise("clamp_min", py.method("clamp_min")),
         # Activations.
         pointwise("silu", py.function("F.silu"), saves=saves_input),
         pointwise("gelu", py.function("F.gelu"), saves=saves_input),
@@ -228,19 +231,48 @@ ATEN: dict[str, OpSpec] = {
         view("unsqueeze", p.reshaped, py.method("unsqueeze")),
         view("squeeze", p.squeeze, py.method("squeeze")),
         view("unflatten", p.unflatten),
-        view("transpose", p.transpose, py.method("transpose"), strides=always_strided),
-        view("t", p.transpose, py.method("t"), strides=always_strided),
-        view("permute", p.permute, py.method("permute", spread=True), strides=always_strided),
+        view("transpose", p.transpose, py.method("transpose"), strides=always_strided, written_back=w.transposed_back),
+        view("t", p.transpose, py.method("t"), strides=always_strided, written_back=w.transposed_back),
+        view(
+            "permute",
+            p.permute,
+            py.method("permute", spread=True),
+            strides=always_strided,
+            written_back=w.permuted_back,
+        ),
         view("alias", p.elementwise, is_identity=always),
-        part("detach", p.elementwise, py.method("detach"), strides=keeps_strides, cuts_gradient=True),
-        part("expand", p.elementwise, py.method("expand", spread=True), sizes=1, is_identity=always),
-        part("slice", p.resized_along(1), py.subscript_range, traffic=padded_gradient, is_identity=always),
-        part("select", p.resized_along(1, removed=True), py.subscript, traffic=padded_gradient),
-        part("narrow", p.resized_along(1), traffic=padded_gradient),
-        part("chunk", p.resized_along(2), py.method("chunk", "", "dim")),
-        part("split", p.resized_along(2), py.method("split", "", "dim")),
-        part("split_with_sizes", p.resized_along(2)),
-        part("unbind", p.resized_along(1, removed=True)),
+        part(
+            "detach",
+            p.elementwise,
+            py.method("detach"),
+            strides=keeps_strides,
+            cuts_gradient=True,
+            written_back=w.reshaped_back,
+        ),
+        part(
+            "expand",
+            p.elementwise,
+            py.method("expand", spread=True),
+            sizes=1,
+            is_identity=always,
+            written_back=w.into_all,
+        ),
+        part(
+            "slice",
+            p.resized_along(1),
+            py.subscript_range,
+            traffic=padded_gradient,
+            is_identity=always,
+            written_back=w.into_range,
+        ),
+        part(
+            "select", p.resized_along(1, removed=True), py.subscript, traffic=padded_gradient, written_back=w.into_place
+        ),
+        part("narrow", p.resized_along(1), traffic=padded_gradient, written_back=w.into_narrow),
+        part("chunk", p.resized_along(2), py.method("chunk", "", "dim"), written_back=w.into_piece),
+        part("split", p.resized_along(2), py.method("split", "", "dim"), written_back=w.into_piece),
+        part("split_with_sizes", p.resized_along(2), written_back=w.into_piece),
+        part("unbind", p.resized_along(1, removed=True), written_back=w.into_unbound),
         relayout("reshape", p.reshaped, py.method("reshape", spread=True), sizes=1, is_identity=always),
         relayout("flatten", p.reshaped, py.method("flatten")),
         # Joining and repeating.
@@ -253,6 +285,21 @@ ATEN: dict[str, OpSpec] = {
             shares_gradient=always,
         ),
         OpSpec("stack", p.stack, py.function("torch.stack", "", "dim"), saves=saves_nothing, shares_gradient=always),
+        OpSpec(
+            "slice_scatter",
+            p.resized_along(2),
+            py.function("torch.slice_scatter", "", "", "dim", "start", "end", "step"),
+            saves=saves_nothing,
+            strides=never_strided,
+        ),
+        OpSpec(
+            "select_scatter",
+            p.one_index_of(2),
+            py.function("torch.select_scatter", "", "", "dim", "index"),
+            saves=saves_nothing,
+            strides=never_strided,
+        ),
+        OpSpec("index_put", p.replicated, saves=saves_indices),
         OpSpec(
             "repeat_interleave", p.repeat_interleave, py.method("repeat_interleave", "", "dim"), saves=saves_nothing
         ),
@@ -317,8 +364,7 @@ def spec_of_aten(op: Op) -> OpSpec:
 
 def compute(op: Op, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What PyTorch's operator returns for these arguments, on the CPU."""
-    _, name, overload = op.target.split(".")
-    return getattr(getattr(torch.ops.aten, name), overload)(*args, **kwargs)
+    return w.overload_of(op.target)(*args, **kwargs)
 
 
 def base_name(op: Op) -> str:
@@ -375,3 +421,4 @@ def cast(tensor: Tensor, output: Tensor) -> Op:
 
 
 CAST = "aten.to.dtype"  # (tensor, dtype)
+EXPAND = "aten.expand.default"  # (tensor, sizes)

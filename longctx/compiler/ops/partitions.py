@@ -111,6 +111,19 @@ def resized_along(argument: int, *, removed: bool = False) -> Callable[[Op], str
     return write
 
 
+def one_index_of(argument: int) -> Callable[[Op], str]:
+    """The second tensor is put in at one index of the dimension named by an argument, which it does not have."""
+
+    def write(op: Op) -> str:
+        shape = op.inputs[0].shape
+        dim = op.kwargs.get("dim", op.args[argument]) % len(shape)
+        names = names_of(shape)
+        names[dim] = str(shape[dim])
+        return f"{_join(names, [*names[:dim], *names[dim + 1 :]])} -> {_join(names)}"
+
+    return write
+
+
 def stack(op: Op) -> str:
     out = op.outputs[0].shape
     dim = (op.args[1] if len(op.args) > 1 else 0) % len(out)

@@ -150,6 +150,8 @@ class OpSpec:
             gradients.
         memory_kind: the kind of memory that what it keeps and holds is reported as.
         view: whether its output shares its first input's memory.
+        written_back: how the whole is made anew after a write into output `index`, a view of it; see writes.py. None if
+            the outputs are no views, or can't be written to.
         strides: whether its output's elements lie in another order than its dimensions, given whether its input's do.
         shares_gradient: whether an input's gradient is the output's gradient, the same memory or a view of it, given
             that input and that output.
@@ -177,6 +179,7 @@ class OpSpec:
     workspace: Callable[[Op, str], Shares] = no_shares
     memory_kind: str = "transient"
     view: View = View.NEVER
+    written_back: Callable[[Op, int, Tensor, Tensor], tuple[str, tuple] | None] | None = None
     strides: Callable[[Op, bool], bool] = passes_strides_on
     shares_gradient: Callable[[Tensor, Tensor], bool] = lambda tensor, output: False
     cuts_gradient: bool = False
