@@ -13,7 +13,7 @@ from longctx.compiler.ops.registered import target_of
 from longctx.compiler.ops.scores import Scores
 from longctx.compiler.trace import trace
 from longctx.errors import KernelError, ModelError
-from longctx.huggingface.attention import REGISTERED_NAME, attention_function, make_no_masks
+from longctx.huggingface.attention import REGISTERED_NAME, attention_function, make_no_masks, refuse_own_attention
 from longctx.huggingface.build import build_model
 from longctx.kernels.attention import alibi_attention, attention
 from longctx.kernels.written_attention import meaning_of
@@ -245,15 +245,14 @@ def test_what_our_attention_does_not_have_is_refused_by_its_name():
 
 def test_an_engine_that_would_keep_masks_has_none_made_and_no_model_that_needs_one():
     wrapped = build_model(small_config("llama"), torch.float32)
-    make_no_masks(wrapped.model)
+    make_no_masks()
     masks = []
-    ALL_ATTENTION_FUNCTIONS.register(
-        REGISTERED_NAME, lambda module, q, k, v, mask, **_: masks.append(mask) or (q, None)
-    )
+    ALL_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, lambda *args, **_: masks.append(args[4]) or (args[1], None))
     wrapped.model.get_decoder()(input_ids=torch.zeros(1, 8, dtype=torch.long, device="meta"), use_cache=False)
     assert masks == [None, None]
+    refuse_own_attention(wrapped.model)
     with pytest.raises(ModelError, match="^BloomForCausalLM has an attention of its own, which this engine can't"):
-        make_no_masks(build_model(CONFIG_MAPPING["bloom"](**BLOOM), torch.float32).model)
+        refuse_own_attention(build_model(CONFIG_MAPPING["bloom"](**BLOOM), torch.float32).model)
 
 
 def test_a_model_whose_tokens_see_what_comes_after_them_is_refused():

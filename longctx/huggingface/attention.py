@@ -32,21 +32,25 @@ def attention_options(implementation: str, deterministic: bool = False) -> dict[
 def register_attention(options: dict[str, Any]) -> None:
     """Makes `attention`, with these options, the attention function that transformers has by REGISTERED_NAME."""
     ALL_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, partial(attention_function, options))
+
+
+def make_masks() -> None:
+    """Lets transformers make the masks that a model has with its own attention. It can't on meta, but while tracing."""
     ALL_MASK_ATTENTION_FUNCTIONS.register(REGISTERED_NAME, eager_mask)
 
 
-def make_no_masks(model: PreTrainedModel) -> None:
-    """Lets transformers make no masks any more, for an engine that would keep them: attention is then causal by itself.
+def make_no_masks() -> None:
+    """Lets transformers make no masks: attention is then causal by itself, with the window that it is told."""
+    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(REGISTERED_NAME, None)
 
-    Raises:
-        ModelError: the model has an attention that asks for no attention function, and would see the future.
-    """
+
+def refuse_own_attention(model: PreTrainedModel) -> None:
+    """Raises a ModelError for a model that asks for no attention function: without masks it would see the future."""
     if not model._can_set_attn_implementation():  # transformers' own rule, which reads the model's source
         raise ModelError(
             f"{type(model).__name__} has an attention of its own, which this engine can't replace; choose the torch "
             "engine"
         )
-    ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.pop(REGISTERED_NAME, None)
 
 
 def attention_function(

@@ -15,7 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, one_line
-from longctx.huggingface.attention import REGISTERED_NAME, attention_options, register_attention
+from longctx.huggingface.attention import (
+    REGISTERED_NAME,
+    attention_options,
+    make_masks,
+    make_no_masks,
+    register_attention,
+)
 from longctx.huggingface.head import input_of_output_embeddings, read_head
 from longctx.huggingface.norms import route_rms_norms
 from longctx.huggingface.recurrences import route_recurrences
@@ -103,6 +109,7 @@ def build_model(
     """
     options = attention_options(attn_implementation, deterministic)
     register_attention(options)
+    make_no_masks()  # the head is read on meta tensors, on which transformers can make none
     model = _build_on_meta(config, dtype)
     _refuse_mixtures(model)
     route_rms_norms(model)
@@ -111,6 +118,7 @@ def build_model(
         settle_rotary_tables(model, sequence_length)
     wrapped = CausalLMLoss(model, options).train()
     _leave_out_no_layer(model)
+    make_masks()
     return wrapped
 
 

@@ -15,7 +15,7 @@ from longctx.engines.nnscaler.checkpoints import Parameters, stored_precision
 from longctx.engines.nnscaler.model import WrappedModel
 from longctx.engines.nnscaler.options import GENERATED_FOLDER, PivotNameError, instance_name
 from longctx.errors import CheckpointMismatch, CompiledError, EngineError, LayerNameError, one_line
-from longctx.huggingface.attention import make_no_masks
+from longctx.huggingface.attention import refuse_own_attention
 from longctx.huggingface.build import build_model, load_config
 from longctx.huggingface.weights import check_weights, find_weights
 from longctx.job import Job
@@ -104,7 +104,7 @@ def check_model(job: Job) -> Parameters:
     """
     config = load_config(job.model_id)
     wrapped = build_model(config, job.dtype, job.attn_implementation)
-    make_no_masks(wrapped.model)
+    refuse_own_attention(wrapped.model)
     known = {type(module).__name__ for module in wrapped.modules()}
     model_name = type(wrapped.model).__name__
     for kind, names in ((LayerNameError, job.recompute_modules), (PivotNameError, job.nnscaler.pipeline_pivots)):

@@ -27,7 +27,7 @@ class WrappedModel(nn.Module):
         super().__init__()
         config = load_config(model_id)
         self.loss = build_model(config, DTYPES[precision], attn_implementation, sequence_length)
-        make_no_masks(self.loss.model)
+        make_no_masks()  # which nnScaler would keep
         weights = random_weights(config, seed) if random_init else stored_weights(model_id, config)
         fill(self.loss.model, weights)
 
