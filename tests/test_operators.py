@@ -26,9 +26,14 @@ from longctx.compiler.ops import expression as write_expression
 from longctx.compiler.ops.python import ATOM, PRODUCT, SUM, UNARY, Expression, Values
 from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard
 from longctx.kernels.attention import attention
+from longctx.kernels.causal_conv1d import causal_conv1d
+from longctx.kernels.linear_attention import decaying_linear_attention, gated_delta_rule
 from longctx.kernels.rms_norm import rms_norm
+from longctx.kernels.selective_scan import bounded_sqrt, linear_recurrence, selective_scan
 
 ATTENTION, RMS_NORM, LOSS = map(target_of, (attention, rms_norm, chunk_linear_cross_entropy))
+CONVOLUTION, SCAN, RECURRENCE, ROOT = map(target_of, (causal_conv1d, selective_scan, linear_recurrence, bounded_sqrt))
+DELTA_RULE, LINEAR_ATTENTION = map(target_of, (gated_delta_rule, decaying_linear_attention))
 FLOAT, INT, BOOL, CONTIGUOUS = torch.float64, torch.int64, torch.bool, torch.contiguous_format
 
 
@@ -379,6 +384,42 @@ def draw_loss(draw: Draw) -> Call:
     return Call(LOSS, args, draw.one_of({}, {"logit_softcap": 2.0}))
 
 
+def draw_convolution(draw: Draw) -> Call:
+    (b, channels, length), (k,) = draw.shape(3, 3), draw.shape(1, 1)
+    bias = draw.one_of((), (draw.values([channels]),))
+    x, weight = draw.values([b, channels, length]), draw.values([channels, k])
+    return Call(CONVOLUTION, (x, weight, *bias), draw.one_of({}, {"silu": True}))
+
+
+def draw_linear_attention(target: str, draw: Draw) -> Call:
+    (b, length, key_heads), (groups, d, e) = draw.shape(3, 3), draw.shape(3, 3)
+    query, key = (draw.values([b, length, key_heads, d]) for _ in range(2))
+    value = draw.values([b, length, key_heads * groups, e])
+    per_head = [draw.values([b, length, key_heads * groups]) for _ in range(2)]
+    args = (query, key, value, -per_head[0].abs())
+    if target == LINEAR_ATTENTION:
+        return Call(target, args)
+    return Call(target, (*args, per_head[1].sigmoid()), {"scale": 0.5, "normalized": draw.one_of(False, True)})
+
+
+def draw_scan(draw: Draw) -> Call:
+    (b, channels, length), (n,) = draw.shape(3, 3), draw.shape(1, 1)
+    x, step = draw.values([b, channels, length]), draw.values([b, channels, length], low=0.1)
+    B, C = (draw.values([b, n, length]) for _ in range(2))
+    return Call(SCAN, (x, step, -draw.values([channels, n], low=0.1), B, C))
+
+
+def draw_recurrence(draw: Draw) -> Call:
+    shape = draw.shape(3, 3)
+    return Call(RECURRENCE, (draw.values(shape).sigmoid(), draw.values(shape)))
+
+
+def draw_baddbmm(draw: Draw) -> Call:
+    (b, m, n), (k,) = draw.shape(3, 3), draw.shape(1, 1)
+    bias = [draw.one_of(size, 1) for size in (b, m, n)]
+    return Call("aten.baddbmm.default", (draw.values(bias), draw.values([b, m, k]), draw.values([b, k, n])))
+
+
 CALLS: dict[str, MakeCall] = {
     **{name: unary(f"{name}.default") for name in ("neg", "cos", "sin", "exp", "square", "abs", "reciprocal", "tanh")},
     **{name: unary(f"{name}.default") for name in ("sigmoid", "silu", "relu", "erf", "detach", "alias")},
@@ -433,6 +474,7 @@ CALLS: dict[str, MakeCall] = {
     "type_as": draw_type_as,
     "linear": draw_linear,
     "matmul": draw_matmul,
+    "baddbmm": draw_baddbmm,
     "embedding": draw_embedding,
     "layer_norm": draw_layer_norm,
     "cumsum": along_dim("cumsum.default"),
@@ -463,6 +505,11 @@ CALLS: dict[str, MakeCall] = {
     ATTENTION: draw_attention,
     RMS_NORM: draw_rms_norm,
     LOSS: draw_loss,
+    CONVOLUTION: draw_convolution,
+    **{name: partial(draw_linear_attention, name) for name in (DELTA_RULE, LINEAR_ATTENTION)},
+    SCAN: draw_scan,
+    RECURRENCE: draw_recurrence,
+    ROOT: lambda draw: Call(ROOT, (draw.values(draw.shape(3, 3), low=0.1),)),
 }
 UNKNOWN: dict[str, MakeCall] = {  # operators that have no entry at all
     "roll": lambda draw: Call("aten.roll.default", (draw.values(draw.shape()), [1], [0])),
@@ -563,6 +610,8 @@ UNARY_NAMES = (
 )
 UNARY_NAMES += "contiguous clone detach alias ones_like zeros_like logical_not"
 EVERY_DIM, IN_BOTH = "S0 -> S0, S1 -> S1, S2 -> S2", "S0 S0 -> S0, S1 S1 -> S1, S2 S2 -> S2"
+HEADS = (zeros(2, 6, 2, 8), zeros(2, 6, 2, 8), zeros(2, 6, 4, 2))  # 4 value heads for 2 key heads
+ONE_KEY_HEAD = (zeros(2, 6, 1, 8), zeros(2, 6, 1, 8), zeros(2, 6, 4, 2))
 OFFERED = [
     *((f"aten.{name}.default", (X,), EVERY_DIM) for name in UNARY_NAMES.split()),
     ("aten.bitwise_not.default", (MASK,), EVERY_DIM),
@@ -636,6 +685,14 @@ OFFERED = [
     (ATTENTION, (zeros(2, 4, 6, 8), zeros(2, 4, 6, 8), zeros(2, 4, 6, 2), 1.0), "S0 S0 S0 -> S0, S1 S1 S1 -> S2"),
     (RMS_NORM, (X, zeros(6), 1e-5), "S0 R -> S0, S1 R -> S1"),
     (LOSS, (X, zeros(8, 6), TOKENS), "S0 R S0 -> S0, S1 R S1 -> S1"),
+    ("aten.baddbmm.default", (zeros(2, 1, 8), X, zeros(2, 6, 8)), "R S1 R -> S1, S0 S0 S0 -> S0, S2 R S2 -> S2"),
+    (CONVOLUTION, (X, zeros(4, 2), zeros(4)), "S0 R R -> S0, S1 S0 S0 -> S1"),
+    (DELTA_RULE, (*HEADS, zeros(2, 6, 4), zeros(2, 6, 4), 1.0), "S0 S0 S0 S0 S0 -> S0, S2 S2 S2 S2 S2 -> S2"),
+    (LINEAR_ATTENTION, (*HEADS, zeros(2, 6, 4)), "S0 S0 S0 S0 -> S0, S2 S2 S2 S2 -> S2"),
+    (LINEAR_ATTENTION, (*ONE_KEY_HEAD, zeros(2, 6, 4)), "R R S2 S2 -> S2, S0 S0 S0 S0 -> S0"),
+    (SCAN, (X, X, zeros(4, 2), zeros(2, 2, 6), zeros(2, 2, 6)), "S0 S0 R S0 S0 -> S0, S1 S1 S0 R R -> S1"),
+    (RECURRENCE, (X, Y), "S0 S0 -> S0, S2 S2 -> S2"),
+    (ROOT, (X,), EVERY_DIM),
 ]
 
 
@@ -649,7 +706,8 @@ def test_an_operator_is_offered_the_partitions_that_are_right_and_no_other(targe
 
 
 def test_every_operator_of_the_tables_is_tested():
-    known = {*aten.ATEN, ATTENTION, RMS_NORM, LOSS}
+    ours = {ATTENTION, RMS_NORM, LOSS, CONVOLUTION, DELTA_RULE, LINEAR_ATTENTION, SCAN, RECURRENCE, ROOT}
+    known = {*aten.ATEN, *ours}
     assert set(CALLS) == known
     assert {name_of(target) for target, _, _ in OFFERED} == known
 

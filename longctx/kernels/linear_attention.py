@@ -7,13 +7,14 @@ installed, its kernel takes over the gated delta rule in 16 bits on a GPU; the t
 """
 
 from functools import partial
+from math import ceil
 from typing import Any
 
 import torch
 
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.ops.registered import register_op
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, draws_nothing
+from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, draws_nothing, never_strided
 from longctx.compiler.work import Work
 from longctx.kernels.segments import in_segments
 
@@ -171,16 +172,50 @@ def saves(op: Op) -> list[Tensor]:
 
 def saves_besides(op: Op) -> Shares:
     """The state before each segment, in float32."""
-    d, value = op.inputs[0].shape[3], op.inputs[2]
-    n_segments = -(-value.shape[1] // SEGMENT)
-    return {value: n_segments * d * FLOAT32_BYTES / (value.shape[1] * value.dtype.itemsize)}
+    d, length = op.inputs[0].shape[3], op.inputs[2].shape[1]
+    return _float32_rows(op, ceil(length / SEGMENT) * d)
+
+
+def workspace(op: Op, phase: str) -> Shares:
+    """The intermediate results of one segment."""
+    return _float32_rows(op, min(op.inputs[2].shape[1], SEGMENT) * _width_of_intermediates(op, phase))
+
+
+def passes(op: Op, phase: str) -> Shares:
+    """Each intermediate result is written once and read once."""
+    return _float32_rows(op, 2 * op.inputs[2].shape[1] * _width_of_intermediates(op, phase))
+
+
+def _width_of_intermediates(op: Op, phase: str) -> float:
+    """How many float32 numbers are held for a token and a value head, as counted by MemTracker on a CPU.
+
+    Most are rows of keys (d), of values (e) and of pairs of tokens (CHUNK); some are shared by the value heads of a
+    key head.
+    """
+    query, value = op.inputs[0], op.inputs[2]
+    (key_heads, d), (value_heads, e) = query.shape[2:], value.shape[2:]
+    shared, delta = key_heads / value_heads, _by_delta_rule(op)
+    if phase == "forward":
+        return 3 * CHUNK + 4 * d + 5 * e if delta else 2 * CHUNK + 2 * d + 4 * e
+    if delta:
+        return 2 * CHUNK + 11 * d + 9 * e + shared * (3 * CHUNK + 8 * d)
+    return 7 * d + 7 * e + shared * (CHUNK + 5 * d)
+
+
+def _float32_rows(op: Op, numbers: float) -> Shares:
+    """So many float32 numbers for each row and value head, as a share of the values, [b, l, value_heads, e]."""
+    value = op.inputs[2]
+    return {value: numbers * FLOAT32_BYTES / (value.shape[1] * value.shape[3] * value.dtype.itemsize)}
 
 
 _RULES = {
     "flops": flops,
     "rates": (Work.FLOAT32_PRODUCTS, Work.FLOAT32_PRODUCTS),
+    "passes": passes,
     "saves": saves,
     "saves_besides": saves_besides,
+    "workspace": workspace,
+    "strides": never_strided,
     "draws_random": draws_nothing,
 }
 register_op(annotation_of, **_RULES)(gated_delta_rule)

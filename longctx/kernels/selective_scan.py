@@ -5,6 +5,7 @@ Where the package mamba-ssm is installed, its kernel takes over the selective sc
 that.
 """
 
+from dataclasses import dataclass
 from math import ceil, isqrt
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
 from longctx.compiler.ir import Op, Tensor
-from longctx.compiler.ops.registered import register_op
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Shares, draws_nothing, no_flops
+from longctx.compiler.ops.registered import register_op, target_of
+from longctx.compiler.ops.spec import FLOAT32_BYTES, Shares, always_strided, draws_nothing, never_strided, no_flops
 from longctx.kernels.segments import in_segments
 
 try:
@@ -57,7 +58,7 @@ def _selective_segment(
     written = (step * x).unsqueeze(-1) * B.unsqueeze(-2).to(state.dtype)
     states = _Recurrence.apply(decay, written, state)
     output = (states @ C.unsqueeze(-1).to(state.dtype)).squeeze(-1)
-    return output.to(x.dtype), states[:, -1]
+    return output.to(x.dtype), states[:, -1].clone()
 
 
 def linear_recurrence(decay: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
@@ -66,9 +67,9 @@ def linear_recurrence(decay: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
     return in_segments(_recurrence_segment, RECURRENCE_SEGMENT, state, (x, decay))
 
 
-def _recurrence_segment(state: torch.Tensor, decay: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _recurrence_segment(state: torch.Tensor, x: torch.Tensor, decay: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     states = _Recurrence.apply(decay.to(state.dtype), x.to(state.dtype), state)
-    return states.to(x.dtype), states[:, -1]
+    return states.to(x.dtype), states[:, -1].clone()
 
 
 def bounded_sqrt(x: torch.Tensor) -> torch.Tensor:
@@ -142,23 +143,47 @@ def saves(op: Op) -> list[Tensor]:
     return op.inputs
 
 
-def states_of_selective_scan(op: Op) -> Shares:
-    """The states before each segment, n numbers for each channel, in float32."""
-    return _states(op.inputs[0], op.inputs[0].shape[2], SEGMENT, op.inputs[2].shape[1])
+@dataclass(frozen=True)
+class _Segments:
+    """Of a scan: its input by which shares are told, the row's length, a segment's, and the numbers of a state."""
+
+    x: Tensor
+    length: int
+    size: int
+    n: int
+
+    def share(self, states: float) -> Shares:
+        """So many states of each channel, in float32, as a share of the input."""
+        return {self.x: states * self.n * FLOAT32_BYTES / (self.length * self.x.dtype.itemsize)}
 
 
-def states_of_recurrence(op: Op) -> Shares:
-    """The state before each segment, one number for each channel, in float32."""
-    return _states(op.inputs[1], op.inputs[1].shape[1], RECURRENCE_SEGMENT, 1)
+def _segments(op: Op) -> _Segments:
+    if op.target == target_of(selective_scan):
+        return _Segments(op.inputs[0], op.inputs[0].shape[2], SEGMENT, op.inputs[2].shape[1])
+    return _Segments(op.inputs[0], op.inputs[0].shape[1], RECURRENCE_SEGMENT, 1)
 
 
-def _states(x: Tensor, length: int, size: int, n: int) -> Shares:
-    return {x: ceil(length / size) * n * FLOAT32_BYTES / (length * x.dtype.itemsize)}
+def saves_besides(op: Op) -> Shares:
+    """The state before each segment."""
+    cut = _segments(op)
+    return cut.share(ceil(cut.length / cut.size))
 
 
+def workspace(op: Op, phase: str) -> Shares:
+    """The states of a segment and what they are made of; as counted by MemTracker on a CPU."""
+    cut = _segments(op)
+    return cut.share(_TENSORS[phase] * min(cut.length, cut.size))
+
+
+def passes(op: Op, phase: str) -> Shares:
+    """Each of these is written once and read once."""
+    cut = _segments(op)
+    return cut.share(2 * _TENSORS[phase] * cut.length)
+
+
+_TENSORS = {"forward": 4, "backward": 9}
 _RULES = {"flops": no_flops, "saves": saves, "draws_random": draws_nothing}
-register_op("b d l^, b d l^, d n^, b n^ l^, b n^ l^ -> b d l^", saves_besides=states_of_selective_scan, **_RULES)(
-    selective_scan
-)
-register_op("b l^ d, b l^ d -> b l^ d", saves_besides=states_of_recurrence, **_RULES)(linear_recurrence)
-register_op("b l d -> b l d", flops=no_flops, saves=saves, draws_random=draws_nothing)(bounded_sqrt)
+_SCAN_RULES = {**_RULES, "passes": passes, "saves_besides": saves_besides, "workspace": workspace}
+register_op("b d l^, b d l^, d n^, b n^ l^, b n^ l^ -> b d l^", strides=always_strided, **_SCAN_RULES)(selective_scan)
+register_op("b l^ d, b l^ d -> b l^ d", strides=never_strided, **_SCAN_RULES)(linear_recurrence)
+register_op("b l d -> b l d", **_RULES)(bounded_sqrt)
