@@ -12,6 +12,7 @@ Where to look, in longctx/:
     their checks, and errors that name them    options.py: CHECKS, CAUSES
     the engines                                engines/table.py: ENGINES
     the compiler, from model to code           engines/builtin/compile.py: compile_plan
+    the proof that the code is the model       proof.py: prove
     what makes compiled code out of date       engines/builtin/cache.py: plan_inputs
     where an all-to-all is decided             compiler/placement.py: find_reshard
     where it is put between operators          compiler/localize.py: localize; it is run by runtime/collectives.py

@@ -26,6 +26,10 @@ class ModelError(UserError):
     """A model's configuration, architecture or weights can't be used."""
 
 
+class ProofError(ModelError):
+    """Generated code could not be shown to compute what the model computes."""
+
+
 class NoWeights(ModelError):
     """A model has no weights to start from."""
 

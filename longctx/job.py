@@ -69,6 +69,7 @@ class Options:
     attn_implementation: str = option(
         "auto", "auto takes the fastest kernel that is here", choices=("auto", *KERNELS, "sdpa", "eager")
     )
+    trust_model: bool = option(False, "compile without proving that the code computes what the model does")
     deterministic: bool = option(False, "the same bits in every run, on a GPU too; slower, and takes more memory")
 
     # Training. A step is one of the optimizer's.

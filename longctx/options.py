@@ -31,6 +31,7 @@ from longctx.errors import (
     OtherEngine,
     OutOfMemory,
     PlanSizeError,
+    ProofError,
     RehearsalError,
     RowsError,
     TrainingError,
@@ -183,6 +184,8 @@ def check_attention(job: Job) -> None:
             f"--deterministic: the backward of --attn_implementation {name} gives other bits each time; leave one of "
             f"them out, or choose auto or one of {others}"
         )
+    if job.trust_model and job.engine == NNSCALER:
+        raise UserError(f"--trust_model: {NNSCALER} proves no model; leave it out, or choose --engine {TORCH}")
     if job.deterministic and job.engine == NNSCALER:
         raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
 
@@ -226,6 +229,7 @@ CHECKS = (
 CAUSES: Mapping[type[UserError], Cause] = {
     EngineError: Cause("engine"),
     ModelError: Cause("model_id"),
+    ProofError: Cause("model_id", "pass --trust_model to compile it all the same"),
     NoWeights: Cause("model_id", "pass --random_init to start without"),
     RowsError: Cause("dataset_path"),
     DeviceError: Cause("device"),

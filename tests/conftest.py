@@ -1,6 +1,7 @@
 """What several test files share."""
 
 import importlib.util
+import os
 from pathlib import Path
 
 import demo_assets
@@ -16,6 +17,12 @@ torch.set_num_threads(1)  # the tests' tensors are so small that a second thread
 def registered_loss() -> None:
     """The loss is an operator, as train.py makes it one, whatever a test traces."""
     train.register_loss()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def remembered_proofs(tmp_path_factory) -> None:
+    """A model that several tests compile is proved once, and the user's own cache is left alone."""
+    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

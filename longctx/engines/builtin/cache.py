@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import transformers
 
-from longctx import compiled, flops, sources, torchrun
+from longctx import compiled, flops, proof, sources, torchrun
 from longctx.atomic import why_not_replaceable
 from longctx.compiler import hardware
 from longctx.engines.builtin import compile as pipeline
@@ -109,6 +109,7 @@ def plan_inputs(job: Job) -> dict[str, Any]:
         "gpu_mem_constraint": job.gpu_mem_constraint,
         "grad_accumulation_steps": job.grad_accumulation_steps,
         "recompute_modules": job.recompute_modules,
+        "trust_model": job.trust_model,  # what was trusted is compiled anew, and proved, once it isn't any more
         "plan": compiled.read_decisions(job.plan) if job.plan else None,
         "ops": sources.hash_registered_ops(),
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
@@ -119,4 +120,4 @@ def plan_inputs(job: Job) -> dict[str, Any]:
 def compiler_sources() -> list[Path]:
     """Every file of ours whose change may change the plan or the code, or what the code's calls do by default."""
     rooms = sources.files_in("compiler", "kernels", "huggingface")
-    return [*rooms, *(Path(str(module.__file__)) for module in (collectives, pipeline, compiled, flops))]
+    return [*rooms, *(Path(str(module.__file__)) for module in (collectives, pipeline, compiled, flops, proof))]

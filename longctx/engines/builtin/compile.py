@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from longctx import compiled, torchrun
+from longctx import compiled, proof, torchrun
 from longctx.atomic import whole_folder
 from longctx.compiler import codegen, hardware, planner, prediction, report
 from longctx.compiler.ir import Graph
@@ -22,19 +22,21 @@ from longctx.kernels.attention import attention, fused_shapes
 
 
 def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
-    """Load, build, trace, plan, localize, generate, report: writes the job's compiled folder.
+    """Load, build, trace, prove, plan, localize, generate, report: writes the job's compiled folder.
 
     Args:
         inputs: all that the folder depends on, which plan.json records (see cache.py).
 
     Raises:
-        UserError: the model can't be traced, or no plan fits.
+        UserError: the model can't be traced, its code does something else than it does, or no plan fits.
     """
     started = time.perf_counter()
     config = load_config(job.model_id)
     model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
+    proved = prove(graph, job)
+    planning = time.perf_counter()
     setting = plan_setting(job)
     plan = planner.make_plan(graph, setting, fixed_decisions(graph, inputs["plan"]))
     local = localize(graph, plan.assignment)
@@ -42,7 +44,19 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     predicted = predict(graph, plan, setting, model, config, job)
     file = plan_file(inputs, graph, local, plan, predicted)
     write_folder(job, code, file, report.report(graph, plan, setting, predicted))
-    say_what_was_compiled(job, report.summary(graph, plan, setting, predicted), traced - started, traced)
+    summary = [proved, *report.summary(graph, plan, setting, predicted)]
+    say_what_was_compiled(job, summary, traced - started, planning)
+
+
+def prove(graph: Graph, job: Job) -> str:
+    """Proves that the graph's code computes what the model does, unless the model is to be trusted; says which."""
+    if job.trust_model:
+        return f"{graph.class_name} is trusted: its code was not compared with transformers' own"
+    found = proof.prove(graph, load_config(job.model_id), job.sequence_length)
+    return (
+        f"proved against transformers' own {graph.class_name}, small and in float32: the loss differs by "
+        f"{found.loss_error:.0e}, gradients by {found.gradient_error:.0e} at most"
+    )
 
 
 def sample_row(sequence_length: int) -> dict[str, torch.Tensor]:

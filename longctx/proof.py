@@ -1,0 +1,264 @@
+"""The proof of a model: before its plan is made, its generated code is compared with the model itself.
+
+What can go wrong between a model and its code is a silent loss of numbers: an operator that tracing drops, a mask that
+is not built, a norm that was taken for another. So each model is run once as transformers runs it, with its own eager
+attention, in float32 on the CPU, and once as generated code, on the same row with the same weights: the loss and every
+gradient have to be equal. The model is a small one of the same configuration, which runs the same operators in every
+kind of layer; that it does is checked.
+
+A proof holds for a configuration, this program's code, and the versions of PyTorch and transformers. It is remembered
+in the user's cache folder: longctx/proofs in $XDG_CACHE_HOME, or in ~/.cache.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+import transformers
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig
+
+from longctx import compiled, sources
+from longctx.compiler import codegen
+from longctx.compiler.ir import Graph, Op
+from longctx.compiler.localize import Assignment, localize
+from longctx.compiler.ops import legal_partitions, spec_of
+from longctx.compiler.ops.aten import is_aten
+from longctx.compiler.plan import Plan
+from longctx.compiler.recompute import Recompute
+from longctx.compiler.trace import trace
+from longctx.data.rows import IGNORE_INDEX
+from longctx.errors import ModelError, ProofError, UserError, one_line
+from longctx.huggingface.build import CausalLMLoss, build_model
+from longctx.huggingface.shrink import small_configs
+from longctx.runtime import parallel
+
+# A row's length is a prime, so that no width of the model is a multiple of it, and a chunk and a bit of the scans'.
+LENGTHS = (67, 61, 47, 31, 23, 13, 7, 5, 3, 2)
+LOSS_TOLERANCE = 1e-5
+GRADIENT_TOLERANCE = 1e-3
+SMALL = 1e-4  # of the norm of all gradients: less is nothing but rounding, as the gradient of a key's bias is
+MOST_PARAMETERS = 500_000_000  # 16 bytes each: two models and their gradients
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far generated code is from the model. The worst gradient error is that of `parameter`."""
+
+    loss_error: float
+    gradient_error: float
+    parameter: str
+
+    @property
+    def holds(self) -> bool:  # no comparison holds for a NaN
+        return self.loss_error < LOSS_TOLERANCE and self.gradient_error < GRADIENT_TOLERANCE
+
+
+def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof:
+    """Proves the model that `graph` was traced from, unless that is remembered.
+
+    Args:
+        config: the model's, as it was loaded.
+
+    Raises:
+        ProofError: the generated code computes something else, or no small model of the same kinds could be run.
+        ModelError: a tensor of the model grows with the square of the sequence length.
+    """
+    length = next(length for length in LENGTHS if length <= sequence_length)
+    signature = _signature(graph)
+    small, *_ = candidates = list(small_configs(config, sequence_length, length, _layers_with_all_kinds(graph)))
+    key = [_json(config), _json(small), length, signature, *_code()]
+    file = cache_folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
+    with suppress(OSError, ValueError, TypeError):
+        return Proof(**json.loads(file.read_text()))
+    proof = _prove(candidates, signature, length, graph.class_name)
+    with suppress(OSError):  # a home that can't be written to
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(dataclasses.asdict(proof)))
+    return proof
+
+
+def cache_folder() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "proofs"
+
+
+def _json(config: PreTrainedConfig) -> dict:
+    return json.loads(config.to_json_string())
+
+
+def _code() -> list:
+    """All else that a proof depends on."""
+    files = [*sources.files_in("compiler", "kernels", "huggingface"), Path(__file__)]
+    return [sources.hash_registered_ops(), sources.hash_files(files), torch.__version__, transformers.__version__]
+
+
+def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, class_name: str) -> Proof:
+    """The proof by the first of the small models that has the signature of the large one."""
+    reason = f"none of its layers can be had with fewer than {MOST_PARAMETERS:,} parameters"
+    for config in candidates:
+        try:
+            model = build_model(config, torch.float32, "auto", length)
+            if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
+                continue
+            graph = _trace(model, length)
+        except UserError as error:
+            reason = one_line(error)
+            continue
+        if (difference := _difference(_signature(graph), signature)) is not None:
+            reason = f"a smaller one computes something else in {difference}"
+            continue
+        check_no_squares(graph, length)
+        proof = compare(graph, config, length)
+        if not proof.holds:
+            raise ProofError(
+                f"the code generated for {class_name} does not compute what transformers computes: in a small model of "
+                f"its kind the loss differs by {proof.loss_error:.1e} and the gradient of {proof.parameter} by "
+                f"{proof.gradient_error:.1e}; choose another model"
+            )
+        return proof
+    raise ProofError(f"{class_name} can't be compared with transformers' own at a small size ({reason})")
+
+
+def _trace(model: CausalLMLoss, length: int) -> Graph:
+    sample = {name: torch.empty(1, length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    return trace(model, sample)
+
+
+# --- what a graph computes, sizes aside ------------------------------------------------------------------------------
+
+
+def _signature(graph: Graph) -> list:
+    """What the root and each kind of layer run, in order: a module, an operator and the options it is given."""
+    kinds = {json.dumps([kind.source_class, _calls(list(kind.ops))]): None for kind in graph.kinds}
+    (_, root), *_ = graph.bodies()
+    return [json.dumps([graph.class_name, _calls(root)]), *kinds]
+
+
+def _calls(ops: list[Op]) -> list:
+    """Dropout is left out, since a comparison is made without, and casts, which float32 has fewer of."""
+    kept = [op for op in ops if not is_aten(op) or not spec_of(op).keeps_name and not spec_of(op).draws_random(op)]
+    return [[op.module, op.target, sorted(op.kwargs.keys() - {"dropout", "deterministic"})] for op in kept]
+
+
+def _difference(found: list, expected: list) -> str | None:
+    """The class in which two signatures differ first; None if nowhere. The order of kinds doesn't matter."""
+    for text in sorted(set(found) ^ set(expected)):
+        return json.loads(text)[0]
+    return None
+
+
+def _layers_with_all_kinds(graph: Graph) -> int:
+    """The number of first layers in which every kind comes: two at least, where there are as many."""
+    first = {kind: call.index for call in reversed(graph.layer_calls) for kind in [call.kind]}
+    return min(max([1, *first.values()]) + 1, max(1, len(graph.layer_calls)))
+
+
+def check_no_squares(graph: Graph, length: int) -> None:
+    """Raises a ModelError if a tensor outside attention's operator grows with the square of the sequence length.
+
+    Args:
+        length: the prime with which the graph was traced.
+    """
+    for op in graph.all_ops():
+        for tensor in op.outputs if is_aten(op) else ():
+            if tensor.shape.count(length) > 1 or any(size and size % length**2 == 0 for size in tensor.shape):
+                shape = ["l" if size == length else size for size in tensor.shape]
+                place = f"line {op.statement.place[1]} of {Path(op.statement.place[0]).name}" if op.statement else "it"
+                raise ModelError(
+                    f"{op.module or graph.class_name} makes a tensor that grows with the square of the sequence length "
+                    f"({place} makes {shape}, where l is the length), which no memory holds at long context; choose "
+                    "another model".replace("'", "")
+                )
+
+
+# --- the comparison --------------------------------------------------------------------------------------------------
+
+
+def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
+    """Runs the model as transformers has it, and the code of a plan for one rank, on one row.
+
+    Args:
+        graph: of that model, traced at `length`.
+
+    Raises:
+        ProofError: transformers can't run the model.
+    """
+    tokens, labels = _random_row(config.get_text_config().vocab_size, length)
+    try:
+        model = _random_model(config)
+        logits = model(input_ids=tokens, use_cache=False).logits
+        expected = F.cross_entropy(logits[0].float(), labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
+        expected.backward()
+    except Exception as error:  # whatever a model's own code raises
+        raise ProofError(
+            f"{graph.class_name} can't be compared with transformers' own, which does not run with eager attention "
+            f"({type(error).__name__}: {one_line(error)})"
+        ) from error
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    module = _generated_module(graph, weights)
+    loss = module(tokens, labels)
+    loss.backward()
+    error = abs(loss.item() - expected.item()) / abs(expected.item())
+    return Proof(error, *_worst_gradient_error(_gradients_of(module), _gradients_of(model)))
+
+
+def _random_row(vocabulary: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Tokens and labels, [1, length] each; every eighth label is left out of the loss."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, vocabulary, (1, length + 1), generator=generator)
+    labels = tokens[:, 1:].clone()
+    labels[:, 3::8] = IGNORE_INDEX
+    return tokens[:, :-1].contiguous(), labels
+
+
+def _random_model(config: PreTrainedConfig) -> nn.Module:
+    """transformers' model in float32, with weights under which every operator matters: none is 0 or 1."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").train()
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:
+                    parameter.normal_(std=parameter.shape[-1] ** -0.5)
+                else:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+def _generated_module(graph: Graph, weights: Mapping[str, torch.Tensor]) -> nn.Module:
+    """The module that compile would write for one rank, with these weights."""
+    partitions = {op: legal_partitions(op, 1)[0] for op in graph.all_ops()}
+    policies = (Recompute.NOTHING,) * len(graph.layer_calls)
+    plan = Plan(Assignment(1, partitions), policies, seconds=0.0, memory=0.0)
+    with tempfile.TemporaryDirectory() as name:
+        code = codegen.generate(localize(graph, plan.assignment), plan, graph.class_name)
+        (Path(name) / compiled.CODE).write_text(code)
+        module = parallel.load_generated(Path(name), graph.class_name)
+    parallel.give_memory(module, torch.device("cpu"))
+    module.load_state_dict({name: weights[name] for name, _ in module.named_parameters()})
+    return module
+
+
+def _gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """Every parameter's gradient; 0 for one on which the loss does not depend."""
+    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
+
+
+def _worst_gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
+    """The largest |found - expected| / |expected|, and its parameter; |expected| counts as SMALL of all at least."""
+    floor = SMALL * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
+    errors = {
+        name: ((found[name] - gradient).norm() / gradient.norm().clamp_min(floor)).nan_to_num(torch.inf).item()
+        for name, gradient in expected.items()
+        if name in found or gradient.any()
+    }
+    worst = max(errors, key=errors.__getitem__)
+    return errors[worst], worst
