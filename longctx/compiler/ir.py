@@ -77,7 +77,7 @@ class LayerKind:
     class_name: str
     source_class: str
     inputs: tuple[Tensor, ...]  # the previous layer's output first
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]  # what the next layer takes first
     parameters: dict[str, Tensor]
     constants: dict[Tensor, torch.Tensor]
     ops: tuple[Op, ...]

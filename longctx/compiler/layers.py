@@ -114,7 +114,8 @@ def _cut_layer(
     constants = {t: flat.constants[t] for t in taken if t.kind == "constant"}
     inputs = [t for t in taken if t.kind not in ("parameter", "constant")]
     inputs.sort(key=lambda t: (t is not carried, not t.requires_grad))  # stable: hidden states come first
-    outputs = tuple(t for op in ops for t in op.outputs if t is flat.output or users.get(t, inside) - inside)
+    *others, last = (t for op in ops for t in op.outputs if t is flat.output or users.get(t, inside) - inside)
+    outputs = (last, *others)  # hidden states are what a layer makes last; it may pass on keys and values too
     ops = [replace(op, module=op.module.removeprefix(prefix.removesuffix(".")).removeprefix(".")) for op in ops]
     call = LayerCall(index, -1, tuple(inputs), outputs)
     return call, LayerKind(class_name, class_name, tuple(inputs), outputs, parameters, constants, tuple(ops))
