@@ -85,8 +85,8 @@ TINY_SIZES = {
     "laurel_rank chunk_size mamba_chunk_size",
     8: "qk_rope_head_dim qk_nope_head_dim rotary_dim index_head_dim index_topk state_size mamba_d_state "
     "ssm_state_size mamba_n_heads mamba_num_heads adapter_rank num_centroids num_mel_bins hidden_size_per_layer_input",
-    16: "head_dim global_head_dim kv_channels swa_head_dim v_head_dim q_lora_rank kv_lora_rank o_lora_rank "
-    "sliding_window sliding_window_size attention_window_size window_size local_attention keep_window_size attention_chunk_size "
+    16: "head_dim kv_channels swa_head_dim v_head_dim q_lora_rank kv_lora_rank o_lora_rank sliding_window "
+    "sliding_window_size attention_window_size window_size local_attention keep_window_size attention_chunk_size "
     "mamba_head_dim linear_key_head_dim linear_value_head_dim linear_head_dim dim_head d_rel rel_extent "
     "attention_head_size hc_lowrank dim_model_base",
     32: "moe_intermediate_size shared_expert_intermediate_size shared_experts_intermediate_size "
@@ -158,7 +158,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
         "audio_config": {"adapter_input_size": 64, "adapter_out_dim": 64},
     },
     "gemma3n_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
-    "gemma4_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
+    "gemma4_text": {"num_kv_shared_layers": 2, "global_head_dim": 16, "layer_types": _FULL_AND_SLIDING},
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {"text_config": {"layer_types": _FULL_AND_SLIDING}},
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
