@@ -170,7 +170,8 @@ def reduce_plan_sharded_gradients(model: ParallelModel) -> None:
     """Sums the gradients of plan-sharded weights over the copies of the plan; FSDP has summed all others."""
     if model.data_parallel_size > 1:
         for name in model.plan_sharded:
-            dist.all_reduce(model.module.get_parameter(name).grad, group=model.mesh.get_group("data_parallel"))
+            if (gradient := model.module.get_parameter(name).grad) is not None:  # None where it is not trained
+                dist.all_reduce(gradient, group=model.mesh.get_group("data_parallel"))
 
 
 Reader = Callable[[tuple[slice, ...]], torch.Tensor]  # returns the part of a stored tensor that the slices select
