@@ -58,6 +58,10 @@ class DoesNotFit(UserError):
         self.missing_gb = missing_gb
 
 
+class MemoryLimitError(UserError):
+    """A plan may need more memory than the GPU that it is for has."""
+
+
 class DecisionsError(UserError):
     """The decisions of another plan can't be taken for this one."""
 

@@ -26,6 +26,7 @@ from longctx.errors import (
     KernelError,
     LayerNameError,
     LogError,
+    MemoryLimitError,
     ModelError,
     NoWeights,
     OtherEngine,
@@ -240,6 +241,7 @@ CAUSES: Mapping[type[UserError], Cause] = {
         "gpu_mem_constraint",
         "raise it by {error.missing_gb:.1f}, take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",
     ),
+    MemoryLimitError: Cause("gpu_mem_constraint", "choose less, with some GB to spare (docs/memory.md says how many)"),
     OutOfMemory: Cause(
         "gpu_mem_constraint",
         "lower it, for a plan that keeps less, or take more GPUs (--plan_ngpus, --runtime_ngpus), or shorter rows",

@@ -171,6 +171,12 @@ def test_a_plan_that_can_not_fit_is_refused_with_what_is_missing(job, tmp_path):
     refused(job, "--plan nowhere: it is no plan.json that compile wrote", plan="nowhere", **ask)
 
 
+def test_a_memory_limit_beyond_what_the_gpu_has_is_refused(job, tmp_path):
+    ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 64, "compiled_dir": tmp_path}
+    sentence = r"--gpu_mem_constraint 100: the h100 that the plan is for has 80 GB; choose less"
+    refused(job, sentence, gpu_mem_constraint=100, hardware="h100", **ask)
+
+
 def test_layers_to_recompute_that_the_model_does_not_have_are_refused(job, tmp_path):
     ask = {"run_mode": "compile", "dataset_path": None, "sequence_length": 64, "compiled_dir": tmp_path}
     refused(job, "--recompute_modules MLP: MLP is no layer of LlamaForCausalLM", recompute_modules="MLP", **ask)

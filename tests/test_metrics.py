@@ -5,9 +5,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from families import random_rows, reference_model, small_config
+from torch.utils.flop_counter import FlopCounterMode
 
+from longctx.compiler import hardware
+from longctx.compiler.plan import Setting
+from longctx.compiler.planner import make_plan
+from longctx.compiler.prediction import forward_flops, predict
+from longctx.compiler.trace import trace
 from longctx.data.order import Position
+from longctx.engines.builtin.proof import sample_row
 from longctx.errors import LogError
+from longctx.huggingface.build import build_model
 from longctx.job import Job
 from longctx.runtime.metrics import FlopCount, Step, check_log, metrics_log, step_metrics
 
@@ -89,3 +98,33 @@ def test_mfu_counts_three_forward_passes_of_every_row_against_the_peak_of_all_ra
     assert metrics.mfu == 3 * 2 * 40 / (4 * 2 * 100)
     assert metrics.mfu_causal == 3 * 2 * 30 / (4 * 2 * 100)
     assert metrics.tokens_per_s_per_gpu == 2 * 8 / 2 / 4
+
+
+WINDOWS = {"llama": (32, 32), "qwen3": (32, 32), "mistral": (16, 16), "gemma2": (16, 32), "phi3": (32, 32)}  # a layer's
+
+
+@pytest.mark.parametrize("family", WINDOWS)
+def test_the_flops_of_attention_are_those_of_each_layers_own_heads_their_width_and_its_window(family):
+    """PyTorch counts the products of the Hugging Face model, whose eager attention computes what it masks."""
+    length, config = 32, small_config(family)
+    tokens, _ = random_rows(1, length, 256)
+    with FlopCounterMode(display=False) as counter:
+        reference_model(config)(input_ids=tokens, use_cache=False)
+    counted = counter.get_flop_counts()
+    attentions = [flops for name, flops in counted.items() if name.endswith(".self_attn")]
+    layers = [flops[torch.ops.aten.bmm] for flops in attentions]
+    graph = trace(build_model(config, torch.float32), sample_row(length))
+    n_parameters = sum(parameter.numel() for parameter in reference_model(config).parameters())
+    whole, causal = (flops - 2 * n_parameters * length for flops in forward_flops(graph))
+    pairs = [sum(min(query + 1, window) for query in range(length)) for window in WINDOWS[family]]
+    assert whole == sum(n * window / length for n, window in zip(layers, WINDOWS[family], strict=True))
+    assert causal == sum(n * seen / length**2 for n, seen in zip(layers, pairs, strict=True))
+
+
+def test_the_mfu_of_a_windowed_model_at_its_fastest_is_below_100_percent(tmp_path):
+    config = small_config("mistral", sliding_window=4096, hidden_size=4096, num_attention_heads=32, vocab_size=32000)
+    graph = trace(build_model(config, torch.bfloat16), sample_row(131072))
+    setting = Setting(1, 1, hardware.HARDWARE["h100"], 1e15)
+    facts = predict(graph, make_plan(graph, setting), setting)
+    peak = setting.hardware.matrix_flops * facts.time.total
+    assert 3 * facts.forward_flops_causal / peak < 3 * facts.forward_flops / peak < 1

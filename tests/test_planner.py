@@ -2,7 +2,7 @@
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 from math import prod
 
@@ -12,10 +12,11 @@ import torch.nn.functional as F
 from families import small_config
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from plans import random_assignment, random_policies
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from chunk_linear_cross_entropy import CHUNK_SIZE, chunk_linear_cross_entropy
+from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.compiler import hardware, linear_program, report
 from longctx.compiler.cost import (
     Seconds,
@@ -28,7 +29,6 @@ from longctx.compiler.cost import (
     plan_sharded_copy_seconds,
     plan_sharded_seconds,
     reshard_op,
-    saved_activations,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor
 from longctx.compiler.layout import Layout, layout_of
@@ -36,7 +36,7 @@ from longctx.compiler.localize import localize
 from longctx.compiler.ops import COLLECTIVES, legal_partitions, spec_of, target_of
 from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
-from longctx.compiler.planner import alternative, make_plan, predict_memory
+from longctx.compiler.planner import alternative, leanest, make_plan, predict_memory
 from longctx.compiler.prediction import StepTime, predict, seconds_by_part, step_time
 from longctx.compiler.program import TIE_BREAK_SECONDS, Program
 from longctx.compiler.recompute import Recompute
@@ -137,20 +137,11 @@ def small_graph(kinds: dict[LayerKind, int], vocabulary: int) -> Graph:
     return Graph("Model", (tokens, labels), loss, root.parameters, {}, body, tuple(kinds), "layers")
 
 
-# --- what program.py's docstring says a plan costs, for one choice of everything -------------------------------------
+# --- what program.py's docstring says a plan takes, for one choice of everything -------------------------------------
 
 Partitions = dict[Op, Partition]
 PlanSharded = tuple[Tensor, ...]
 Between = tuple[Placement, ...]  # of what layers take: the hidden states, then the rest
-
-
-@dataclass(frozen=True)
-class Cost:
-    """Of the root, or of all layers of a kind: seconds, bytes that add up, and bytes of which only the most counts."""
-
-    seconds: float
-    memory: float
-    moment: float
 
 
 @dataclass(frozen=True)
@@ -172,10 +163,6 @@ class Prices:
         copied = packing_time(op, layout, self.setting.hardware)
         return Seconds(sent.forward + copied.forward, sent.backward + copied.backward)
 
-    def bytes_of(self, tensor: Tensor, placement: Placement) -> float:
-        share = 1 if not isinstance(placement, Shard) else self.setting.plan_size
-        return prod(tensor.shape) * tensor.dtype.itemsize / share
-
     def moves(
         self,
         partitions: Partitions,
@@ -194,99 +181,50 @@ class Prices:
         costs = [self.move(tensor, placement[tensor], target, split, layout) for tensor, target, split in wanted]
         return sum(cost.forward for cost in costs), sum(cost.backward for cost in costs)
 
-    def weights(
-        self, owner: Graph | LayerKind, plan_sharded: PlanSharded, times: int
-    ) -> tuple[float, float, float, float]:
-        """Bytes that stay, bytes that FSDP gathers, seconds of its traffic, and of all else that weights take."""
+    def weights(self, owner: Graph | LayerKind, plan_sharded: PlanSharded, times: int) -> tuple[float, float]:
+        """Seconds of FSDP's traffic, and of all else that weights take."""
         ranks, n = self.setting.world_size, self.setting.plan_size
         total = sum(prod(t.shape) for t in owner.parameters.values())
         own = sum(prod(t.shape) for t in plan_sharded)
-        stay = times * 16 * (own / n + (total - own) / ranks)  # float32 master, gradient and two moments
-        copies = (
-            3 if isinstance(owner, LayerKind) else 2
-        )  # a layer, the next one and gradients; or the root's and those
         seconds = fsdp_seconds(total, DTYPE, ranks, self.setting.hardware)
         traffic = times * (seconds.forward + seconds.backward) * (total - own) / total
         reducing = (n, ranks, self.setting.hardware, self.setting.grad_accumulation_steps)
         others = sum(plan_sharded_seconds(prod(t.shape), *reducing) for t in plan_sharded)
         others += plan_sharded_copy_seconds(own, DTYPE, n, self.setting.hardware)
-        others += fsdp_copy_seconds(total - own, DTYPE, ranks, self.setting.hardware, copies - 1)
+        n_gathers = 2 if isinstance(owner, LayerKind) else 1  # a layer's for each pass; the root's once
+        others += fsdp_copy_seconds(total - own, DTYPE, ranks, self.setting.hardware, n_gathers)
         for size, holders in ((own, n), (total - own, ranks)):
             others += optimizer_seconds(size, holders, *reducing[2:])
-        return stay, (copies * DTYPE.itemsize + 4) * (total - own), traffic, times * others
+        return traffic, times * others
 
-    def root(self, between: Between, partitions: Partitions, plan_sharded: PlanSharded) -> Cost:
+    def root(self, between: Between, partitions: Partitions, plan_sharded: PlanSharded) -> float:
         first, last = self.graph.layer_calls[0], self.graph.layer_calls[-1]
         given = {**dict.fromkeys(self.graph.inputs, REPLICATE), last.outputs[0]: between[0]}
         passed_on = {**dict(zip(first.inputs, between, strict=True)), self.graph.output: REPLICATE}
-        layout = layout_of(self.graph)
+        return self.seconds(self.graph, partitions, plan_sharded, given, passed_on, 1)
+
+    def layers(self, number: int, between: Between, partitions: Partitions, plan_sharded: PlanSharded) -> float:
+        """Of all layers of a kind, of which none is recomputed."""
+        kind = self.graph.kinds[number]
+        given, passed_on = dict(zip(kind.inputs, between, strict=True)), {kind.outputs[0]: between[0]}
+        times = sum(call.kind == number for call in self.graph.layer_calls)
+        return self.seconds(kind, partitions, plan_sharded, given, passed_on, times)
+
+    def seconds(
+        self,
+        owner: Graph | LayerKind,
+        partitions: Partitions,
+        plan_sharded: PlanSharded,
+        given: dict[Tensor, Placement],
+        passed_on: dict[Tensor, Placement],
+        times: int,
+    ) -> float:
+        layout = layout_of(owner)
         costs = [self.op(op, partition, layout) for op, partition in partitions.items()]
-        compute = sum(cost.forward + cost.backward for cost in costs)
-        stay, gathered, traffic, reduced = self.weights(self.graph, plan_sharded, 1)
-        seconds = (
-            compute + sum(self.moves(partitions, given, passed_on, layout)) + max(0.0, traffic - compute) + reduced
-        )
-        return Cost(
-            seconds, stay + gathered, max(self.root_moment(op, partition) for op, partition in partitions.items())
-        )
-
-    def root_moment(self, op: Op, partition: Partition) -> float:
-        """What an op holds; the loss also its gradients, the weight's in float32, and one chunk of logits."""
-        if op.target != LOSS:
-            return self.at_work(op, partition)
-        hidden, weight, labels = op.inputs[:3]
-        n, d = weight.shape
-        chunk = min(CHUNK_SIZE, prod(labels.shape)) * (4 * n + d * hidden.dtype.itemsize)
-        return self.at_work(op, partition) + self.bytes_of(hidden, partition.inputs[0]) + chunk + prod(weight.shape) * 4
-
-    def layers(self, number: int, between: Between, partitions: Partitions) -> Callable[[PlanSharded, int, int], Cost]:
-        """The cost of all layers of a kind.
-
-        It depends on the plan-sharded weights, on how many layers are recomputed, and on how many of these with
-        attention.
-        """
-        kind, n_layers = self.graph.kinds[number], self.times(number)
-        given = dict(zip(kind.inputs, between, strict=True))
-        layout = layout_of(kind)
-        moved, moved_back = self.moves(partitions, given, {kind.outputs[0]: between[0]}, layout)
-        seconds_of = {op: self.op(op, partition, layout) for op, partition in partitions.items()}
-        forward = {op: seconds.forward for op, seconds in seconds_of.items()}
-        not_repeated = sum(forward[op] for op in layout.not_repeated)
-        backward = sum(seconds.backward for seconds in seconds_of.values())
-        attention = sum(seconds for op, seconds in forward.items() if op.target == ATTENTION)
-        others = sum(forward.values()) - attention
-        kept, kept_attention, seen = 0.0, 0.0, set(kind.inputs)
-        for op, partition in partitions.items():
-            placed = dict(zip((*op.inputs, *op.outputs), (*partition.inputs, *partition.outputs), strict=True))
-            for tensor in [t for t in saved_activations(op) if t not in seen]:
-                if op.target == ATTENTION and tensor in op.outputs:
-                    kept_attention += self.bytes_of(tensor, placed[tensor])
-                elif tensor not in seen:
-                    kept += self.bytes_of(tensor, placed[tensor])
-                seen.add(tensor)
-        widest = max(self.at_work(op, partition) for op, partition in partitions.items())
-        boundary = n_layers * self.bytes_of(kind.inputs[0], between[0])
-
-        def cost(plan_sharded: PlanSharded, recomputed: int, attention_recomputed: int) -> Cost:
-            stay, gathered, traffic, reduced = self.weights(kind, plan_sharded, n_layers)
-            compute = n_layers * (attention + others + backward)
-            compute += recomputed * (others - not_repeated) + attention_recomputed * attention
-            seconds = compute + max(0.0, traffic - compute) + n_layers * (moved + moved_back) + recomputed * moved
-            seconds += reduced
-            seconds += TIE_BREAK_SECONDS / GB * widest
-            memory = stay + boundary + (n_layers - recomputed) * kept
-            memory += (n_layers - attention_recomputed) * kept_attention
-            return Cost(seconds, memory, kept + kept_attention + widest + gathered)
-
-        return cost
-
-    def times(self, number: int) -> int:
-        return sum(call.kind == number for call in self.graph.layer_calls)
-
-    def at_work(self, op: Op, partition: Partition) -> float:
-        """Bytes of the activations that an op reads, and of what it makes."""
-        read = [(t, p) for t, p in zip(op.inputs, partition.inputs, strict=True) if t.kind == "activation"]
-        return sum(self.bytes_of(t, p) for t, p in [*read, *zip(op.outputs, partition.outputs, strict=True)])
+        compute = times * sum(cost.forward + cost.backward for cost in costs)
+        traffic, others = self.weights(owner, plan_sharded, times)
+        moves = times * sum(self.moves(partitions, given, passed_on, layout))
+        return compute + moves + max(0.0, traffic - compute) + others
 
     # --- every choice there is
 
@@ -304,24 +242,20 @@ class Prices:
         for size in range(len(able) + 1):
             yield from itertools.combinations(able, size)
 
-    def every_policy(self, number: int) -> Iterator[tuple[int, int]]:
-        """How many layers of a kind are recomputed, and how many with attention: those without any have no choice."""
-        has_attention = any(op.target == ATTENTION for op in self.graph.kinds[number].ops)
-        for recomputed in range(self.times(number) + 1):
-            for with_attention in range(recomputed + 1) if has_attention else [recomputed]:
-                yield recomputed, with_attention
+    def fastest_root(self, between: Between) -> float:
+        return min(
+            self.root(between, partitions, plan_sharded)
+            for partitions in self.every_partition(self.graph.body)
+            for plan_sharded in self.every_plan_sharded(self.graph, partitions)
+        )
 
-    def every_root(self, between: Between) -> Iterator[Cost]:
-        for partitions in self.every_partition(self.graph.body):
-            for plan_sharded in self.every_plan_sharded(self.graph, partitions):
-                yield self.root(between, partitions, plan_sharded)
-
-    def every_layers(self, number: int, between: Between) -> Iterator[Cost]:
-        kind, policies = self.graph.kinds[number], list(self.every_policy(number))
-        for partitions in self.every_partition(kind.ops):
-            cost = self.layers(number, between, partitions)
-            for plan_sharded in self.every_plan_sharded(kind, partitions):
-                yield from (cost(plan_sharded, *policy) for policy in policies)
+    def fastest_layers(self, number: int, between: Between) -> float:
+        kind = self.graph.kinds[number]
+        return min(
+            self.layers(number, between, partitions, plan_sharded)
+            for partitions in self.every_partition(kind.ops)
+            for plan_sharded in self.every_plan_sharded(kind, partitions)
+        )
 
     def every_between(self) -> Iterator[Between]:
         n = self.setting.plan_size
@@ -332,57 +266,13 @@ class Prices:
             )
         )
 
-    def every_plan(self) -> list[tuple[float, float]]:
-        """Bytes and seconds of every plan, but for those that another is better than in all respects."""
-        plans: list[Cost] = []
-        for between in self.every_between():
-            costs = undominated(self.every_root(between))
-            for number in range(len(self.graph.kinds)):
-                pairs = itertools.product(costs, undominated(self.every_layers(number, between)))
-                costs = undominated(together(*pair) for pair in pairs)
-            plans += costs
-        return [totals(cost) for cost in plans]
-
-    def of(self, plan: Plan) -> tuple[float, float]:
-        """Bytes and seconds of a plan."""
-        assignment = plan.assignment
-        between = (assignment.boundary, *(assignment.inputs[t] for t in self.graph.layer_calls[0].inputs[1:]))
-
-        def chosen(owner: Graph | LayerKind, ops: Iterable[Op | LayerCall]) -> tuple[Partitions, PlanSharded]:
-            partitions = {op: assignment.partitions[op] for op in ops if isinstance(op, Op)}
-            return partitions, tuple(t for t in owner.parameters.values() if t in assignment.plan_sharded)
-
-        cost = self.root(between, *chosen(self.graph, self.graph.body))
-        for number, kind in enumerate(self.graph.kinds):
-            policies = [plan.recompute[call.index] for call in self.graph.layer_calls if call.kind == number]
-            partitions, plan_sharded = chosen(kind, kind.ops)
-            recomputed = sum(policy != Recompute.NOTHING for policy in policies)
-            layers = self.layers(number, between, partitions)(
-                plan_sharded, recomputed, policies.count(Recompute.EVERYTHING)
-            )
-            cost = together(cost, layers)
-        return totals(cost)
-
-
-def together(a: Cost, b: Cost) -> Cost:
-    return Cost(a.seconds + b.seconds, a.memory + b.memory, max(a.moment, b.moment))
-
-
-def totals(cost: Cost) -> tuple[float, float]:
-    return cost.memory + cost.moment, cost.seconds + TIE_BREAK_SECONDS / GB * cost.moment
-
-
-def undominated(costs: Iterable[Cost]) -> list[Cost]:
-    """The costs without those that another is no worse than in any figure."""
-    best: list[Cost] = []
-    for cost in sorted(set(costs), key=lambda c: (c.seconds, c.memory, c.moment)):
-        if not any(other.memory <= cost.memory and other.moment <= cost.moment for other in best):
-            best.append(cost)
-    return best
-
-
-def fastest(plans: list[tuple[float, float]], limit: float) -> float | None:
-    return min((seconds for memory, seconds in plans if memory <= limit), default=None)
+    def fastest(self) -> float:
+        """Seconds of the fastest of all plans."""
+        return min(
+            self.fastest_root(between)
+            + sum(self.fastest_layers(number, between) for number in range(len(self.graph.kinds)))
+            for between in self.every_between()
+        )
 
 
 def mlp_graph(length: int, heads: int, d: int, vocabulary: int) -> Graph:
@@ -405,6 +295,10 @@ SIZES = {
     "d": st.sampled_from([64, 128, 512]),
     "vocabulary": st.sampled_from([8192, 32001, 128256]),
 }
+LONG = {
+    **SIZES,
+    "length": st.sampled_from([16384, 32768, 131072]),
+}  # parts are longer than the loss's chunks
 FACTORS = st.sampled_from([0.01, 0.1, 1.0, 10.0])
 
 
@@ -434,6 +328,7 @@ def settings_for(draw: st.DrawFn) -> Setting:
     return Setting(n_ranks, all_ranks, draw(devices()), memory_limit=1e15, grad_accumulation_steps=accumulation)
 
 
+BOUND_TOLERANCE = 0.05  # of memory: by so much a plan that slices what it could take whole may be below the bound
 GAP = 1e-5  # that HiGHS is asked to close: mip_rel_gap
 
 # A failing example is not made smaller: every try takes seconds.
@@ -442,23 +337,51 @@ BRUTE_FORCE = settings(deadline=None, max_examples=5, phases=[Phase.explicit, Ph
 
 @pytest.mark.parametrize("make_graph", GRAPHS)
 @BRUTE_FORCE
-@given(sizes=st.fixed_dictionaries(SIZES), setting=settings_for(), shares=st.lists(st.floats(-0.1, 1.1), min_size=4))
-def test_the_integer_programs_plan_is_the_fastest_of_all_that_fit(make_graph, sizes, setting, shares):
+@given(sizes=st.fixed_dictionaries(SIZES), setting=settings_for())
+def test_where_memory_is_no_matter_the_plan_is_the_fastest_of_all_there_are(make_graph, sizes, setting):
     graph = make_graph(**sizes)
-    prices = Prices(graph, setting)
-    plans = prices.every_plan()
-    leanest, roomiest = min(memory for memory, _ in plans), max(memory for memory, _ in plans)
-    program = Program(graph, setting, Fixed())
-    for share in shares[:8]:
-        limit = leanest + share * (roomiest - leanest)
-        plan = program.solve(limit)
-        # HiGHS takes a limit that is missed by 1 kB, 1e-6 of a GB, for kept.
-        at_least, at_most = fastest(plans, limit + 2e3), fastest(plans, limit - 2e3)
-        if at_most is None:  # nothing fits, or does so by less than the solver can tell
-            assert plan is None or plan.seconds >= at_least * (1 - 1e-6)
-        else:
-            assert at_least * (1 - 1e-6) <= plan.seconds <= at_most * (1 + GAP)
-            assert (plan.memory, plan.seconds) == pytest.approx(prices.of(plan), rel=1e-5)
+    plan = make_plan(graph, setting)
+    assert set(plan.recompute) == {Recompute.NOTHING} and plan.gap == pytest.approx(0, abs=GAP)
+    most = TIE_BREAK_SECONDS * plan.memory / GB
+    assert plan.seconds == pytest.approx(Prices(graph, setting).fastest(), rel=GAP, abs=most)
+
+
+def drawn_plans(graph: Graph, setting: Setting, n: int, seed: int) -> list[Plan]:
+    """Plans with every decision drawn, with the memory that is walked and the time that is told."""
+    plans = []
+    for number in range(seed, seed + n):
+        plan = Plan(random_assignment(graph, setting.plan_size, number), random_policies(graph, number), 0.0, 0.0)
+        memory = predict_memory(graph, plan.assignment, plan.recompute, setting).peak
+        plans.append(replace(plan, seconds=step_time(graph, plan, setting).total, memory=memory))
+    return plans
+
+
+@pytest.mark.parametrize("make_graph", GRAPHS)
+@BRUTE_FORCE
+@given(sizes=st.fixed_dictionaries(LONG), setting=settings_for(), seed=st.integers(0, 10**6), share=st.floats(0, 1))
+def test_no_drawn_plan_that_fits_is_faster_than_the_plan_by_more_than_its_gap(make_graph, sizes, setting, seed, share):
+    graph = make_graph(**sizes)
+    drawn = drawn_plans(graph, setting, 50, seed)
+    at_least, at_most = 1.1 * min(plan.memory for plan in drawn), max(plan.memory for plan in drawn)
+    setting = replace(setting, memory_limit=at_least + share * max(0.0, at_most - at_least))
+    plan = make_plan(graph, setting)
+    assert plan.memory <= setting.memory_limit
+    bound = plan.seconds * (1 - plan.gap) * (1 - GAP) - TIE_BREAK_SECONDS * at_most / GB
+    limit = setting.memory_limit * (1 - BOUND_TOLERANCE)
+    assert all(other.seconds >= bound for other in drawn if other.memory <= limit)
+
+
+@pytest.mark.parametrize("make_graph", GRAPHS)
+@BRUTE_FORCE
+@given(sizes=st.fixed_dictionaries(LONG), setting=settings_for(), seed=st.integers(0, 10**6))
+def test_no_drawn_plan_needs_less_than_is_said_that_every_plan_needs(make_graph, sizes, setting, seed):
+    graph = make_graph(**sizes)
+    plan, at_least = leanest(Program(graph, setting, Fixed()))
+    assert at_least * (1 - BOUND_TOLERANCE) <= plan.memory
+    for other in drawn_plans(graph, setting, 10, seed):
+        dims = {op: partition.dim for op, partition in other.assignment.partitions.items()}
+        _, its_own = leanest(Program(graph, setting, Fixed(dims, boundary=other.assignment.boundary)))
+        assert its_own * (1 - BOUND_TOLERANCE) <= other.memory
 
 
 def test_plan_sharded_weights_cost_the_all_reduce_of_their_gradients_over_the_plans():
@@ -474,7 +397,7 @@ def test_plan_sharded_weights_cost_the_all_reduce_of_their_gradients_over_the_pl
 
 # --- limits ----------------------------------------------------------------------------------------------------------
 
-SENTENCE = r"the leanest plan needs ([\d.e-]+) GB a GPU"
+SENTENCE = r"the leanest plan (?:that was found )?needs ([\d.e-]+) GB a GPU(?:, and no plan less than [\d.]+)?"
 
 
 def ask_too_little(graph: Graph, setting: Setting) -> float:
@@ -558,7 +481,7 @@ def test_the_report_has_every_operator_and_every_reshard_with_its_time():
 def test_the_report_says_of_every_rate_whether_it_was_measured_and_where():
     graph, setting = attention_graph(512, 8, 64, 8192), Setting(2, 2, H100, 1e12)
     plan = make_plan(graph, setting)
-    facts = predict(graph, plan, setting, 1, (1.0, 1.0))
+    facts = predict(graph, plan, setting)
     text = report.report(graph, plan, setting, facts)
     assert "| attention, forward | 570 TFLOP/s | derived from the H200, which has the same cores |" in text
     assert "prices: 0 of 8 rates of h100 are measured; report.md has each" in text
@@ -612,8 +535,8 @@ def test_a_solver_that_runs_out_of_time_with_a_plan_says_how_much_faster_another
     assert make_plan(graph, setting).gap == 0
     solver_out_of_time(monkeypatch, mip_gap=0.05)
     plan = make_plan(graph, setting)
-    lines = report.summary(graph, plan, setting, predict(graph, plan, setting, 1, (1.0, 1.0)))
-    assert "the solver ran out of time: another plan may be faster, by 5.0% at most" in lines
+    lines = report.summary(graph, plan, setting, predict(graph, plan, setting))
+    assert "another plan may be faster, by 5.0% at most" in lines
 
 
 def test_a_solver_that_runs_out_of_time_with_no_plan_is_not_taken_for_one_that_proved_there_is_none(monkeypatch):
@@ -626,13 +549,13 @@ def test_a_plan_that_fits_outlives_a_solver_that_runs_out_of_time_on_another(mon
     graph, setting = mlp_graph(512, 8, 128, 8192), Setting(2, 2, H100, 1e12)
     plan = make_plan(graph, setting)
     solver_out_of_time(monkeypatch, x=None)
-    text = report.report(graph, plan, setting, predict(graph, plan, setting, 1, (1.0, 1.0)))
+    text = report.report(graph, plan, setting, predict(graph, plan, setting))
     assert text.count("not known: the solver ran out of time") >= 2
 
 
 def test_a_leanest_plan_that_the_solver_had_no_time_to_prove_is_not_called_the_leanest_for_sure(monkeypatch):
     solver_out_of_time(monkeypatch, mip_gap=0.2)
-    with pytest.raises(DoesNotFit, match="unless there is a leaner one for which the solver had no time"):
+    with pytest.raises(DoesNotFit, match="plan that was found needs .* GB a GPU, and no plan less than"):
         make_plan(mlp_graph(512, 8, 128, 8192), Setting(2, 2, H100, 1e6))
 
 
@@ -869,3 +792,28 @@ def test_layers_named_for_recomputation_recompute_everything_and_with_none_named
     assert none.recompute == (Recompute.NOTHING,) * 32
     assert named.memory < none.memory
     assert named.seconds > none.seconds
+
+
+def test_llama_at_786432_tokens_is_planned_within_72_gb_and_what_is_called_leanest_is_close_to_the_bound(long_llama):
+    graph = resize(long_llama, 131072, 786432)
+    setting = replace(ON_8_RANKS, memory_limit=72e9)
+    plan = make_plan(graph, setting)
+    assert plan.memory <= 72e9 and plan.gap < 0.01
+    found, at_least = leanest(Program(graph, setting, Fixed()))
+    assert at_least <= found.memory < 1.02 * at_least
+    assert found.memory < 68e9
+    with pytest.raises(DoesNotFit, match=r"plan that was found needs 67.\d GB a GPU, and no plan less than 66.\d$"):
+        make_plan(graph, replace(setting, memory_limit=60e9))
+
+
+def test_where_every_rank_has_to_compute_all_of_attention_the_first_line_says_what_that_costs():
+    graph = attention_graph(32768, 2, 128, 8192)
+    setting = Setting(8, 8, H100, 1e12)
+    plan = make_plan(graph, setting)
+    facts = predict(graph, plan, setting)
+    seconds = facts.parts["attention, forward"] + facts.parts["attention, backward"]
+    assert report.summary(graph, plan, setting, facts)[0] == (
+        f"attention is computed whole by every rank, which takes {seconds:.3g} s of {facts.time.total:.3g} s a row: "
+        "its 2 key-value heads don't divide by 8 ranks; 2 ranks would share it out"
+    )
+    assert seconds > 0.5 * facts.time.total

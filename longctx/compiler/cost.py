@@ -204,8 +204,3 @@ def plan_sharded_seconds(
     spread = replace(hardware, devices_per_node=in_node, timings=timings)
     whole = collective_seconds(spread, "all_reduce", n_parameters / plan_size * FLOAT32_BYTES, data_parallel_size)
     return whole / grad_accumulation_steps
-
-
-def saved_activations(op: Op) -> list[Tensor]:
-    """The activations that an op's backward needs."""
-    return [t for t in saved_tensors(op) if t.kind == "activation" and (t.requires_grad or t in op.outputs)]

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from longctx.compiler.work import PRODUCT_KINDS, Work
-from longctx.errors import HardwareError
+from longctx.errors import HardwareError, MemoryLimitError
 
 
 @dataclass(frozen=True)
@@ -218,8 +218,23 @@ def identify(device_name: str) -> Hardware | None:
 
 def peak_rate_here(dtype: torch.dtype) -> float | None:
     """FLOP/s that the GPU that is here is specified for; None where there is none, or it is not in the table."""
-    here = identify(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-    return here and here.peak_rate(dtype)
+    gpu = here()
+    return gpu and gpu.peak_rate(dtype)
+
+
+def here() -> Hardware | None:
+    """The table's entry for the GPU that is here; None where there is none, or it is not in the table."""
+    return identify(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
+
+
+def check_memory_limit(name_or_path: str | None, limit: float) -> None:
+    """Raises a MemoryLimitError if `limit` bytes are more than the named GPU has, or the one that is here.
+
+    CPUs are left out: their entry has no card's memory.
+    """
+    gpu = here() if name_or_path is None else load(name_or_path)
+    if gpu and gpu.published_peak and limit > gpu.memory_bytes:
+        raise MemoryLimitError(f"the {gpu.name} that the plan is for has {gpu.memory_bytes / 1e9:g} GB")
 
 
 def load(name_or_path: str | None) -> Hardware:
@@ -229,8 +244,7 @@ def load(name_or_path: str | None) -> Hardware:
         HardwareError: it is neither; the message lists the names.
     """
     if name_or_path is None:
-        here = identify(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
-        return here or HARDWARE["h100"]
+        return here() or HARDWARE["h100"]
     if name_or_path.lower() in HARDWARE:
         return HARDWARE[name_or_path.lower()]
     names = ", ".join(sorted(HARDWARE))

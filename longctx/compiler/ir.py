@@ -7,6 +7,7 @@ planning a model of 80 layers takes no longer than planning one of 8.
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any
 
@@ -60,7 +61,7 @@ class Op:
     statement: Statement | None
     note: str = ""  # why a reshard is needed, in words; empty for every other op
 
-    @property
+    @cached_property
     def inputs(self) -> list[Tensor]:
         return list(tensors_in((self.args, self.kwargs)))
 

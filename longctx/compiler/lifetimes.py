@@ -7,12 +7,23 @@ them first. Views share a storage. Which tensors are live depends on no partitio
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from longctx.compiler.ir import LayerCall, LayerKind, Op, Tensor
 from longctx.compiler.ops import Shares, View, spec_of
 from longctx.compiler.recompute import Recompute
 
-Live = Counter  # (kind of memory, tensor) -> share of its bytes
+
+class Held(NamedTuple):
+    """What some memory is for. Its bytes are a share of the tensor's."""
+
+    kind: str  # of memory, as memory.py reports it
+    tensor: Tensor
+    op: Op | None = None  # of an op's workspace, and of what it saves besides: the op, whose part of the tensor it is
+    is_gradient: bool = False
+
+
+Live = Counter[Held]  # -> share of the tensor's bytes
 
 
 # --- what autograd saves of an op ------------------------------------------------------------------------------------
@@ -150,8 +161,9 @@ def steps(
 
 
 def _live(item: Op | LayerCall, shares: Shares) -> Live:
-    kind = "saved" if isinstance(item, LayerCall) else spec_of(item).memory_kind
-    return Counter({(kind, tensor): share for tensor, share in shares.items()})
+    if isinstance(item, LayerCall):
+        return Counter({Held("saved", tensor): share for tensor, share in shares.items()})
+    return Counter({Held(spec_of(item).memory_kind, tensor, item): share for tensor, share in shares.items()})
 
 
 def _forward_steps(body: _Body, live: Live) -> Iterator[Step]:
@@ -166,7 +178,7 @@ def _forward_steps(body: _Body, live: Live) -> Iterator[Step]:
     for index, item in enumerate(body.items):
         for tensor in item.outputs:
             if storage[tensor] is tensor:
-                live["saved" if tensor in saved_by_layers else "transient", tensor] += 1
+                live[Held("saved" if tensor in saved_by_layers else "transient", tensor)] += 1
         if isinstance(item, Op):
             live.update(body.extras[item])
             yield Step(item, "forward", live + _live(item, spec_of(item).workspace(item, "forward")))
@@ -179,9 +191,8 @@ def _forward_steps(body: _Body, live: Live) -> Iterator[Step]:
 
 
 def _drop(live: Live, tensor: Tensor) -> None:
-    """Takes a value itself out of what is live, and leaves shares of its bytes, which stand for other memory."""
-    key = next(key for key in (("saved", tensor), ("transient", tensor)) if live[key] > 1 - 1e-9)  # shares are rounded
-    live[key] -= 1
+    """Takes a value out of what is live."""
+    live[next(held for held in (Held("saved", tensor), Held("transient", tensor)) if live[held])] -= 1
 
 
 def _backward_steps(body: _Body, live: Live) -> Iterator[Step]:
@@ -235,6 +246,7 @@ def _made_gradients(item: Op | LayerCall, gradients: Mapping[Tensor, tuple | Non
 
 
 def _gradients_live(owners: Iterable[tuple | None], weights: Iterable[Tensor]) -> Live:
-    live = Counter(("transient", tensor) for _, tensor in {owner for owner in owners if owner is not None})
-    live.update(("weight_gradients", tensor) for tensor in weights)
+    made_for = {owner for owner in owners if owner is not None}
+    live = Counter(Held("transient", tensor, is_gradient=True) for _, tensor in made_for)
+    live.update(Held("weight_gradients", tensor, is_gradient=True) for tensor in weights)
     return live

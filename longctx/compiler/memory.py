@@ -198,6 +198,6 @@ def _largest_steps(kind: LayerKind, plan_sharded: Collection[Tensor]) -> dict[st
 def _bytes(live: Live) -> defaultdict[str, float]:
     """The bytes of what is live, by kind of memory."""
     total: defaultdict[str, float] = defaultdict(float)
-    for (kind, tensor), share in live.items():
-        total[kind] += share * nbytes(tensor)
+    for held, share in live.items():
+        total[held.kind] += share * nbytes(held.tensor)
     return total

@@ -1,11 +1,14 @@
 """The fastest plan that fits in memory: which partition every operator has, and what every layer recomputes.
 
-program.py finds it exactly, as an integer program, whose memory is linear in its variables. memory.py then walks the
-plan's own graph step by step, which is exact but no linear program. The two are made to agree here.
+program.py finds it exactly, as an integer program, whose memory is linear in its variables and a bound from below
+(memory_bound.py). memory.py then walks the plan's own graph step by step, which is exact but no linear program. So the
+program's answers are bounds: none of the plans that fit is faster than its fastest, and none needs less than its
+leanest. Where the walk finds that a plan needs more than the program said, the program is asked again with a lower
+limit, and what is found in the end says how far it may be from the bound.
 """
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from longctx.compiler.ir import Graph
 from longctx.compiler.localize import Assignment, localize
@@ -16,9 +19,10 @@ from longctx.compiler.program import Program
 from longctx.compiler.recompute import Recompute
 from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, PlanSizeError, SolverError
 
-CORRECTIONS = 4  # solves at most
-CLOSE_ENOUGH = 0.02  # of the memory limit
-SAME_LIMIT = 1e-3  # of a limit; a correction that is smaller than this finds the same plan again
+SOLVES = 4  # of a search for the fastest plan, at most
+LEAN_SOLVES = 5  # of a search for the leanest, which is made where nothing else is found
+CLOSE = 1e-3  # to the bound, of seconds or bytes: then a plan counts as the fastest or the leanest
+CLOSE_TO_LIMIT = 0.01  # of the memory limit: what fits so closely can hardly be made faster by what is left
 
 
 def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Plan:
@@ -33,57 +37,90 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     """
     check_splittable(graph, setting.plan_size)
     check_layer_names(graph, setting)
-    best = _fastest_or_leanest(Program(graph, setting, fixed or Fixed()))
-    if best is None:
-        raise DecisionsError("it asks for partitions that are not legal together for this model and length")
-    if best.memory > setting.memory_limit:
-        missing = math.ceil(10 * (best.memory - setting.memory_limit) / GB) / 10
-        needed = math.ceil(10 * best.memory / GB) / 10
-        unproved = ", unless there is a leaner one for which the solver had no time" if best.gap else ""
-        raise DoesNotFit(f"the leanest plan needs {needed:.1f} GB a GPU{unproved}", missing)
-    return best
+    program = Program(graph, setting, fixed or Fixed())
+    plan, seconds_at_least = fastest(program)
+    if plan is None:
+        plan, at_least = leanest(program)
+        if plan.memory > setting.memory_limit:
+            missing = math.ceil(10 * (plan.memory - setting.memory_limit) / GB) / 10
+            raise DoesNotFit(say_need(plan.memory, at_least), missing)
+    return replace(plan, gap=1 - seconds_at_least / plan.seconds)
 
 
 def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
     """The fastest plan that fits under what is fixed, or None; found as the best one is, so that the two compare."""
-    plan = _fastest_or_leanest(Program(graph, setting, fixed))
-    return plan if plan is not None and plan.memory <= setting.memory_limit else None
+    return fastest(Program(graph, setting, fixed))[0]
 
 
-def _fastest_or_leanest(program: Program) -> Plan | None:
-    """The program's fastest plan that fits; where none does, its leanest; None if no plan is legal.
+def fastest(program: Program) -> tuple[Plan | None, float]:
+    """The fastest plan that was found to fit, if one was, and seconds that every plan takes that fits.
 
-    The limit given to the program is corrected by how far its memory and the walked one are apart, until the walk is
-    within the limit too.
+    Raises:
+        SolverError: the solver found no plan in its time.
     """
-    setting = program.setting
-
-    def with_predicted_memory(plan: Plan) -> Plan:
-        return replace(plan, memory=predict_memory(program.graph, plan.assignment, plan.recompute, setting).peak)
-
-    limit, best = setting.memory_limit, None
-    for _ in range(CORRECTIONS):
+    most = limit = program.setting.memory_limit
+    best, at_least = None, 0.0
+    for _ in range(SOLVES):
         try:
             solved = program.solve(limit)
         except SolverError:
-            if best is None:
+            if not at_least:
                 raise
-            break  # a plan that fits is there already
+            break
         if solved is None:
             break
-        plan = with_predicted_memory(solved)
-        room = setting.memory_limit - plan.memory
-        if room >= 0 and (best is None or plan.seconds < best.seconds):
+        at_least = at_least or solved.seconds * (1 - solved.gap)
+        plan = walked(solved, program)
+        room, better = most - plan.memory, best is None or plan.seconds < best.seconds
+        if room >= 0 and better:
             best = plan
-        if room >= 0 and (set(plan.recompute) <= {Recompute.NOTHING} or room < CLOSE_ENOUGH * setting.memory_limit):
+        if best and (best.seconds * (1 - CLOSE) < at_least or 0 <= room < CLOSE_TO_LIMIT * most or not better):
             break
-        corrected = solved.memory + room
-        if math.isclose(corrected, limit, rel_tol=SAME_LIMIT):
+        limit = solved.memory + room
+    return best, at_least
+
+
+def leanest(program: Program) -> tuple[Plan, float]:
+    """The plan that was found to need the least memory, and bytes that every plan needs.
+
+    The fastest plans are walked for limits between what every plan needs and what the best so far needs: none that the
+    program says to need more can be better.
+
+    Raises:
+        DecisionsError: no plan is legal under what is fixed.
+        SolverError: the solver found no plan in its time.
+    """
+    solved = program.leanest()
+    if solved is None:
+        raise DecisionsError("it asks for partitions that are not legal together for this model and length")
+    best, at_least = walked(solved, program), solved.memory * (1 - solved.gap)
+    share = 0.25  # of the way
+    for _ in range(LEAN_SOLVES):
+        if best.memory < at_least * (1 + CLOSE):
             break
-        limit = corrected
-    if best is None and (leanest := program.leanest()):
-        best = with_predicted_memory(leanest)
-    return best
+        try:
+            solved = program.solve(at_least + share * (best.memory - at_least))
+        except SolverError:
+            break
+        plan = solved and walked(solved, program)
+        if plan and plan.memory < best.memory:
+            best = plan
+        else:
+            share = (1 + share) / 2
+    return best, at_least
+
+
+def say_need(found: float, at_least: float) -> str:
+    """What the leanest plan needs, or the leanest that was found, with the bound from below."""
+    found_gb, at_least_gb = math.ceil(10 * found / GB) / 10, math.floor(10 * at_least / GB) / 10
+    if found < at_least * (1 + CLOSE):
+        return f"the leanest plan needs {found_gb:.1f} GB a GPU"
+    return f"the leanest plan that was found needs {found_gb:.1f} GB a GPU, and no plan less than {at_least_gb:.1f}"
+
+
+def walked(plan: Plan, program: Program) -> Plan:
+    """The plan with the memory that memory.py finds."""
+    return replace(plan, memory=predict_memory(program.graph, plan.assignment, plan.recompute, program.setting).peak)
 
 
 def check_splittable(graph: Graph, plan_size: int) -> None:
@@ -109,12 +146,22 @@ def check_layer_names(graph: Graph, setting: Setting) -> None:
         )
 
 
-def unsplittable_attention(graph: Graph, plan_size: int) -> str | None:
+@dataclass(frozen=True)
+class Unsplittable:
+    """Attention that every rank of a plan has to compute whole."""
+
+    why: str
+    would_share: int  # the most ranks, fewer than the plan's and a divisor of them, that would share it out; 1 if none
+
+
+def unsplittable_attention(graph: Graph, plan_size: int) -> Unsplittable | None:
     """Why attention is computed whole by every rank, if it has to be."""
     for op in graph.all_ops():
         selective = spec_of(op).selective_recompute
         if selective and plan_size > 1 and len(legal_partitions(op, plan_size)) == 1:
-            return f"{selective.shared_out(op)} don't divide by {plan_size} ranks"
+            fewer = [n for n in range(2, plan_size) if plan_size % n == 0 and len(legal_partitions(op, n)) > 1]
+            why = f"{selective.shared_out(op)} don't divide by {plan_size} ranks"
+            return Unsplittable(why, max(fewer, default=1))
     return None
 
 

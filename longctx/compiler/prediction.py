@@ -4,7 +4,7 @@ The integer program minimizes these seconds; here they are added up again from t
 for people to read and for tests to hold the program to.
 """
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -65,19 +65,38 @@ class Prediction:
 
     n_parameters: int
     forward_flops: float  # of one row, attention counted whole, as the reference program counts it
-    forward_flops_causal: float  # attention counted by half, as causal attention needs
+    forward_flops_causal: float  # of attention, what its mask leaves
     time: StepTime
     parts: dict[str, float]  # see seconds_by_part
     memory: MemoryPrediction
 
 
-def predict(
-    graph: Graph, plan: Plan, setting: Setting, n_parameters: int, forward_flops: tuple[float, float]
-) -> Prediction:
-    """Seconds and bytes of a plan; `forward_flops` of one row are given, counted whole and counted causal."""
+def forward_flops(graph: Graph) -> tuple[float, float]:
+    """FLOPs of one row's forward pass: with all of attention, and with what its mask leaves of it.
+
+    The first is the convention of the reference program, 2 * (parameters * l + 2 * layers * hidden * l ** 2), so that
+    MFU figures compare; but attention, and whatever else has products without weights, is counted as each layer has
+    it: with its own heads, their width, and its window.
+    """
+    whole = causal = 2.0 * sum(prod(t.shape) for t in graph.all_parameters().values()) * graph.inputs[0].shape[-1]
+    times = Counter(call.kind for call in graph.layer_calls)
+    ops = [(op, 1) for op in graph.body if isinstance(op, Op)]
+    ops += [(op, times[number]) for number, kind in enumerate(graph.kinds) for op in kind.ops]
+    for op, n in ops:
+        if not any(t.kind == "parameter" for t in op.inputs):
+            spec = spec_of(op)
+            own = spec.flops(op).forward
+            causal += n * own
+            whole += n * (spec.unmasked_flops(op) if spec.unmasked_flops else own)
+    return whole, causal
+
+
+def predict(graph: Graph, plan: Plan, setting: Setting) -> Prediction:
+    """FLOPs, seconds and bytes of a plan."""
     memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
     time = step_time(graph, plan, setting)
-    return Prediction(n_parameters, *forward_flops, time, seconds_by_part(graph, plan, setting, time), memory)
+    n_parameters = sum(prod(t.shape) for t in graph.all_parameters().values())
+    return Prediction(n_parameters, *forward_flops(graph), time, seconds_by_part(graph, plan, setting, time), memory)
 
 
 @dataclass(frozen=True)

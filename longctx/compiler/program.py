@@ -23,7 +23,7 @@ subject to
     every operator has one partition; a fixed plan has its own                                      add_op
     whatever a consumer wants of a value is resharded from where its producer leaves it             add_reshards
     a weight is plan-sharded along j only if all that read it want it so                            add_weights
-    persistent + gathered + saved + the larger of a layer at work and the loss <= memory limit      add_memory
+    persistent + whatever a rank holds besides, at any moment <= memory limit                       add_memory
 """
 
 from collections.abc import Iterable
@@ -34,7 +34,6 @@ import numpy as np
 
 from longctx.compiler.cost import (
     Seconds,
-    bytes_of,
     collective_time,
     fsdp_copy_seconds,
     fsdp_seconds,
@@ -45,14 +44,13 @@ from longctx.compiler.cost import (
     plan_sharded_copy_seconds,
     plan_sharded_seconds,
     reshard_op,
-    saved_activations,
 )
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
 from longctx.compiler.layout import Layout, layout_of
-from longctx.compiler.lifetimes import saved_besides
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, Solution, scaled, total, value_of
 from longctx.compiler.localize import Assignment
-from longctx.compiler.memory import PERSISTENT_BYTES, gathered_bytes
+from longctx.compiler.memory import PERSISTENT_BYTES
+from longctx.compiler.memory_bound import Choices, largest_moment
 from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
@@ -101,9 +99,6 @@ class _Scope:
     attention_recomputed: int | None = None
     flows: dict[Tensor, _Flow] = field(default_factory=dict)
     compute: Expression = field(default_factory=dict)  # seconds of its ops, all layers
-    saved: Expression = field(default_factory=dict)  # bytes that one layer's backward needs, its input left out
-    saved_once: set[Tensor] = field(default_factory=set)  # the tensors counted in it
-    gathered: Expression = field(default_factory=dict)  # bytes of FSDP's whole weights and gradients, at their most
     readers: list[tuple[Tensor, dict[Placement, Expression]]] = field(default_factory=list)  # who wants weights how
 
 
@@ -118,8 +113,9 @@ class Program(LinearProgram):
         self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
         self.recomputing: list[tuple[int, int]] = []  # m and a of each layer kind
         self.fixed_seconds = 0.0  # that every plan takes
+        self.reshards: dict[Tensor, list[tuple[Placement, Placement, int]]] = {}  # of values with one reader: s, d, z
+        self.repeats: dict[Op, int] = {}  # how many layers compute an op of a layer again
         self.persistent: Expression = {}
-        self.kept: Expression = {}  # saved from the forward to the backward, all layers
         self.build()
 
     def build(self) -> None:
@@ -208,6 +204,8 @@ class Program(LinearProgram):
         self.x[op] = [(p, self.variable(integer=True)) for p in self.allowed_partitions(op)]
         self.row({x: 1.0 for _, x in self.x[op]}, 1, 1)
         recomputed = scope.attention_recomputed if spec_of(op).selective_recompute else scope.recomputed
+        if recomputed is not None:
+            self.repeats[op] = recomputed
         for partition, x in self.x[op]:
             seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware)
             self.costs[x] = scope.times * (seconds.forward + seconds.backward)
@@ -215,7 +213,6 @@ class Program(LinearProgram):
             if recomputed is not None and seconds.forward and op not in scope.layout.not_repeated:
                 repeated = self.product(x, recomputed, scope.times)
                 self.costs[repeated] = scope.compute[repeated] = seconds.forward
-        self.add_saved(op, scope)
         self.tie_products(op, scope)
         self.add_demands(op, scope)
         for place, tensor in enumerate(op.outputs):
@@ -287,6 +284,8 @@ class Program(LinearProgram):
             for expression in expressions:  # equal reshards of a value are made once and shared
                 self.row(total(dict.fromkeys(z.values(), 1.0), scaled(expression, -1)), lower=0)
             for source, variable in z.items():
+                if len(flow.demands) == 1 and seconds[source] != Seconds():
+                    self.reshards.setdefault(tensor, []).append((source, target, variable))
                 self.row(total({variable: 1.0}, scaled(flow.sources[source], -1)), upper=0)
                 if scope.recomputed is not None and seconds[source].forward:
                     repeated = self.product(variable, scope.recomputed, scope.times)
@@ -327,7 +326,6 @@ class Program(LinearProgram):
         size = sum(prod(t.shape) for t in parameters)
         if size and world_size > 1:
             self.add_fsdp_traffic(size, sharded, scope)
-        scope.gathered.update(scaled(sharded, gathered_bytes(scope.owner) / GB))
 
     def weight_seconds(self, tensor: Tensor, n_gathers: int) -> tuple[float, float]:
         """What a weight costs in copies and in the optimizer if FSDP shards it; and if it is plan-sharded, with what
@@ -362,52 +360,21 @@ class Program(LinearProgram):
 
     # --- memory
 
-    def add_saved(self, op: Op, scope: _Scope) -> None:
-        """Bytes that the op's backward keeps, unless its layer recomputes them."""
-        for tensor in saved_activations(op):
-            kept_by_policy = tensor in op.outputs and spec_of(op).selective_recompute is not None
-            layers = scope.attention_recomputed if kept_by_policy else scope.recomputed
-            if layers is None or tensor in scope.saved_once or tensor in scope.owner.inputs:
-                continue
-            scope.saved_once.add(tensor)
-            for partition, x in self.x[op]:
-                size = bytes_of(tensor, _placement_of(tensor, op, partition), self.plan_size) / GB
-                scope.saved[x] = scope.saved.get(x, 0.0) + size
-                terms = {x: scope.times * size, self.product(x, layers, scope.times): -size}
-                self.kept = total(self.kept, terms)
-
     def add_memory(self) -> None:
-        """peak >= persistent + kept + the larger of a layer's backward and the root's operators, the loss above all."""
-        moments = []
-        for kind, scope in zip(self.graph.kinds, self.scopes[1:], strict=True):
-            widest = self.largest(*(self.at_work(op) for op in kind.ops))
-            self.costs[widest] = TIE_BREAK_SECONDS
-            moments.append(total(scope.saved, {widest: 1.0}, scope.gathered))
-            for placement, chosen in self.boundary.items():
-                size = bytes_of(kind.inputs[0], placement, self.plan_size) / GB
-                self.kept = total(self.kept, scaled(chosen, scope.times * size))
-        root_ops = [item for item in self.graph.body if isinstance(item, Op)]
-        moments += [total(self.at_work(op), self.made_in_forward(op)) for op in root_ops]
-        peak = self.largest({CONSTANT: 0.0}, *moments)
+        """peak >= whatever a rank holds at any moment, besides what is persistent."""
+        choices = Choices(
+            self.plan_size,
+            self.setting.world_size,
+            self.x,
+            self.plan_sharded,
+            {tensor: flow.sources for scope in self.scopes for tensor, flow in scope.flows.items()},
+            {t: self.extra.get(t, self.boundary) for call in self.graph.layer_calls for t in call.inputs},
+            self.reshards,
+            self.repeats,
+        )
+        peak = largest_moment(self, self.graph, choices)
         self.costs[peak] = TIE_BREAK_SECONDS
-        self.memory = total(self.persistent, self.kept, self.scopes[0].gathered, {peak: 1.0})
-
-    def at_work(self, op: Op) -> Expression:
-        """Bytes of an op's inputs, outputs and their gradients at work."""
-        terms: Expression = {}
-        for partition, x in self.x[op]:
-            read = [(t, p) for t, p in zip(op.inputs, partition.inputs, strict=True) if t.kind == "activation"]
-            made = list(zip(op.outputs, partition.outputs, strict=True))
-            terms[x] = sum(bytes_of(t, p, self.plan_size) for t, p in (*read, *made)) / GB
-        return terms
-
-    def made_in_forward(self, op: Op) -> Expression:
-        """Bytes of an op's workspace, and of what it saves besides its inputs and outputs."""
-        shares = [*spec_of(op).workspace(op, "forward").items(), *saved_besides(op).items()]
-        return {
-            x: sum(share * bytes_of(t, _placement_of(t, op, p), self.plan_size) for t, share in shares) / GB
-            for p, x in self.x[op]
-        }
+        self.memory = total(self.persistent, {peak: 1.0})
 
     # --- solving
 
@@ -417,7 +384,7 @@ class Program(LinearProgram):
         return None if solution is None else self.read_plan(solution)
 
     def leanest(self) -> Plan | None:
-        """The fastest plan of those that need the least memory, or None if no plan is legal."""
+        """The fastest plan of those that need the least memory, or None if no plan is legal. Its gap is of memory."""
         costs = np.zeros(len(self.costs))
         for variable, coefficient in self.memory.items():
             if variable != CONSTANT:
@@ -425,8 +392,9 @@ class Program(LinearProgram):
         solution = self.minimize(costs)
         if solution is None:
             return None
-        plan = self.solve(value_of(self.memory, solution.values) * GB * (1 + LEANEST_TOLERANCE))
-        return plan and replace(plan, gap=max(plan.gap, solution.gap))
+        least = value_of(self.memory, solution.values) * GB
+        plan = self.solve(least * (1 + LEANEST_TOLERANCE)) or self.read_plan(solution)
+        return replace(plan, memory=least, gap=solution.gap)
 
     def read_plan(self, solution: Solution) -> Plan:
         values = solution.values
@@ -463,12 +431,6 @@ def is_relayout(op: Op, layout: Layout) -> bool:
     if not layout.is_view(op) or spec_of(op).strides(op, False):
         return False
     return len(op.inputs) == len(op.outputs) == 1 and prod(op.inputs[0].shape) == prod(op.outputs[0].shape)
-
-
-def _placement_of(tensor: Tensor, op: Op, partition: Partition) -> Placement:
-    """The placement of one of an op's inputs or outputs under a partition."""
-    places = zip((*op.inputs, *op.outputs), (*partition.inputs, *partition.outputs), strict=True)
-    return next(p for t, p in places if t is tensor)
 
 
 def _demands_of(chosen: dict[Placement, Expression], tensor: Tensor) -> dict[Demand, Expression]:

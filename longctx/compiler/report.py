@@ -45,8 +45,8 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
     """The plan in a few lines, as compile prints it."""
     sequence_length = graph.inputs[0].shape[-1]
     plan_size, world_size, time = setting.plan_size, setting.world_size, prediction.time
-    why = unsplittable_attention(graph, plan_size)
     return [
+        *_say_whole_attention(graph, plan_size, prediction),
         f"{graph.class_name} at {sequence_length:,} tokens on {setting.world_size} x {setting.hardware.name}: "
         f"{prediction.n_parameters:,} parameters, {len(graph.layer_calls)} layers",
         f"plan_ngpus {plan_size}, runtime_ngpus {world_size}: {world_size // plan_size} row(s) at a time",
@@ -59,9 +59,21 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         f"bound by {_bound(prediction.time)}",
         _say_prices(setting.hardware),
         *_say_host_bound(graph, prediction.time),
-        *([f"attention is computed whole by every rank: {why}"] if why else []),
-        *([f"the solver ran out of time: another plan may be faster, by {plan.gap:.1%} at most"] if plan.gap else []),
+        *([f"another plan may be faster, by {plan.gap:.1%} at most"] if plan.gap >= 0.0005 else []),
         *(f"warning: {target} is not known: every rank computes it whole" for target in unknown_operators(graph)),
+    ]
+
+
+def _say_whole_attention(graph: Graph, plan_size: int, prediction: Prediction) -> list[str]:
+    """What it costs that every rank computes all of attention, if they have to."""
+    whole = unsplittable_attention(graph, plan_size)
+    if whole is None:
+        return []
+    seconds = sum(seconds for part, seconds in prediction.parts.items() if part.startswith("attention"))
+    instead = f"; {whole.would_share} ranks would share it out" if whole.would_share > 1 else ""
+    return [
+        f"attention is computed whole by every rank, which takes {seconds:.3g} s of {prediction.time.total:.3g} s a row"
+        f": {whole.why}{instead}"
     ]
 
 

@@ -201,6 +201,14 @@ def flops(op: Op) -> Flops:
     return Flops(forward, 2.5 * forward)
 
 
+def unmasked_flops(op: Op) -> float:
+    """The FLOPs of the forward if every query saw as many keys as the last one does, or as its window spans."""
+    query, _, value = op.inputs[:3]
+    b, heads, length, d = query.shape
+    seen = min(arguments_of(op)["window"] or length, length)
+    return 2.0 * b * heads * length * seen * (d + value.shape[-1])
+
+
 def passes(op: Op, phase: str) -> Shares:
     """The small kernels around a fused backward.
 
@@ -318,6 +326,7 @@ def key_value_heads(op: Op) -> str:
 
 RULES = {
     "flops": flops,
+    "unmasked_flops": unmasked_flops,
     "rates": (Work.ATTENTION_FORWARD, Work.ATTENTION_BACKWARD),
     "passes": passes,
     "saves": saves,

@@ -139,6 +139,8 @@ class OpSpec:
         partition: its annotation, in the notation of annotation.py: which dimensions may be partitioned.
         python: the expression that generated code has for it; None where the general form of a call serves.
         flops: of its matrix products, forward and backward, computed whole.
+        unmasked_flops: of a masked product's forward, what they would be if every query saw what the last one does;
+            None where nothing is masked.
         rates: the kinds of work that its products are, forward and backward, by which they are priced.
         efficiency: the fraction of that rate that its products reach.
         traffic: bytes that it reads and writes in the phase 'forward' or 'backward'; None where cost.py's general rule
@@ -170,6 +172,7 @@ class OpSpec:
     partition: Callable[[Op], str]
     python: Callable[[Op, Values], Expression | None] = lambda op, values: None
     flops: Callable[[Op], Flops] = no_flops
+    unmasked_flops: Callable[[Op], float] | None = None
     rates: tuple[Work, Work] = (Work.PRODUCTS, Work.PRODUCTS)
     efficiency: float = 1.0
     traffic: Callable[[Op, str], Shares] | None = None

@@ -17,6 +17,7 @@ import transformers
 from longctx import compiled, flops, proof, sources, torchrun
 from longctx.atomic import why_not_replaceable
 from longctx.compiler import hardware
+from longctx.compiler.plan import GB
 from longctx.engines.builtin import compile as pipeline
 from longctx.errors import CompiledError, CompiledFolderError
 from longctx.huggingface.build import load_config
@@ -32,6 +33,7 @@ def ensure_compiled(job: Job) -> Path:
     Raises:
         UserError: the plan can't be made as asked, or this rank would make another one than its node's first.
     """
+    hardware.check_memory_limit(job.hardware, job.gpu_mem_constraint * GB)
     inputs = plan_inputs(job)
     if torchrun.world_size() == 1:
         compile_unless_up_to_date(job, inputs)

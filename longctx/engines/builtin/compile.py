@@ -15,8 +15,7 @@ from longctx.compiler.ops.registered import target_of
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
 from longctx.compiler.prediction import Prediction
 from longctx.compiler.trace import trace
-from longctx.huggingface.build import CausalLMLoss, build_model, load_config
-from longctx.huggingface.flops import forward_flops
+from longctx.huggingface.build import build_model, load_config
 from longctx.job import Job
 from longctx.kernels.attention import attention, fused_shapes
 
@@ -41,7 +40,7 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     plan = planner.make_plan(graph, setting, fixed_decisions(graph, inputs["plan"]))
     local = localize(graph, plan.assignment)
     code = codegen.generate(local, plan, title(graph, job))
-    predicted = predict(graph, plan, setting, model, config, job)
+    predicted = prediction.predict(graph, plan, setting)
     file = plan_file(inputs, graph, local, plan, predicted)
     write_folder(job, code, file, report.report(graph, plan, setting, predicted))
     summary = [proved, *report.summary(graph, plan, setting, predicted)]
@@ -84,12 +83,6 @@ def fixed_decisions(graph: Graph, decisions: dict[str, Any] | None) -> Fixed | N
 def title(graph: Graph, job: Job) -> str:
     """The first line of gencode.py."""
     return f"{graph.class_name} at {job.sequence_length:,} tokens on {job.plan_ngpus} rank(s), {job.precision}."
-
-
-def predict(graph: Graph, plan: Plan, setting: Setting, model: CausalLMLoss, config, job: Job) -> Prediction:
-    n_parameters = sum(parameter.numel() for parameter in model.parameters())
-    flops = forward_flops(config, n_parameters, job.sequence_length)
-    return prediction.predict(graph, plan, setting, n_parameters, flops)
 
 
 def plan_file(

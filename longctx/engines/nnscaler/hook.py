@@ -13,10 +13,12 @@ from nnscaler.cli.trainer import Trainer
 from nnscaler.cli.trainer_args import AggregatedOutputs
 
 from longctx.compiler import hardware
+from longctx.compiler.prediction import forward_flops
+from longctx.compiler.trace import trace
 from longctx.data import order
+from longctx.engines.builtin.proof import sample_row
 from longctx.engines.nnscaler.checkpoints import Parameters
-from longctx.huggingface.build import load_config
-from longctx.huggingface.flops import forward_flops
+from longctx.huggingface.build import build_model, load_config
 from longctx.huggingface.weights import save_hf_files
 from longctx.job import Job
 from longctx.runtime import checkpoint, merge
@@ -49,10 +51,10 @@ class StepHook(TrainHook):
         seed_dropout(self.job, trainer.rank // self.job.plan_ngpus)
         steps = trainer.train_status.finished_train_steps
         self.position = order.position_after(steps, self.n_rows, self.job.rows_per_step)
-        n_parameters = sum(torch.Size(shape).numel() for shape in self.parameters.values())
-        flops = forward_flops(self.config, n_parameters, self.job.sequence_length)
-        self.flops = FlopCount(*flops, hardware.peak_rate_here(self.job.dtype))
         if trainer.rank == 0:
+            model = build_model(self.config, self.job.dtype, self.job.attn_implementation, self.job.sequence_length)
+            flops = forward_flops(trace(model, sample_row(self.job.sequence_length)))
+            self.flops = FlopCount(*flops, hardware.peak_rate_here(self.job.dtype))
             files = metrics_log(self.job.log_folder, self.position.step, trainer.max_train_steps)
             self.log = self.open_files.enter_context(files)
 
