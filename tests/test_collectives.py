@@ -1,5 +1,6 @@
 """Each reshard, forward and backward, equals what one process computes from all ranks' tensors."""
 
+import itertools
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -113,6 +114,26 @@ def check_without_gradient(plan_size: int, rank: int) -> None:
             collectives.reduce_scatter(torch.ones(2, 7), 1)
 
 
+def check_draw_own(plan_size: int) -> None:
+    """Ranks drop elements of their own within draw_own, the same ones behind it, and the same again when recomputed."""
+    torch.manual_seed(5)
+    drawn = []
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        own = collectives.draw_own(lambda: F.dropout(x, 0.5))
+        drawn.append((own, F.dropout(x, 0.5)))
+        return own * x + drawn[-1][1] * x
+
+    ones = torch.ones(1000, requires_grad=True)
+    checkpoint(layer, ones, use_reentrant=False).sum().backward()
+    (own, same), again = drawn
+    assert torch.equal(own, again[0]) and torch.equal(same, again[1])
+    everyones = collectives.all_gather(own.detach()[None], 0) > 0
+    for rank, other in itertools.combinations(range(plan_size), 2):
+        assert 400 < (everyones[rank] ^ everyones[other]).sum() < 600  # two masks that know nothing of each other
+    assert all(torch.equal(mask, same.detach()) for mask in collectives.all_gather(same.detach()[None], 0))
+
+
 class ColumnAndRow(nn.Module):
     """Two layers, the hidden dimension split over ranks: x is Replicate, the output is Partial until it is reduced."""
 
@@ -191,6 +212,7 @@ def check_everything() -> None:
                 check_reshard(name, plan_size, rank, draw, (torch.float32, torch.bfloat16)[case % 2])
         check_own_slice_and_scale_gradient(plan_size, rank)
         check_without_gradient(plan_size, rank)
+        check_draw_own(plan_size)
         for kind in (ColumnAndRow, SplitSequence, ColumnAndRowReduced):
             check_mlp(kind, plan_size, rank)
     dist.destroy_process_group()

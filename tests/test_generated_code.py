@@ -27,10 +27,11 @@ import train
 from longctx.compiled import read_plan_file
 from longctx.compiler import codegen, hardware, memory, planner
 from longctx.compiler.ir import Statement, Tensor
-from longctx.compiler.localize import localize
+from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.ops import legal_partitions, register_op, spec_of
 from longctx.compiler.placement import Shard
-from longctx.compiler.plan import Fixed, Setting
+from longctx.compiler.plan import Fixed, Plan, Setting
+from longctx.compiler.recompute import Recompute
 from longctx.compiler.statements import statement_of
 from longctx.compiler.trace import trace
 from longctx.engines.builtin import cache
@@ -278,6 +279,41 @@ def test_a_layer_with_dropout_has_the_same_gradients_when_it_is_recomputed(famil
     assert error < 1e-6, name
     error, _ = worst_gradient_error(gradients_after(compiled, reference, seed=1), kept)
     assert error > 1e-2  # another seed drops others
+
+
+def check_dropout_on_ranks(folders: list[Path], class_name: str, layers_path: str, weights: Path) -> None:
+    """Each rank has the same gradients whether its layers keep what they dropped or compute it again."""
+    gradients = []
+    with parallel.process_group() as device:
+        for folder in folders:
+            module = parallel.load_generated(folder, class_name)
+            model = parallel.parallelize(module, layers_path, device, torch.float32, 2, {})
+            parallel.load_tensors(model, torch.load(weights).items())
+            torch.manual_seed(0)
+            module(*random_rows(1, LENGTH, 256)).backward()
+            found = {name: model.globally(name, p.grad).full_tensor() for name, p in module.named_parameters()}
+            gradients.append(found)
+    error, name = worst_gradient_error(*gradients)
+    assert error < 1e-6, name
+
+
+def test_ranks_that_share_out_dropout_draw_for_their_own_parts_and_draw_the_same_again(tmp_path):
+    config = small_config("opt", attention_dropout=0.1, dropout=0.1)
+    weights = {name: p.detach() for name, p in reference_model(config).named_parameters()}
+    torch.save(weights, tmp_path / "weights.pt")
+    sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    graph = trace(build.build_model(config, torch.float32), sample)
+    split = {op: next(p for p in reversed(legal_partitions(op, 2))) for op in graph.all_ops()}
+    assignment = Assignment(2, split)
+    folders = []
+    for policy in (Recompute.NOTHING, Recompute.EVERYTHING):
+        plan = Plan(assignment, (policy,) * 2, seconds=0.0, memory=0.0)
+        text = codegen.generate(localize(graph, assignment), plan, "Dropout is split.")
+        assert "draw_own(lambda: F.dropout(" in text and "draw_own(lambda: attention(" in text
+        folders.append(tmp_path / policy.name)
+        folders[-1].mkdir()
+        (folders[-1] / "gencode.py").write_text(text)
+    run_ranks(2, check_dropout_on_ranks, folders, graph.class_name, graph.layers_path, tmp_path / "weights.pt")
 
 
 def test_values_are_called_as_the_source_calls_them_or_by_the_module_that_made_them():

@@ -18,8 +18,7 @@ import torch
 
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.memory import say_bytes
-from longctx.compiler.ops import expression, import_of, spec_of
-from longctx.compiler.ops.aten import is_aten
+from longctx.compiler.ops import expression, imports_of, spec_of
 from longctx.compiler.ops.python import Expression, Values
 from longctx.compiler.plan import Plan
 from longctx.compiler.recompute import Recompute
@@ -67,7 +66,7 @@ def format_code(text: str) -> str:
 
 
 def _imports(graph: Graph, plan: Plan) -> str:
-    functions = [imported for imported in map(import_of, graph.all_ops()) if imported]
+    functions = [imported for op in graph.all_ops() for imported in imports_of(op)]
     if Recompute.ALL_BUT_ATTENTION in plan.recompute:
         functions += [tuple(name.rsplit(".", 1)) for name in _selective_contexts(graph.all_ops())]
     by_module: dict[str, set[str]] = {}
@@ -196,7 +195,7 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
     items = owner.body if isinstance(owner, Graph) else owner.ops
     results = (owner.output,) if isinstance(owner, Graph) else owner.outputs
     reserved = {"torch", "F", "nn", "checkpoint", "module", "self", "layer"} | {name for name, _ in constants.values()}
-    reserved |= {spec_of(op).name for op in graph.all_ops() if not is_aten(op)}
+    reserved |= {name for op in graph.all_ops() for _, name in imports_of(op)}
     body = _Body(device, reserved, constants, {t: _attribute(name) for name, t in owner.parameters.items()}, results)
 
     users: dict[Tensor, list[Op | LayerCall]] = {}

@@ -60,6 +60,7 @@ class Op:
     module: str  # dotted path of the module that ran it; within its layer, for an op of a layer
     statement: Statement | None
     note: str = ""  # why a reshard is needed, in words; empty for every other op
+    draws_own: bool = False  # in the graph of one rank: whether it draws random numbers for a part that is its own
 
     @cached_property
     def inputs(self) -> list[Tensor]:

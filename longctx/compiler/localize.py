@@ -105,7 +105,8 @@ class _Localizer:
         outputs = []
         for tensor, placement in zip(op.outputs, partition.outputs, strict=True):
             outputs.append(self.add_input(tensor, placement))
-        local = replace(op, args=args, kwargs=kwargs, outputs=tuple(outputs))
+        draws_own = partition.dim is not None and spec_of(op).draws_random(op)
+        local = replace(op, args=args, kwargs=kwargs, outputs=tuple(outputs), draws_own=draws_own)
         self.ops.append(replace(local, args=_local_sizes(local)))
 
     def add_layer(self, call: LayerCall, wanted: dict[Tensor, Placement], boundary: Placement) -> None:

@@ -49,6 +49,20 @@ def plan_size() -> int:
     return dist.get_world_size(_group())
 
 
+def draw_own(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What `compute` returns, with its random numbers drawn for this rank's own part of what the ranks share out.
+
+    The ranks of a plan draw the same numbers from PyTorch's generators, so that what all of them compute whole is the
+    same on each. Here the next of these numbers and the rank seed the generators while `compute` runs, and then they
+    go on as they were: ranks draw different numbers here and the same ones behind it, and a layer that is recomputed
+    from the state that it began with draws them again.
+    """
+    seed = int(torch.randint(2**62, (), device="cpu"))  # by the generator of the CPU, for which no GPU is waited for
+    with torch.random.fork_rng(devices=[torch.cuda.current_device()] if torch.cuda.is_initialized() else []):
+        torch.manual_seed(seed + plan_rank())
+        return compute()
+
+
 def all_to_all(x: torch.Tensor, split: int, gather: int) -> torch.Tensor:
     """Shard(gather) -> Shard(split): [.., s, .., g/plan_size, ..] -> [.., s/plan_size, .., g, ..].
 

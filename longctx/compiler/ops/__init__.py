@@ -31,13 +31,15 @@ __all__ = [
     "annotation_of",
     "arguments_of",
     "expression",
-    "import_of",
+    "imports_of",
     "is_known",
     "legal_partitions",
     "register_op",
     "spec_of",
     "target_of",
 ]
+
+DRAW_OWN = "draw_own"  # of collectives: what calls an op that draws random numbers for a part of its own
 
 
 def spec_of(op: Op) -> OpSpec:
@@ -75,14 +77,14 @@ def legal_partitions(op: Op, plan_size: int) -> list[placement.Partition]:
     return placement.partitions(annotation_of(op), [t.shape for t in op.inputs], plan_size)
 
 
-def import_of(op: Op) -> tuple[str, str] | None:
-    """The module and the name that generated code imports to call an op; None for PyTorch's own operators."""
-    if aten.is_aten(op):
-        return None
-    module, name = op.target.rsplit(".", 1)
-    return module, name
+def imports_of(op: Op) -> list[tuple[str, str]]:
+    """The modules and the names that generated code imports to call an op; none for PyTorch's own operators."""
+    targets = [] if aten.is_aten(op) else [op.target]
+    targets += [f"{COLLECTIVES}.{DRAW_OWN}"] if op.draws_own else []
+    return [(module, name) for module, _, name in (target.rpartition(".") for target in targets)]
 
 
 def expression(op: Op, values: Values) -> Expression:
     """The Python expression that computes an op."""
-    return spec_of(op).python(op, values) or overload(op, values)
+    written = spec_of(op).python(op, values) or overload(op, values)
+    return Expression(f"{DRAW_OWN}(lambda: {written.text})") if op.draws_own else written
