@@ -100,10 +100,16 @@ class LinearProgram:
         )
 
     def _tightened(self, values: np.ndarray) -> np.ndarray:
-        """A solution without what the solver's tolerances leave: integers round, maxima no larger than they must be."""
+        """A solution without what the solver leaves open: integers round, maxima no larger than they must be, and their
+        products what they are."""
         values = np.where(self.integer, np.round(values), values)
-        for variable, expressions in self.maxima.items():  # inner ones first, as they were made
-            values[variable] = max(0.0, *(value_of(expression, values) for expression in expressions))
+        of_maxima = {v: pair for pair, v in self.products.items() if pair[0] in self.maxima}
+        for variable in sorted({*self.maxima, *of_maxima}):  # as they were made: the inner ones first
+            if variable in self.maxima:
+                values[variable] = max(0.0, *(value_of(e, values) for e in self.maxima[variable]))
+            else:
+                binary, count = of_maxima[variable]
+                values[variable] = values[binary] * values[count]
         return values
 
 

@@ -273,17 +273,25 @@ class _Body:
         if not self.is_one_value(storage):
             return {}
         first, *others = self.savers[storage]
-        return {self.producers[view]: {self.program.largest(*self.copies(view, first)): 1.0} for view in others}
+        return {self.producers[view]: self.copies(view, first) for view in others}
 
-    def copies(self, view: Tensor, first: Tensor) -> Iterator[Expression]:
-        """What reshards make of a view, and of what it is a view of, as far back as it is one with `first`."""
-        yield {CONSTANT: 0.0}
+    def copies(self, view: Tensor, first: Tensor) -> Expression:
+        """What reshards make of a view, and of what it is a view of, as far back as it is one with `first`.
+
+        The variables are 1 if there is a reshard: so the products with them are exact.
+        """
+        sharded: list[Expression] = [{CONSTANT: 0.0}]
+        whole: list[Expression] = [{CONSTANT: 0.0}]
         seen_by_first = set(self.lineage(first))
         for value in self.lineage(view):
             reshards = self.choices.reshards.get(value, ())
-            yield {z: bytes_of(value, target, self.choices.plan_size) / GB for _, target, z in reshards}
+            sharded.append({z: 1.0 for _, target, z in reshards if isinstance(target, Shard)})
+            whole.append({z: 1.0 for _, target, z in reshards if not isinstance(target, Shard)})
             if value in seen_by_first:
-                return
+                break
+        size = nbytes(view) / GB
+        largest = self.program.largest
+        return {largest(*sharded): size / self.choices.plan_size, largest(*whole): size}
 
     def lineage(self, tensor: Tensor) -> Iterator[Tensor]:
         """A value, what it is a view of, and so on."""

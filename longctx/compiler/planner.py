@@ -60,6 +60,7 @@ def fastest(program: Program) -> tuple[Plan | None, float]:
     """
     most = limit = program.setting.memory_limit
     best, at_least = None, 0.0
+    fits, misses = 0.0, math.inf  # limits whose plans do, and don't
     for _ in range(SOLVES):
         try:
             solved = program.solve(limit)
@@ -76,7 +77,10 @@ def fastest(program: Program) -> tuple[Plan | None, float]:
             best = plan
         if best and (best.seconds * (1 - CLOSE) < at_least or 0 <= room < CLOSE_TO_LIMIT * most or not better):
             break
+        fits, misses = (max(fits, limit), misses) if room >= 0 else (fits, min(misses, limit))
         limit = solved.memory + room
+        if not fits < limit < misses:
+            limit = (fits + misses) / 2
     return best, at_least
 
 
