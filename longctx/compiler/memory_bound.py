@@ -175,6 +175,7 @@ def _saved_by(kind: LayerKind, body: "_Body") -> Iterator[tuple[Op, Expression]]
 
 def _gathered_gradient(step: Step) -> Live:
     """The gradient of an op's output where it shares memory with another's, unless a reduce-scatter lies between."""
+    assert isinstance(step.item, Op), "no layer calls another"
     shared = [Held("transient", t, step.item, is_gradient=True) for t in step.item.outputs]
     return Counter(held for held in shared if held._replace(op=None) not in step.live)
 
@@ -199,8 +200,8 @@ class _Body:
         storage = self.storage = storages(items)
         self.producers = {out: op for op in items if isinstance(op, Op) for out in op.outputs}
         self.savers: dict[Tensor, dict[Tensor, list[Op]]] = {}  # storage -> the values in it that ops save
-        for op in items:
-            for tensor in saved_tensors(op) if isinstance(op, Op) else ():
+        for op in (item for item in items if isinstance(item, Op)):
+            for tensor in saved_tensors(op):
                 self.savers.setdefault(storage.get(tensor, tensor), {}).setdefault(tensor, []).append(op)
         self.own, self.copied = functools.cache(self._own), functools.cache(self._copied)
         self.handed_on = {storage.get(t, t): (t, placements) for t, placements in choices.handed_on.items()}
