@@ -37,6 +37,7 @@ from longctx.compiler.trace import trace
 from longctx.engines.builtin import cache
 from longctx.errors import UserError
 from longctx.huggingface import build
+from longctx.huggingface.attention import make_no_masks
 from longctx.huggingface.weights import find_weights
 from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime import parallel
@@ -423,6 +424,7 @@ def test_a_head_that_the_loss_can_not_compute_is_refused(monkeypatch):
 def test_an_attention_argument_that_this_programs_attention_lacks_is_refused():
     config = small_config("llama")
     wrapped = build.build_model(config, torch.float32)
+    make_no_masks()  # transformers can make none on meta, but while tracing
     tokens = torch.zeros(1, 4, dtype=torch.long, device="meta")
-    with pytest.raises(UserError, match="takes s_aux"):
-        wrapped.to("meta").model.model(input_ids=tokens, use_cache=False, s_aux=1.0)
+    with pytest.raises(UserError, match="takes lookahead"):
+        wrapped.to("meta").model.model(input_ids=tokens, use_cache=False, lookahead=1.0)

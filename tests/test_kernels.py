@@ -2,11 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from longctx.kernels import attention as attention_module
-from longctx.kernels.attention import alibi_attention, attention
+from longctx.kernels.attention import alibi_attention, attention, sink_attention
 from longctx.kernels.rms_norm import rms_norm
 
 
@@ -70,6 +71,29 @@ def test_attention_with_linear_biases_computes_its_formula(implementation, windo
     exact = [expected, *torch.autograd.grad(expected, (query, key, value), upstream.double())]
     for name, ours, theirs in zip(("output", "query", "key", "value"), found, exact, strict=True):
         assert (ours.double() - theirs).norm() < (1e-5 if dtype == torch.float32 else 1e-2) * theirs.norm(), name
+
+
+@pytest.mark.parametrize("window", [0, 70])
+def test_attention_with_sinks_is_attention_with_one_more_key_whose_value_is_zero(window, device, monkeypatch):
+    monkeypatch.setattr(attention_module, "QUERY_BLOCK", 96)
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, heads, 256, 64, generator=generator).to(device).requires_grad_() for heads in (4, 2, 2)]
+    inputs.append(torch.randn(4, generator=generator).to(device).requires_grad_())
+    upstream = torch.randn(2, 256, 4, 64, generator=generator).to(device)
+    found = sink_attention(*inputs, 0.125, window)
+
+    query, key, value = (x.double().repeat_interleave(4 // x.shape[1], 1) for x in inputs[:3])
+    i = torch.arange(256, device=device)
+    distance = i[:, None] - i
+    scores = query @ key.transpose(-1, -2) * 0.125
+    scores = scores.masked_fill((distance < 0) | (distance >= (window or 256)), float("-inf"))
+    scores = torch.cat((scores, inputs[3].double().view(-1, 1, 1).expand(2, 4, 256, 1)), -1)
+    expected = (scores.softmax(-1) @ F.pad(value, (0, 0, 0, 1))).transpose(1, 2)
+
+    found = [found, *torch.autograd.grad(found, inputs, upstream)]
+    expected = [expected, *torch.autograd.grad(expected, inputs, upstream.double())]
+    for name, ours, theirs in zip(("output", "query", "key", "value", "sinks"), found, expected, strict=True):
+        assert (ours.double() - theirs).norm() < 1e-5 * theirs.norm(), name
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 2e-3), (torch.bfloat16, 1e-2)])

@@ -1,5 +1,7 @@
 """Attention that models write out in operators, and masks that are tensors, become calls of this program's kernels."""
 
+from typing import Any
+
 import pytest
 import torch
 from families import small_config
@@ -15,7 +17,8 @@ from longctx.compiler.trace import trace
 from longctx.errors import KernelError, ModelError
 from longctx.huggingface.attention import REGISTERED_NAME, attention_function, make_no_masks, refuse_own_attention
 from longctx.huggingface.build import build_model
-from longctx.kernels.attention import alibi_attention, attention
+from longctx.kernels import written_attention
+from longctx.kernels.attention import alibi_attention, attention, sink_attention
 from longctx.kernels.written_attention import meaning_of
 
 LENGTH = 56
@@ -83,10 +86,10 @@ def test_every_other_mask_and_bias_is_refused(visible, bias, length):
 
 # --- in models -------------------------------------------------------------------------------------------------------
 
-SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-OTHER_SIZES = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}
-BLOOM = {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}
-DROPPED = {"scale": 0.25, "dropout": 0.1}
+SIZES: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+OTHER_SIZES: dict[str, Any] = {"vocab_size": 256, "n_embd": 64, "n_layer": 2, "n_head": 4}
+BLOOM: dict[str, Any] = {"vocab_size": 256, "hidden_size": 64, "n_layer": 2, "n_head": 4}
+DROPPED: dict[str, Any] = {"scale": 0.25, "dropout": 0.1}
 WRITTEN = {  # families that write their attention out: their sizes, and the calls that take its place
     "bloom": (BLOOM, [("alibi_attention", {"scale": 0.25})]),
     "codegen": ({**OTHER_SIZES, "rotary_dim": 8, "attn_pdrop": 0.1}, [("attention", DROPPED)]),
@@ -241,6 +244,33 @@ def test_what_our_attention_does_not_have_is_refused_by_its_name():
         call({}, None, s_aux=torch.ones(2))
     with pytest.raises(ModelError, match="takes is_causal=False"):
         call({}, None, is_causal=False)
+
+
+def test_sinks_are_known_and_no_fused_kernel_is_taken_for_them():
+    if "granite_swa" not in CONFIG_MAPPING:
+        pytest.skip("this transformers has no dense model with sinks")
+    config = CONFIG_MAPPING["granite_swa"](**SIZES, intermediate_size=128, num_key_value_heads=2)
+    (op,) = [op for op in trace_model(config).all_ops() if op.target == target_of(sink_attention)]
+    assert arguments_of(op)["sinks"].name.endswith("self_attn.sinks")
+    with pytest.raises(KernelError, match="^the attention of .* has sinks, which no fused kernel has here"):
+        trace_model(config, attn_implementation="flash_attention_2")
+
+
+class Masked(nn.Module):
+    """An attention whose mask transformers would have made of the tokens."""
+
+    def __init__(self):
+        super().__init__()
+        self.model = nn.Linear(8, 8)
+
+    def forward(self, x):
+        mask = x.detach()[..., :1] * torch.ones(x.shape[2], device=x.device)
+        return written_attention.masked_attention(x, self.model(x), x, mask, 1.0).sum()
+
+
+def test_a_mask_that_depends_on_the_tokens_is_refused():
+    with pytest.raises(ModelError, match="has a mask that depends on more than the positions of its tokens"):
+        trace(Masked(), {"x": torch.empty(1, 4, LENGTH, 8, device="meta")})
 
 
 def test_an_engine_that_would_keep_masks_has_none_made_and_no_model_that_needs_one():

@@ -65,6 +65,7 @@ def attention_function(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     is_causal: bool | None = None,
     position_ids: torch.Tensor | None = None,  # the rotary embedding has used them already
     logits_to_keep: int | torch.Tensor = 0,  # is for the head
@@ -73,7 +74,8 @@ def attention_function(
     """Attention with the signature of transformers: [b, heads, l, d], twice [b, kv_heads, l, d] -> [b, l, heads, d].
 
     Where there is a mask, a token sees what it says, as with the model's own attention; without one attention is
-    causal, with `sliding_window`. The second result would be the attention weights, which no loss needs.
+    causal, with `sliding_window`. `s_aux` are sinks. The second result would be the attention weights, which no loss
+    needs.
 
     Raises:
         ModelError: the model asks for what `attention` doesn't do.
@@ -83,6 +85,8 @@ def attention_function(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     if attention_mask is None and not causal:
         unknown.append("is_causal=False")
+    if attention_mask is None and s_aux is not None:
+        unknown.append("s_aux")
     if unknown:
         raise ModelError(
             f"the attention of {type(module).__name__} takes {', '.join(unknown)}, which this program's attention "
@@ -93,6 +97,7 @@ def attention_function(
     told: dict[str, Any] = {"window": window, "softcap": softcap, "dropout": dropout}
     given = {name: value for name, value in told.items() if value} | options
     if attention_mask is not None:
+        given |= {} if s_aux is None else {"sinks": s_aux}
         return masked_attention(query, key, value, attention_mask, scale, **given), None
     masks_more = bool(softcap or 0 < (window or 0) < query.shape[2])
     check_masks(options.get("implementation", "auto"), type(module).__name__, masks_more)

@@ -60,8 +60,8 @@ def attention(
     if kernel == "flash_attention_2" or (masks_more and _is_for_flash_attn(implementation, query)):
         return _flash_attn(query, key, value, None, scale, window, softcap, dropout, deterministic)
     if implementation == "eager" or masks_more:
-        in_float32 = bool(softcap) or implementation == "eager"
-        return _blockwise_attention(query, key, value, None, scale, window, softcap, dropout, in_float32)
+        attend = _attend_in_float32 if softcap or implementation == "eager" else _attend_masked
+        return _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend)
     return sdpa(query, key, value, scale, dropout, kernel, is_causal=True).transpose(1, 2)
 
 
@@ -84,7 +84,29 @@ def alibi_attention(
     """
     if resolve(implementation) == "flash_attention_2" or _is_for_flash_attn(implementation, query):
         return _flash_attn(query, key, value, slopes, scale, window, softcap, dropout, deterministic)
-    return _blockwise_attention(query, key, value, slopes, scale, window, softcap, dropout, in_float32=True)
+    attend = partial(_attend_in_float32, slopes=slopes)
+    return _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend)
+
+
+def sink_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    sinks: torch.Tensor,
+    scale: float,
+    window: int = 0,
+    softcap: float = 0.0,
+    dropout: float = 0.0,
+    implementation: str = "auto",
+    deterministic: bool = False,
+) -> torch.Tensor:
+    """`attention` with a sink for each head, as GPT-OSS has it (arXiv:2508.10925, section 2.3).
+
+    `sinks`, [heads], are scores of one more key that every query sees, whose value is 0. No fused kernel here knows
+    them, so blocks of queries are taken, whatever the implementation.
+    """
+    attend = partial(_attend_in_float32, sinks=sinks)
+    return _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend)
 
 
 def _is_for_flash_attn(implementation: str, query: torch.Tensor) -> bool:
@@ -106,14 +128,13 @@ def _flash_attn(query, key, value, slopes, scale, window, softcap, dropout, dete
     )
 
 
-def _blockwise_attention(query, key, value, slopes, scale, window, softcap, dropout, in_float32) -> torch.Tensor:
-    """Attention for one block of queries after another, over the keys that the block sees.
+def _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend) -> torch.Tensor:
+    """Attention for one block of queries after another, over the keys that the block sees, by `attend`.
 
     The scores are recomputed in the backward. At any time, QUERY_BLOCK x (QUERY_BLOCK + window) scores of each head are
     held, or QUERY_BLOCK x l without a window.
     """
     window = window if window < query.shape[2] else 0  # a window over all keys is no window
-    attend = partial(_attend_in_float32, slopes=slopes) if in_float32 else _attend_masked
     blocks = []
     for start in range(0, query.shape[2], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, query.shape[2])
@@ -140,7 +161,7 @@ def _attend_masked(query, key, value, scale, window, softcap, dropout) -> torch.
     return sdpa(query, key, value, scale, dropout, attn_mask=mask)
 
 
-def _attend_in_float32(query, key, value, scale, window, softcap, dropout, slopes) -> torch.Tensor:
+def _attend_in_float32(query, key, value, scale, window, softcap, dropout, slopes=None, sinks=None) -> torch.Tensor:
     """Attention of a block of queries by its formula, with scores and weights in float32; [b, heads, rows, e]."""
     b, heads, rows, d = query.shape
     distance = _distance(rows, key.shape[2], query.device)
@@ -151,7 +172,12 @@ def _attend_in_float32(query, key, value, scale, window, softcap, dropout, slope
     if slopes is not None:
         scores = scores - slopes.view(key.shape[1], -1, 1, 1) * distance
     scores = scores.masked_fill(~_visible(distance, window), float("-inf"))
-    weights = F.dropout(scores.softmax(-1), dropout)
+    if sinks is not None:
+        column = sinks.float().view(key.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
+        weights = torch.cat((scores, column), dim=-1).softmax(-1)[..., :-1]
+    else:
+        weights = scores.softmax(-1)
+    weights = F.dropout(weights, dropout)
     return (weights @ value.float().unsqueeze(2)).to(value.dtype).flatten(1, 2)
 
 
@@ -177,9 +203,10 @@ def takes_blocks(op: Op) -> bool:
 
 
 def _holds_scores(op: Op) -> bool:
-    """Whether blocks of scores are computed in float32: for a soft-cap or biases, or if 'eager' was asked for."""
+    """Whether blocks of scores are computed in float32: for a soft-cap, biases or sinks, or for 'eager'."""
     arguments = arguments_of(op)
-    return "slopes" in arguments or bool(arguments["softcap"]) or arguments["implementation"] == "eager"
+    more = bool(arguments["softcap"]) or "slopes" in arguments or "sinks" in arguments
+    return more or arguments["implementation"] == "eager"
 
 
 def _windowed(op: Op) -> bool:
@@ -338,3 +365,4 @@ RULES = {
 }
 register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^", **RULES)(attention)
 register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^, (k g) -> b l^ (k g) e^", **RULES)(alibi_attention)
+register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^, (k g) -> b l^ (k g) e^", **RULES)(sink_attention)

@@ -123,6 +123,12 @@ def check_masks(implementation: str, module: str, masks_more: bool) -> None:
         )
 
 
+def check_sinks(implementation: str, module: str) -> None:
+    """Raises a KernelError if a fused kernel was asked for, for the attention of `module`, which has sinks."""
+    if implementation in KERNELS:
+        raise KernelError(f"the attention of {module} has sinks, which no fused kernel has here; choose auto")
+
+
 def _is_installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None

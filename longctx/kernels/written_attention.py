@@ -30,8 +30,8 @@ from longctx.compiler.ops.scores import (
     without_repeats,
 )
 from longctx.errors import ModelError
-from longctx.kernels.attention import alibi_attention, attention
-from longctx.kernels.fused import check_masks
+from longctx.kernels.attention import alibi_attention, attention, sink_attention
+from longctx.kernels.fused import check_masks, check_sinks
 
 UNSEEN = -5000.0  # a key whose bias is so far below the query's own has a weight of 0: exp underflows in float32
 CLOSE = 1e-6  # relative to the largest bias: what rounding in float32 explains
@@ -49,11 +49,13 @@ def masked_attention(
     dropout: float = 0.0,
     implementation: str = "auto",
     deterministic: bool = False,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention as a model calls it while it is traced, with the mask that transformers made for it.
 
-    [b, heads, l, d], [b, kv_heads, l, d], [b, kv_heads, l, e] and a mask that is added to the scores, [b, 1, l, l] ->
-    [b, l, heads, e]. It computes nothing: `replace_attention` takes it out of every graph.
+    [b, heads, l, d], [b, kv_heads, l, d], [b, kv_heads, l, e], a mask that is added to the scores, [b, 1, l, l], and
+    sinks as sink_attention has them, [heads] -> [b, l, heads, e]. It computes nothing: `replace_attention` takes it out
+    of every graph.
     """
     return attention(query, key, value, scale, 0, softcap, dropout, implementation, deterministic)
 
@@ -118,11 +120,11 @@ def _in_place_of_masked(op: Op, graph: _Graph) -> list[Op]:
     def scores(queries: torch.Tensor, keys: torch.Tensor) -> Scores:
         """What the mask adds; the kernel multiplies by the scale and caps before that."""
         try:
-            bias = values_at(mask, mask.shape, graph.positions, queries, keys)
+            bias = values_at(mask, (*mask.shape[:-2], length, length), graph.positions, queries, keys)
         except UnknownValueError as error:
             raise ModelError(
-                f"the mask of the attention {op.module} depends on more than positions, which this program's attention "
-                "does not have; choose another model"
+                f"the attention {op.module} has a mask that depends on more than the positions of its tokens, which "
+                "this program does not have; choose another model"
             ) from error
         bias = bias.reshape(-1, len(queries), len(keys)).double()
         return Scores(torch.ones_like(bias), bias)
@@ -131,7 +133,7 @@ def _in_place_of_masked(op: Op, graph: _Graph) -> list[Op]:
         graph.meanings[mask] = meaning_of(scores, length, op.module)
     meaning = replace(graph.meanings[mask], scale=arguments["scale"], softcap=arguments["softcap"])
     tensors = [arguments[name] for name in ("query", "key", "value")]
-    return [_call(tensors, meaning, arguments["dropout"], op, op.outputs[0], graph)]
+    return [_call(tensors, meaning, arguments["dropout"], op, op.outputs[0], graph, arguments["sinks"])]
 
 
 def _in_place_of_written(written: WrittenAttention, module: str, graph: _Graph) -> dict[Op, list[Op]]:
@@ -182,7 +184,15 @@ def _inputs(written: WrittenAttention, graph: _Graph) -> tuple[list[Op], list[Te
     return ops, tensors
 
 
-def _call(tensors: Sequence[Tensor], meaning: Meaning, dropout: float, place: Op, output: Tensor, graph: _Graph) -> Op:
+def _call(
+    tensors: Sequence[Tensor],
+    meaning: Meaning,
+    dropout: float,
+    place: Op,
+    output: Tensor,
+    graph: _Graph,
+    sinks: Tensor | None = None,
+) -> Op:
     """The call of a kernel; `place` is the operator after which it is named."""
     given = {"window": meaning.window, "softcap": meaning.softcap, "dropout": dropout}
     masks_more = bool(meaning.window or meaning.softcap or meaning.slopes is not None)
@@ -193,6 +203,11 @@ def _call(tensors: Sequence[Tensor], meaning: Meaning, dropout: float, place: Op
     if meaning.slopes is not None:
         slopes = meaning.slopes.expand(tensors[0].shape[1])
         function, args = alibi_attention, (*tensors, _constant(slopes, graph))
+    if sinks is not None:
+        check_sinks(graph.options.get("implementation", "auto"), place.module)
+        if meaning.slopes is not None:
+            raise _different(place.module, "with biases and sinks")
+        function, args = sink_attention, (*tensors, sinks)
     return Op(target_of(function), args, kwargs, (output,), place.module, place.statement)
 
 

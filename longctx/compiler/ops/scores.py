@@ -16,7 +16,7 @@ import torch
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.ops import aten
 from longctx.compiler.ops.aten import base_name
-from longctx.compiler.ops.positions import Positions
+from longctx.compiler.ops.positions import Positions, UnknownValueError
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm")
 _CASTS = ("to", "type_as", "_to_copy")
@@ -156,10 +156,16 @@ def scores_at(attention: WrittenAttention, positions: Positions, queries: torch.
 def values_at(
     operand: Tensor, shape: Sequence[int], positions: Positions, queries: torch.Tensor, keys: torch.Tensor
 ) -> torch.Tensor:
-    """A tensor that is broadcast to scores of `shape`, [*, l, l], at some queries and keys; [*, queries, keys]."""
+    """A tensor that is broadcast to scores of `shape`, [*, l, l], at some queries and keys; [*, queries, keys].
+
+    Raises:
+        UnknownValueError: it depends on tokens or weights, or can't be broadcast.
+    """
     mesh = (*(torch.arange(size) for size in shape[:-2]), queries, keys)
     sizes = [len(index) for index in mesh]
     mesh, full = mesh[len(mesh) - len(operand.shape) :], shape[len(shape) - len(operand.shape) :]
+    if any(size not in (n, 1) for size, n in zip(operand.shape, full, strict=True)):
+        raise UnknownValueError(operand.name)
     indices = zip(mesh, operand.shape, full, strict=True)
     return positions.at(operand, tuple(i if size == n else i.new_zeros(1) for i, size, n in indices)).expand(sizes)
 
