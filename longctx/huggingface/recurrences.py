@@ -244,7 +244,7 @@ def _gated_delta_sample(generator: torch.Generator) -> dict[str, Any]:
 
 
 def _repeated_keys_sample(generator: torch.Generator) -> dict[str, Any]:
-    """With as many key heads as value heads, as transformers before 5.23 wants them."""
+    """With as many key heads as value heads, as older releases of transformers (5.17) want them."""
     sample = _gated_delta_sample(generator)
     return {**sample, **{name: sample[name].repeat_interleave(2, dim=2) for name in ("query", "key")}}
 
