@@ -3,6 +3,7 @@
 build.py        load_config, and build_model: a causal language model as it is trained, wrapped to return its loss
 attention.py    what build_model puts in place of the model's attention, if that is to be had from a registry
 norms.py        ... of its RMSNorms
+recurrences.py  ... of its recurrences and the short convolutions before them
 rotary.py       ... of rotary tables that depend on the sequence length
 head.py         what the model's head does to its logits, so that the chunked loss does the same
 weights.py      weights found, checked, or drawn at random

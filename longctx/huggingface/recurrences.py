@@ -90,17 +90,22 @@ def _ours_for(theirs: Any) -> Any:
 
 
 def _same(theirs: Callable, recurrence: "Recurrence") -> bool:
-    """Whether both functions give the same on the sample."""
-    sample = recurrence.sample(torch.Generator().manual_seed(0))
-    try:
+    """Whether both functions give the same on the first of the samples that transformers' function takes."""
+    for draw in recurrence.samples:
+        sample = draw(torch.Generator().manual_seed(0))
         with torch.no_grad():
-            expected, found = (
-                result[0] if isinstance(result, tuple) else result
-                for result in (theirs(**sample), recurrence.ours(**sample))
-            )
-    except (RuntimeError, TypeError, ValueError, IndexError):  # it takes tensors of other shapes
-        return False
-    return expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=1e-5)
+            try:
+                expected = _output(theirs(**sample))
+            except (RuntimeError, TypeError, ValueError, IndexError):  # it takes tensors of other shapes
+                continue
+            found = _output(recurrence.ours(**sample))
+        return expected.shape == found.shape and torch.allclose(expected, found, rtol=1e-4, atol=1e-5)
+    return False
+
+
+def _output(result: Any) -> torch.Tensor:
+    """The output of a function that may return a state behind it."""
+    return result[0] if isinstance(result, tuple) else result
 
 
 def _is_bounded_square_root(function: type[torch.autograd.Function]) -> bool:
@@ -216,11 +221,15 @@ def _check_stateless(state: torch.Tensor | None, returns_state: bool) -> None:
 
 @dataclass(frozen=True)
 class Recurrence:
-    """A function of transformers, told by its parameters; what replaces it; and arguments to compare both by."""
+    """A function of transformers, told by its parameters; what replaces it; and arguments by which both are compared.
+
+    Attributes:
+        samples: draw arguments; of several the first that the function takes is used.
+    """
 
     parameters: frozenset[str]
     ours: Callable
-    sample: Callable[[torch.Generator], dict[str, Any]]
+    samples: tuple[Callable[[torch.Generator], dict[str, Any]], ...]
 
 
 def _convolution_sample(generator: torch.Generator) -> dict[str, Any]:
@@ -232,6 +241,12 @@ def _gated_delta_sample(generator: torch.Generator) -> dict[str, Any]:
     shapes = {"query": (2, 9, 2, 8), "key": (2, 9, 2, 8), "value": (2, 9, 4, 6), "g": (2, 9, 4), "beta": (2, 9, 4)}
     drawn = _drawn(shapes, generator)
     return {**drawn, "g": -drawn["g"].abs(), "beta": drawn["beta"].sigmoid(), "use_qk_l2norm_in_kernel": True}
+
+
+def _repeated_keys_sample(generator: torch.Generator) -> dict[str, Any]:
+    """With as many key heads as value heads, as older releases of transformers (5.17) want them."""
+    sample = _gated_delta_sample(generator)
+    return {**sample, **{name: sample[name].repeat_interleave(2, dim=2) for name in ("query", "key")}}
 
 
 def _mamba2_sample(generator: torch.Generator) -> dict[str, Any]:
@@ -258,9 +273,13 @@ def _drawn(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> di
 
 _SCAN = frozenset(("hidden_states", "dt", "A", "B", "C"))
 RECURRENCES = (
-    Recurrence(frozenset(("hidden_states", "weight", "bias", "activation")), _convolve, _convolution_sample),
-    Recurrence(frozenset(("query", "key", "value", "g", "beta", "chunk_size")), _gated_delta_rule, _gated_delta_sample),
-    Recurrence(_SCAN | {"chunk_size"}, _mamba2_scan, _mamba2_sample),
-    Recurrence(_SCAN | {"delta_softplus"}, _mamba_scan, _mamba_sample),
-    Recurrence(frozenset(("hidden_states", "recurrent_gate", "reset")), _recurrence, _recurrence_sample),
+    Recurrence(frozenset(("hidden_states", "weight", "bias", "activation")), _convolve, (_convolution_sample,)),
+    Recurrence(
+        frozenset(("query", "key", "value", "g", "beta", "chunk_size")),
+        _gated_delta_rule,
+        (_gated_delta_sample, _repeated_keys_sample),
+    ),
+    Recurrence(_SCAN | {"chunk_size"}, _mamba2_scan, (_mamba2_sample,)),
+    Recurrence(_SCAN | {"delta_softplus"}, _mamba_scan, (_mamba_sample,)),
+    Recurrence(frozenset(("hidden_states", "recurrent_gate", "reset")), _recurrence, (_recurrence_sample,)),
 )

@@ -5,5 +5,9 @@ fused.py              the fused kernels of attention, by name: what each needs
 choice.py             which of them is the fastest here
 written_attention.py  puts these in the place of attention that a model writes out, or that has a mask
 rms_norm.py           RMSNorm
+linear_attention.py   gated delta nets, and Mamba-2's scan
+selective_scan.py     Mamba's scan, and RecurrentGemma's recurrence
+segments.py           how these are computed within bounded memory
+causal_conv1d.py      the short convolution before them
 cross_entropy.py      what is known of chunk_linear_cross_entropy.py, which stands at the top and needs only PyTorch
 """

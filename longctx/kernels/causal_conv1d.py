@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from longctx.compiler.ops.registered import register_op
-from longctx.compiler.ops.spec import draws_nothing, no_flops
+from longctx.compiler.ops.spec import draws_nothing, never_strided, no_flops
 
 try:
     from causal_conv1d import causal_conv1d_fn
@@ -36,4 +36,6 @@ def causal_conv1d(
 # --- what the compiler knows of it -----------------------------------------------------------------------------------
 
 # Its few products per element are done while the elements are read and written, so no FLOPs are counted.
-register_op("b d l^, d k^, d -> b d l^", flops=no_flops, draws_random=draws_nothing)(causal_conv1d)
+register_op("b d l^, d k^, d -> b d l^", flops=no_flops, strides=never_strided, draws_random=draws_nothing)(
+    causal_conv1d
+)

@@ -94,7 +94,7 @@ def _segment(
     `between[i, j]` is how far what token j wrote has decayed when token i reads it, and `since_start` and `until_end`
     are how far a state decays from the chunk's start to a token, and from a token to the chunk's end.
     """
-    heads, dtype, length = state.shape[1:3], state.dtype, value.shape[1]
+    heads, dtype, length = (state.shape[1], state.shape[2]), state.dtype, value.shape[1]
     q, k = (_in_chunks(x, (heads[0], 1), dtype) for x in (query, key))
     v = _in_chunks(value, heads, dtype)
     summed = _in_chunks(decay.unsqueeze(-1), heads, dtype).squeeze(-1).cumsum(-1)
@@ -106,13 +106,7 @@ def _segment(
 
     read = None
     if beta is not None:
-        # Each token's write depends on what the tokens before it have written: a triangular system, whose solutions
-        # are what the chunk writes after a state of zeros, and what it takes back of the state that it finds.
-        rate = _in_chunks(beta.unsqueeze(-1), heads, dtype)
-        system = rate * (k @ k.mT) * between
-        right = rate * torch.cat((v, (k * since_start).expand(*v.shape[:-1], -1)), dim=-1)
-        solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
-        v, read = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
+        v, read = _by_delta(k, v, _in_chunks(beta.unsqueeze(-1), heads, dtype), between, since_start)
     weights = scale * (q @ k.mT) * between
     q, k, whole_chunk = scale * q * since_start, k * until_end, since_start[..., -1:, :]
     outputs = []
@@ -124,6 +118,21 @@ def _segment(
         state = whole_chunk[..., chunk, :, :] * state + k[..., chunk, :, :].mT @ written
     output = torch.cat(outputs, dim=3).flatten(1, 2).transpose(1, 2)[:, :length]
     return output.to(value.dtype), state
+
+
+def _by_delta(
+    k: torch.Tensor, v: torch.Tensor, rate: torch.Tensor, between: torch.Tensor, since_start: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each token of a chunk writes after a state of zeros, [.., e], and by what it reads the state found, [.., d].
+
+    What it reads there is taken back from what it writes. Each token's write depends on those of the tokens before it,
+    which makes a triangular system (arXiv:2406.06484, section 3.2).
+    """
+    system = rate * (k @ k.mT) * between
+    right = rate * torch.cat((v, (k * since_start).expand(*v.shape[:-1], -1)), dim=-1)
+    solved = torch.linalg.solve_triangular(system, right, upper=False, unitriangular=True)
+    written, read = solved.split((v.shape[-1], k.shape[-1]), dim=-1)
+    return written, read
 
 
 def _in_chunks(x: torch.Tensor, heads: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:

@@ -46,7 +46,7 @@ def selective_scan(
     b, channels, _ = x.shape
     state = x.new_zeros(b, channels, A.shape[1], dtype=torch.promote_types(x.dtype, torch.float32))
     cut = [tensor.transpose(1, 2) for tensor in (x, step, B, C)]
-    return in_segments(_selective_segment, SEGMENT, state, cut, [A]).transpose(1, 2)
+    return in_segments(_selective_segment, SEGMENT, state, cut, [A.to(state.dtype)]).transpose(1, 2)
 
 
 def _selective_segment(

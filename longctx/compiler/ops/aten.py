@@ -271,7 +271,7 @@ ATEN: dict[str, OpSpec] = {
         part("narrow", p.resized_along(1), traffic=padded_gradient, written_back=w.into_narrow),
         part("chunk", p.resized_along(2), py.method("chunk", "", "dim"), written_back=w.into_piece),
         part("split", p.resized_along(2), py.method("split", "", "dim"), written_back=w.into_piece),
-        part("split_with_sizes", p.resized_along(2), written_back=w.into_piece),
+        part("split_with_sizes", p.resized_along(2), py.method("split", "", "dim"), written_back=w.into_piece),
         part("unbind", p.resized_along(1, removed=True), written_back=w.into_unbound),
         relayout("reshape", p.reshaped, py.method("reshape", spread=True), sizes=1, is_identity=always),
         relayout("flatten", p.reshaped, py.method("flatten")),
