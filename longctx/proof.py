@@ -189,7 +189,7 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
         graph: of that model, traced at `length`.
 
     Raises:
-        ProofError: transformers can't run the model.
+        ProofError: transformers can't run the model, or the generated code doesn't run.
     """
     tokens, labels = _random_row(config.get_text_config().vocab_size, length)
     try:
@@ -203,9 +203,15 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    module = _generated_module(graph, weights)
-    loss = module(tokens, labels)
-    loss.backward()
+    try:
+        module = _generated_module(graph, weights)
+        loss = module(tokens, labels)
+        loss.backward()
+    except Exception as error:
+        raise ProofError(
+            f"the code generated for {graph.class_name} does not run ({type(error).__name__}: {one_line(error)}); "
+            "choose another model"
+        ) from error
     error = abs(loss.item() - expected.item()) / abs(expected.item())
     return Proof(error, *_worst_gradient_error(_gradients_of(module), _gradients_of(model)))
 

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,12 +11,14 @@ from families import FAMILIES, small_config
 import train
 from longctx import proof
 from longctx.compiler import trace as tracing
-from longctx.compiler.ir import Graph
+from longctx.compiler.ir import FlatGraph, Graph, Op
+from longctx.compiler.ops import arguments_of, target_of
 from longctx.compiler.trace import trace
 from longctx.errors import ModelError, ProofError, UserError
-from longctx.huggingface import attention, norms
+from longctx.huggingface import norms
 from longctx.huggingface.build import build_model
 from longctx.huggingface.shrink import small_configs
+from longctx.kernels.attention import attention
 
 LENGTH = 96
 
@@ -42,22 +45,26 @@ def lose_writes(monkeypatch) -> None:
     monkeypatch.setattr(tracing, "overwrite", lambda *_: None)
 
 
-def change_attention(monkeypatch, name: str, change: Callable) -> None:
-    """Models get another attention than they ask for."""
-    right = attention.attention_function
+def change_attention(monkeypatch, change: Callable[[dict], dict]) -> None:
+    """Tracing takes attention for one with other arguments."""
+    rewritten = tracing._rewritten
 
-    def function(*args, **kwargs):
-        return right(*args, **{**kwargs, name: change(kwargs.get(name))})
+    def changed(op: Op) -> Op:
+        return replace(op, args=(), kwargs=change(arguments_of(op))) if op.target == target_of(attention) else op
 
-    monkeypatch.setattr(attention, "attention_function", function)
+    def rewrite(*args) -> FlatGraph:
+        flat = rewritten(*args)
+        return replace(flat, ops=list(map(changed, flat.ops)))
+
+    monkeypatch.setattr(tracing, "_rewritten", rewrite)
 
 
 def change_scale(monkeypatch) -> None:
-    change_attention(monkeypatch, "scaling", lambda scale: 1.05 * scale)
+    change_attention(monkeypatch, lambda arguments: {**arguments, "scale": 1.05 * arguments["scale"]})
 
 
 def ignore_windows(monkeypatch) -> None:
-    change_attention(monkeypatch, "sliding_window", lambda window: None)
+    change_attention(monkeypatch, lambda arguments: {**arguments, "window": 0})
 
 
 def mask_nothing(monkeypatch) -> None:
@@ -105,8 +112,14 @@ def test_a_model_that_holds_a_square_of_the_sequence_length_is_refused(monkeypat
 # Families that have trained on wrong numbers: their writes were lost, or no mask was built for them.
 WERE_WRONG = {
     "olmo": {},
-    "youtu": {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 8, "v_head_dim": 16},
-    "recurrent_gemma": {"num_key_value_heads": 1, "attention_window_size": 16, "num_hidden_layers": 3},
+    "youtu": {
+        "num_key_value_heads": 4,
+        "q_lora_rank": 16,
+        "kv_lora_rank": 16,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 8,
+        "v_head_dim": 16,
+    },
     "bloom": {},
     "codegen": {"rotary_dim": 8},
     "gpt_neox_japanese": {"intermediate_multiple_size": 2},
