@@ -149,6 +149,7 @@ _INDEXER = {"indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio
 # What a family needs besides; of a configuration within it, what is to be changed there.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
+    "cpmant": {"init_std": 0.02},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0}},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
     "dots3_note_text": {"num_key_value_heads": 4},

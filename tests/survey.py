@@ -30,10 +30,11 @@ from families import (
     reference_model,
     worst_gradient_error,
 )
-from plans import LENGTH, Case, check_cases
+from plans import LENGTH, Case, check_cases, trace_family
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from longctx.proof.py longctx.engines.builtin.compile import prove
 from longctx.errors import UserError, one_line
 
 TIME_LIMIT_S = 300
@@ -65,6 +66,7 @@ def try_family(family: str, drawn: Drawn) -> Row:
         for n_ranks, plans in drawn.items():
             cases = [Case(family, seed, plan_ngpus, n_ranks) for plan_ngpus, seed in plans]
             errors += check_cases(cases, start_method="fork").values()
+        prove(config_of(family), trace_family(family), LENGTH)  # compile refuses what fails here
     except UserError as error:
         return Row(family, "refused", str(error))
     except Exception as error:

@@ -21,6 +21,8 @@ KINDS = {
     "marian": "a table of positions that is not trained",
     "bart": "weights that the loss does not depend on",
     "hrm_text": "layers that are run more than once",
+    "roformer": "a table of sines that is not trained, and attention that asks no registry",
+    "gemma4_unified_text": "keys and values that a layer passes on, and an input of its own for each layer",
     "zamba2": "layers that share weights, and a list of modules within a layer",
     "cpmant": "tensors made of numbers in its forward",
     "gpt2": "weights that are transposed, learned positions, and an output class of its own",

@@ -56,7 +56,9 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
         except UserError:
             raise
         except Exception as error:
-            raise ModelError(f"torch.export can't trace {class_name}: {one_line(error)}") from error
+            raise ModelError(
+                f"torch.export can't trace {class_name}, so this program can't train it ({one_line(error)})"
+            ) from error
     flat = _without_dead_ops(_rewritten(_flatten(module, exported, buffers, opaque), module))
     if not flat.output.requires_grad:
         raise ModelError(f"{class_name} writes its own backward pass, which tracing loses; choose another model")
