@@ -131,12 +131,17 @@ def check_tokenizer(path: str, vocab_size: int) -> None:
     if facts.get("vocab_size", 0) <= vocab_size:
         return
     if "largest_token" not in facts:  # older versions of bookcorpus.py did not record it
-        facts["largest_token"] = pc.max(pc.list_flatten(open_dataset(path).column("input_ids"))).as_py()
+        facts["largest_token"] = largest_token(open_dataset(path))
     if facts["largest_token"] >= vocab_size:
         raise RowsError(
             f"its tokenizer {facts.get('tokenizer', '')} has {facts['vocab_size']} entries and the model's vocabulary "
             f"{vocab_size}, and token {facts['largest_token']} occurs; make the rows with the model's own tokenizer"
         )
+
+
+def largest_token(dataset: pa.Table) -> int:
+    tokens = pc.call_function("list_flatten", [dataset.column("input_ids")])
+    return pc.call_function("max", [tokens]).as_py()
 
 
 def load_row(
