@@ -130,7 +130,8 @@ def read_jsonl(raw: BinaryIO, compression: str, text_key: str) -> ReadDocuments:
         line = lines.readline(LONGEST_ROW + 1)
         if not line:
             return
-        share, done = raw.tell() - done, raw.tell()
+        at = raw.tell()
+        share, done = at - done, at
         try:
             if len(line) > LONGEST_ROW:
                 raise BadDocument(f"longer than {LONGEST_ROW:,} bytes, and what follows is not read")
