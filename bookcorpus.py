@@ -5,11 +5,18 @@
         --save_path ./bookcorpus_llama3_128K --sequence_length 131072
 
 The data is a dataset of the Hugging Face hub, a folder that `save_to_disk` wrote, or a file or folder of .txt and .md
-files (a document each), .jsonl and .parquet files (a document to a row). Files are read in sorted order. Each document
-becomes bos + tokens + eos; all are concatenated and cut into rows, and only the tail that fills no row is left out.
+files (a document each), .jsonl, .json and .parquet files (a document to a row), each also as .gz or .zst. Of a folder,
+links are followed, hidden files, READMEs and licences are left out, and if its files are of several splits, by their
+names or by its README, --split is read. Files are read in sorted order. Each document becomes bos + tokens + eos, with
+what the tokenizer has of the two; all are concatenated and cut into rows, and only the tail that fills no row is left
+out. What was read and what was left out is printed, and recorded in corpus.json beside the rows.
+
+A document that can't be read ends the script before any is tokenized, since all are read once to see whether they can
+be; with --skip_bad_documents it is left out instead and counted.
 """
 
 import argparse
+import io
 import itertools
 import json
 import os
@@ -30,21 +37,37 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longctx.atomic import whole_folder, why_not_writable
 from longctx.command_line import Cause, naming_options
-from longctx.data.documents import open_corpus
+from longctx.data.corpus import Corpus, open_corpus
+from longctx.data.documents import Documents
 from longctx.data.tokens import Tokens, tokenize
-from longctx.errors import ColumnError, DocumentsError, UserError, one_line, run_script
+from longctx.errors import (
+    BadDocument,
+    ColumnError,
+    ConfigNameError,
+    DocumentsError,
+    SplitError,
+    UserError,
+    one_line,
+    run_script,
+)
 
 BLOCK = 2**22  # tokens that are packed and written at a time (16 MiB)
 BLOCKS_PER_SHARD = 32  # blocks of one .arrow file (512 MiB)
+NAMED = 3  # of the files or documents that were left out for one reason, those whose names are printed
 CAUSES = {
     DocumentsError: Cause("data_path_or_name"),
     ColumnError: Cause("data_path_or_name", "name a column of text with --text_key"),
+    BadDocument: Cause("data_path_or_name", "mend it, or leave out what can't be read with --skip_bad_documents"),
+    SplitError: Cause("data_path_or_name", "name one of them with --split, or take all files with --split all"),
+    ConfigNameError: Cause("data_path_or_name", "name one with --config_name, or leave the option out"),
 }
 
 
 def main() -> None:
     args = parse_args()
     check(args)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have what the terminal can't show
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this script has processes, and threads don't survive a fork
     huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
     tokenizer = load_tokenizer(args.tokenizer_path_or_name)
@@ -54,13 +77,32 @@ def main() -> None:
             corpus = write_corpus(args, tokenizer)
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably for want of memory: give a smaller --num_proc") from error
-    seconds = time.monotonic() - began
-    print(
+    print(summary(corpus, args, time.monotonic() - began))
+
+
+def summary(corpus: dict, args: argparse.Namespace, seconds: float) -> str:
+    """What was made of what, and what was left out and why; `corpus` is what corpus.json records."""
+    marks = {"begins with": corpus["bos_token"], "ends with": corpus["eos_token"]}
+    lines = [
         f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens -> {corpus['rows']:,} rows of"
-        f" {args.sequence_length:,} tokens in {args.save_path}\n"
-        f"left out: a tail of {corpus['tail_dropped']:,} tokens, {corpus['empty_documents']:,} empty documents\n"
-        f"took {seconds:.1f} s: {corpus['tokens'] / seconds:,.0f} tokens/s on {args.num_proc} processes"
-    )
+        f" {args.sequence_length:,} tokens in {args.save_path}",
+        f"each document {' and '.join(f'{place} {token}' for place, token in marks.items() if token is not None)}",
+    ]
+    if corpus["files"]:
+        lines.append(f"read: {named(corpus['files'], 'files')}")
+    left_out = corpus["left_out"] | ({"bad documents": corpus["bad_documents"]} if corpus["bad_documents"] else {})
+    tail, empty = corpus["tail_dropped"], corpus["empty_documents"]
+    lines.append(f"left out: a tail of {tail:,} tokens, {empty:,} empty documents")
+    lines += [f"left out: {named(names, reason)}" for reason, names in left_out.items()]
+    speed = corpus["tokens"] / seconds
+    lines.append(f"took {seconds:.1f} s: {speed:,.0f} tokens/s on {args.num_proc} processes")
+    return "\n".join(lines)
+
+
+def named(names: list[str], what: str) -> str:
+    """How many there are, and the first of them."""
+    more = ", ..." if len(names) > NAMED else ""
+    return f"{len(names):,} {what} ({', '.join(names[:NAMED])}{more})"
 
 
 def parse_args() -> argparse.Namespace:
@@ -69,9 +111,12 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--tokenizer_path_or_name", required=True, help="model of the hub, or local folder")
     parser.add_argument("--save_path", type=Path, required=True, help="folder to write, which must not exist")
     parser.add_argument("--sequence_length", type=int, required=True, help="tokens in a row")
+    parser.add_argument("--split", help="split of the data to read, or all (default: train)")
+    parser.add_argument("--config_name", help="configuration of the data, where its README has several")
     parser.add_argument("--text_key", default="text", help="column that holds the text (default: text)")
     cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     parser.add_argument("--num_proc", type=int, default=cores, help="processes that tokenize (default: all cores)")
+    parser.add_argument("--skip_bad_documents", action="store_true", help="leave out and count what can't be read")
     return parser.parse_args()
 
 
@@ -97,16 +142,15 @@ def check(args: argparse.Namespace) -> None:
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
-    """A fast tokenizer with bos and eos, from the hub or a local folder; raises UserError if there is none."""
+    """A fast tokenizer with bos or eos, from the hub or a local folder; raises UserError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except Exception as error:  # each library, and each way in which a file can be broken, has its own exceptions
         raise UserError(f"--tokenizer_path_or_name {name}: no tokenizer loads from there: {one_line(error)}") from error
     if not tokenizer.is_fast:
         raise UserError(f"--tokenizer_path_or_name {name}: this tokenizer has no fast version (a tokenizer.json)")
-    for token in ("bos", "eos"):
-        if getattr(tokenizer, f"{token}_token_id") is None:
-            raise UserError(f"--tokenizer_path_or_name {name}: it has no {token} token, to show where documents meet")
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise UserError(f"--tokenizer_path_or_name {name}: it has no bos and no eos token to show where documents meet")
     return tokenizer
 
 
@@ -117,12 +161,42 @@ def write_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -
         DocumentsError: the data can't be read.
         UserError: its tokens don't fill a row.
     """
-    documents, size = open_corpus(args.data_path_or_name, args.text_key)
+    corpus = open_corpus(args.data_path_or_name, args.text_key, args.split, args.config_name)
+    if not args.skip_bad_documents:
+        check_documents(corpus)
+    bad: list[str] = []
+    documents = good_documents(corpus, bad)
     with whole_folder(args.save_path) as folder:
-        counts = write_rows(folder, tokenize(documents, tokenizer, args.num_proc), size, args.sequence_length)
-        corpus = provenance(args, tokenizer) | counts
-        (folder / "corpus.json").write_text(json.dumps(corpus, indent=2) + "\n", encoding="utf-8")
-    return corpus
+        counts = write_rows(folder, tokenize(documents, tokenizer, args.num_proc), corpus.size, args.sequence_length)
+        if not counts["rows"]:
+            raise UserError(too_short(counts["tokens"], args.sequence_length, bad))
+        sources = {"files": corpus.read, "left_out": corpus.left_out, "bad_documents": bad}
+        facts = provenance(args, tokenizer) | counts | sources
+        (folder / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+    return facts
+
+
+def too_short(tokens: int, sequence_length: int, bad: list[str]) -> str:
+    skipped = f"; {len(bad):,} bad documents were left out, the first of them {bad[0]}" if bad else ""
+    return f"the corpus has {tokens:,} tokens, too few for a row of {sequence_length:,}{skipped}"
+
+
+def check_documents(corpus: Corpus) -> None:
+    """Reads all documents, and raises the error of the first that can't be: now, and not after hours of tokenizing."""
+    with progress(corpus.size, "checking") as bar:
+        for document, share in corpus.documents():
+            if isinstance(document, DocumentsError):
+                raise document
+            bar.update(share)
+
+
+def good_documents(corpus: Corpus, bad: list[str]) -> Documents:
+    """The documents that can be read; of each other one, `bad` gets where it is and why it can't."""
+    for document, share in corpus.documents():
+        if isinstance(document, DocumentsError):
+            bad.append(str(document))
+        else:
+            yield document, share
 
 
 def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict:
@@ -130,8 +204,12 @@ def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
     return {
         "data": args.data_path_or_name,
         "text_key": args.text_key,
+        "split": args.split,
+        "config_name": args.config_name,
         "tokenizer": args.tokenizer_path_or_name,
         "vocab_size": len(tokenizer),
+        "bos_token": tokenizer.bos_token,
+        "eos_token": tokenizer.eos_token,
         "sequence_length": args.sequence_length,
         "made_with": {library: version(library) for library in ("datasets", "pyarrow", "tokenizers", "transformers")},
     }
@@ -140,42 +218,36 @@ def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> 
 def write_rows(folder: Path, tokens: Iterable[Tokens], size: int, sequence_length: int) -> dict:
     """Writes the rows into `folder` as the `datasets` library saves a dataset; returns the counts for corpus.json.
 
-    `size` is that of the corpus, for the progress bar. Raises UserError if the tokens don't fill a row.
+    `size` is that of the corpus, for the progress bar.
     """
     import datasets  # here, since --help and a sentence that it is missing do without
 
     features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
     schema = features.arrow_schema
-    counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "rows": 0}
+    counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "rows": 0, "largest_token": -1}
     shards = []
     blocks = packed(counted(tokens, counts, size), sequence_length)
     for first in blocks:
         shards.append(folder / f"data-{len(shards):05d}.arrow")
-        with pa.OSFile(str(shards[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as shard:
+        with pa.OSFile(os.fsencode(shards[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as shard:
             for block in itertools.chain([first], itertools.islice(blocks, BLOCKS_PER_SHARD - 1)):
                 offsets = pa.array(np.arange(0, len(block) + 1, sequence_length, dtype=np.int32))
                 rows = pa.ListArray.from_arrays(offsets, pa.array(block))
                 shard.write_batch(pa.RecordBatch.from_arrays([rows], schema=schema))
                 counts["rows"] += len(rows)
-    if not shards:
-        raise UserError(f"the corpus has {counts['tokens']:,} tokens, too few for a row of {sequence_length:,}")
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
     write_state(folder, shards)
     return counts | {"tail_dropped": counts["tokens"] - counts["rows"] * sequence_length}
 
 
 def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[np.ndarray]:
-    """Yields the token ids of `tokens`, adds them up in `counts`, and shows progress.
-
-    The bar appears after a second, so that an error which ends the script at once stands alone.
-    """
-    form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"
-    interval = 0.5 if sys.stderr.isatty() else 30
-    with tqdm(total=size, bar_format=form, delay=1, mininterval=interval) as bar:
+    """Yields the token ids of `tokens`, adds them up in `counts`, and shows progress."""
+    with progress(size) as bar:
         for some in tokens:
             counts["documents"] += some.documents
             counts["empty_documents"] += some.empty_documents
             counts["tokens"] += len(some.ids)
+            counts["largest_token"] = max(counts["largest_token"], int(some.ids.max(initial=-1)))
             seconds = max(time.time() - bar.start_t, 1e-3)
             bar.set_description_str(
                 f"{counts['documents']:,} documents ({counts['documents'] / seconds:,.0f}/s),"
@@ -184,6 +256,13 @@ def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[np.nd
             )
             bar.update(some.share)
             yield some.ids
+
+
+def progress(size: int, description: str = "") -> tqdm:
+    """A bar that appears after a second, so that an error which ends the script at once stands alone."""
+    form = "{desc} {percentage:3.0f}%|{bar:20}| {elapsed}<{remaining}"
+    interval = 0.5 if sys.stderr.isatty() else 30
+    return tqdm(total=size, desc=description, bar_format=form, delay=1, mininterval=interval)
 
 
 def packed(arrays: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:

@@ -146,6 +146,18 @@ class ColumnError(DocumentsError):
     """The column that should hold a corpus's text is missing, or holds something else."""
 
 
+class BadDocument(DocumentsError):
+    """One document of a corpus can't be read."""
+
+
+class SplitError(DocumentsError):
+    """A corpus doesn't have the split that is asked for."""
+
+
+class ConfigNameError(DocumentsError):
+    """Which configuration of a corpus is meant is open, or it doesn't have the one that is asked for."""
+
+
 def one_line(error: Exception) -> str:
     """A library's error on one line, cut where it rambles, to quote within a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__

@@ -124,7 +124,7 @@ def choose_sequence_length(options: Options) -> int:
         if options.sequence_length is None:
             raise UserError(f"--dataset_path: it is missing; give it, or --sequence_length, to {options.run_mode}")
         return options.sequence_length
-    length = len(rows.open_dataset(options.dataset_path)[0])
+    length = rows.row_length(rows.open_dataset(options.dataset_path))
     if options.sequence_length not in (None, length):
         raise UserError(
             f"--sequence_length {options.sequence_length}: the rows of --dataset_path {options.dataset_path} have "
@@ -192,14 +192,9 @@ def check_attention(job: Job) -> None:
 
 
 def check_vocabulary(job: Job) -> None:
-    """Raises a UserError if the tokenizer that made the rows has more entries than the model."""
-    config = load_config(job.model_id)
-    facts = rows.corpus_facts(job.dataset_path) if job.dataset_path else {}
-    if facts.get("vocab_size", 0) > config.vocab_size:
-        raise UserError(
-            f"--dataset_path {job.dataset_path}: its tokenizer {facts['tokenizer']} has {facts['vocab_size']} entries "
-            f"and the model's vocabulary {config.vocab_size}; make the rows with the model's own tokenizer"
-        )
+    """Raises a RowsError if the rows have tokens that the model does not know, by what is recorded of them."""
+    if job.dataset_path:
+        rows.check_tokenizer(job.dataset_path, load_config(job.model_id).vocab_size)
 
 
 def check_folders(job: Job) -> None:

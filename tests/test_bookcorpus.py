@@ -1,7 +1,11 @@
 """bookcorpus.py loses and repeats no token, says in one sentence what is wrong, and leaves nothing half-written."""
 
+import contextlib
+import gzip
+import io
 import itertools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -20,8 +24,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import bookcorpus
 import longctx.data.documents
+import longctx.data.folders
+import longctx.data.formats
 import longctx.data.tokens
-from longctx.errors import UserError
+from longctx.errors import SplitError, UserError
 
 datasets = pytest.importorskip("datasets", reason="bookcorpus.py saves rows with the package datasets")
 ROOT = Path(__file__).parent.parent
@@ -66,7 +72,7 @@ def run(monkeypatch, tmp_path, tokenizer):
     def run_main(data, **options):
         given = {"data_path_or_name": data, "tokenizer_path_or_name": tmp_path, "save_path": tmp_path / "rows"}
         given |= {"sequence_length": 8, "num_proc": 1} | options
-        words = [word for key, value in given.items() for word in (f"--{key}", str(value))]
+        words = [word for key, value in given.items() for word in (f"--{key}", str(value)) if word != "True"]
         monkeypatch.setattr(sys, "argv", ["bookcorpus.py", *words])
         if "tokenizer_path_or_name" not in options:
             monkeypatch.setattr(bookcorpus, "load_tokenizer", lambda name: tokenizer)
@@ -79,7 +85,8 @@ def run(monkeypatch, tmp_path, tokenizer):
 def one_at_a_time(tokenizer, texts) -> list[int]:
     """What the corpus must be, by transformers alone: every document tokenized whole, by itself."""
     documents = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"] for text in texts if text]
-    return [token for ids in documents for token in (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)]
+    marked = [token for ids in documents for token in (tokenizer.bos_token_id, *ids, tokenizer.eos_token_id)]
+    return [token for token in marked if token is not None]
 
 
 def saved_rows(folder) -> list[list[int]]:
@@ -116,19 +123,17 @@ def test_rows_are_the_tokens_of_all_documents_one_after_another_but_for_the_tail
         patch.setattr(bookcorpus, "BLOCK", block)
         patch.setattr(bookcorpus, "BLOCKS_PER_SHARD", blocks_per_shard)
         tokens = longctx.data.tokens.tokenize(documents, tokenizer, num_proc)
-        if not whole:
-            with pytest.raises(UserError, match=f"{len(expected):,} tokens"):
-                bookcorpus.write_rows(folder, tokens, len(texts), sequence_length)
-            return
         counts = bookcorpus.write_rows(folder, tokens, len(texts), sequence_length)
-    rows = saved_rows(folder)
-    assert [token for row in rows for token in row] == expected[:whole]
-    assert {len(row) for row in rows} == {sequence_length}
+    if whole:
+        rows = saved_rows(folder)
+        assert [token for row in rows for token in row] == expected[:whole]
+        assert {len(row) for row in rows} == {sequence_length}
     assert counts == {
         "documents": sum(map(bool, texts)),
         "empty_documents": texts.count(""),
         "tokens": len(expected),
         "rows": whole // sequence_length,
+        "largest_token": max(expected, default=-1),
         "tail_dropped": len(expected) - whole,
     }
 
@@ -172,7 +177,7 @@ def test_a_long_text_file_is_read_in_pieces_and_tokenized_on_all_processes(
     play = (plays_path / "tragedies" / "macbeth.md").read_bytes().decode()
     (tmp_path / "long.txt").write_text(play, encoding="utf-8", newline="")
     in_pieces_of(monkeypatch, 10_000, 1_000)
-    documents = list(longctx.data.documents.read_text(tmp_path / "long.txt", "text"))
+    documents = list(longctx.data.formats.read_documents(tmp_path / "long.txt", "text"))
     assert len(documents) > 10
     assert all(len(piece.text) <= 10_000 for piece, _ in documents)
     assert sum(share for _, share in documents) == (tmp_path / "long.txt").stat().st_size
@@ -203,6 +208,121 @@ def test_truncation_and_padding_set_in_the_tokenizer_file_are_ignored(tokenizer,
     assert found[0].ids.tolist() == one_at_a_time(tokenizer, ["to be or not to be, that is"])
 
 
+# One file
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".zst": lambda content: pa.Codec("zstd").compress(content, asbytes=True)}
+
+
+def as_parquet(texts, kind=None, **options) -> bytes:
+    stream = io.BytesIO()
+    column = pa.array(texts).dictionary_encode() if kind == "dictionary" else pa.array(texts).cast(kind or pa.string())
+    pq.write_table(pa.table({"id": range(len(texts)), "text": column}), stream, **options)
+    return stream.getvalue()
+
+
+def as_jsonl(texts) -> bytes:
+    return "".join(json.dumps({"id": 1, "text": text}, ensure_ascii=False) + "\n" for text in texts).encode()
+
+
+WRITE = {
+    ".jsonl": as_jsonl,
+    ".json": lambda texts: json.dumps([{"id": [1], "text": text} for text in texts], indent=1).encode(),
+    ".parquet": as_parquet,
+}
+
+
+def read(file: Path) -> list[str]:
+    """The documents of a file, pieces joined, and for each that can't be read, its error with a mark before it."""
+    documents, held = [], ""
+    for document, _ in longctx.data.formats.read_documents(file, "text"):
+        if isinstance(document, longctx.data.documents.Piece):
+            held += document.text[longctx.data.documents.OVERLAP if held else 0 :]
+            if not document.last:
+                continue
+            document, held = held, ""
+        documents.append(document if isinstance(document, str) else f"BAD {document}")
+    assert not held
+    return documents
+
+
+@examples(40)
+@given(
+    texts=st.lists(st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=90), max_size=12),
+    kind=st.sampled_from(list(WRITE)),
+    compression=st.sampled_from(list(COMPRESS)),
+    block=st.integers(3, 70),
+)
+def test_a_file_has_the_same_documents_in_every_format_and_compression(
+    tmp_path_factory, texts, kind, compression, block
+):
+    file = tmp_path_factory.mktemp("data") / f"a{kind}{compression}"
+    file.write_bytes(COMPRESS[compression](WRITE[kind](texts)))
+    with pytest.MonkeyPatch.context() as patch:
+        in_pieces_of(patch, 64, 16)
+        patch.setattr(longctx.data.formats, "BLOCK", block)
+        assert read(file) == texts
+        if texts:
+            file = file.with_name(f"b.txt{compression}")
+            file.write_bytes(COMPRESS[compression](texts[0].encode()))
+            assert read(file) == [texts[0].removeprefix("\ufeff")]
+
+
+def test_a_json_file_may_hold_an_object_a_line(tmp_path):
+    (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + as_jsonl(["a", "b"]))
+    assert read(tmp_path / "a.json") == ["a", "b"]
+
+
+TEXT_TYPES = [pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary(), pa.binary_view(), "dictionary"]
+
+
+@pytest.mark.parametrize("kind", TEXT_TYPES, ids=str)
+def test_parquet_may_hold_text_in_every_type_that_arrow_has_for_it(tmp_path, kind):
+    (tmp_path / "a.parquet").write_bytes(as_parquet(["a", "é", None, "a"], kind))
+    assert read(tmp_path / "a.parquet") == ["a", "é", "", "a"]
+
+
+def test_a_row_of_parquet_that_is_no_text_is_named_and_the_rest_is_read(tmp_path):
+    rows = pa.table({"text": pa.array([b"a", b"b\xff", b"c\0", None, b"e"])})
+    pq.write_table(rows, tmp_path / "a.parquet", row_group_size=2)
+    texts = [
+        "a",
+        "BAD row 1: byte 1 is not UTF-8: invalid start byte",
+        "BAD row 2: its text has a NUL, which is no text",
+    ]
+    assert read(tmp_path / "a.parquet") == [*texts, "", "e"]
+
+
+def test_a_corrupt_page_of_parquet_is_named_by_its_rows_and_the_next_row_group_is_read(tmp_path):
+    texts = [f"document {i}, of which there are some" for i in range(12)]
+    options = {"row_group_size": 4, "write_page_checksum": True, "use_dictionary": False, "compression": "none"}
+    content = as_parquet(texts, **options).replace(b"document 5", b"document X")
+    (tmp_path / "a.parquet").write_bytes(content)
+    first, bad, last = (
+        read(tmp_path / "a.parquet")[:4],
+        *read(tmp_path / "a.parquet")[4:5],
+        read(tmp_path / "a.parquet")[5:],
+    )
+    assert first + last == texts[:4] + texts[8:]
+    assert bad.startswith("BAD rows 4 to 7 can't be read: could not verify page integrity")
+
+
+@examples(150)
+@given(kind=st.sampled_from([*WRITE, ".txt"]), compression=st.sampled_from(list(COMPRESS)), data=st.data())
+def test_no_broken_file_raises_anything_while_it_is_read(tmp_path_factory, kind, compression, data):
+    texts = ["First.", "Second, é", "Third"]
+    content = bytearray(COMPRESS[compression](WRITE.get(kind, as_jsonl)(texts)))
+    for _ in range(data.draw(st.integers(1, 3))):
+        at = data.draw(st.integers(0, len(content)))
+        length = data.draw(st.integers(0, 12))
+        content[at : at + length] = data.draw(st.binary(max_size=12) | st.sampled_from([b"[" * 5000, b"", bytes(8)]))
+    file = tmp_path_factory.mktemp("data") / f"a{kind}{compression}"
+    file.write_bytes(content)
+    for document in read(file):
+        assert "\0" not in document
+        assert "\n" not in document or not document.startswith("BAD")
+
+
 # Where documents come from
 
 FIVE = ["First text.\r\nOf two lines.", "Second text, é", "", "Fourth\u2028text", "Fifth text."]
@@ -229,6 +349,198 @@ def test_a_folder_of_all_kinds_of_files_is_read_recursively_in_sorted_order(run,
     expect(run(data), tokenizer, [*FIVE, "# Last"])
 
 
+@pytest.fixture
+def tree(tmp_path):
+    """Makes a folder of files, each of whose texts is the file's name; returns it."""
+
+    def make(*names) -> Path:
+        for name in names:
+            file = tmp_path / "data" / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(as_jsonl([name]) if ".json" in name else name.encode())
+        return tmp_path / "data"
+
+    return make
+
+
+def chosen(folder, split=None, config_name=None) -> tuple[list[str], dict]:
+    choice = longctx.data.folders.choose_files(folder, split, config_name)
+    return choice.read, choice.left_out
+
+
+def test_hidden_files_and_what_is_about_the_data_are_left_out_and_listed(tree):
+    text = ["a.txt", "b/README/c.md", "b/license.jsonl", "b/notice-of-death.txt"]
+    hidden = [".a.txt", "._a.txt", ".git/b.txt", ".ipynb_checkpoints/a-checkpoint.txt", "__MACOSX/a.txt"]
+    about = ["LICENSE.txt", "README.md", "b/README.zh.md", "b/dataset_info.json", "b/licence.md", "b/COPYING.txt"]
+    other = ["b/COPYING", "b/data.csv", "b/data.tar.gz", "b/text.gz"]
+    read, left_out = chosen(tree(*text, *hidden, *about, *other))
+    assert read == text
+    assert left_out == {
+        "hidden": ["._a.txt", ".a.txt", ".git", ".ipynb_checkpoints", "__MACOSX"],
+        "about the data": sorted(about),
+        "of a format that is not read": other,
+    }
+
+
+def test_links_are_followed_and_what_several_names_lead_to_is_read_once(tree, tmp_path):
+    data = tree("a.txt", "b/c.txt")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "d.txt").write_text("d")
+    for name, target in {"link": tmp_path / "elsewhere", "b/up": data, "again": data / "b", "e.txt": "a.txt"}.items():
+        (data / name).symlink_to(target)
+    read, left_out = chosen(data)
+    assert read == ["a.txt", "again/c.txt", "link/d.txt"]
+    assert left_out == {"read already under another name": ["again/up", "b", "e.txt"]}
+
+
+def test_a_download_of_the_hub_in_its_cache_is_read_through_its_links(tree):
+    data = tree("blobs/1f3a", "blobs/.2c", "snapshots/old/README.md")
+    for name, target in {"train.txt": "1f3a", "test.txt": "1f3a", "train_2.txt": ".2c"}.items():
+        (data / "snapshots" / "old" / name).symlink_to(data / "blobs" / target)
+    assert chosen(data)[0] == ["snapshots/old/train.txt", "snapshots/old/train_2.txt"]
+
+
+def test_a_link_that_leads_nowhere_is_a_document_that_can_not_be_read(run, tree):
+    data = tree("a.txt")
+    (data / "b.txt").symlink_to("lost")
+    assert f"b.txt: it can't be opened: No such file or directory; {MEND}" in refused(run, data)
+
+
+PARTS = ["train", "test", "val", "dev", "training", "a", "train-1", "my_test", "evaluation", "contest"]
+SHARDS = [f"data/{split}-00000-of-00001.txt" for split in ("train", "test", "own")]
+
+
+@examples(40)
+@given(
+    names=st.sets(st.lists(st.sampled_from(PARTS), min_size=1, max_size=3).map("/".join), min_size=1, max_size=6),
+    shards=st.just(set()) | st.sets(st.sampled_from(SHARDS), max_size=2),
+)
+def test_the_splits_of_a_folder_are_those_that_the_library_datasets_finds(tmp_path_factory, names, shards):
+    folder = tmp_path_factory.mktemp("data")
+    names = {f"{name}.txt" for name in names} | shards
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("text")
+    patterns = datasets.data_files.get_data_patterns(str(folder))
+    theirs = datasets.data_files.DataFilesDict.from_patterns(patterns, str(folder))
+    for split in theirs:
+        assert sorted(set(theirs[split])) == sorted(str(folder / name) for name in chosen(folder, split)[0])
+    assert chosen(folder, "all") == (sorted(names, key=lambda name: name.split("/")), {})
+    if "train" not in theirs:
+        with pytest.raises(SplitError, match=f"^it has no split named train, only {', '.join(map(str, theirs))}$"):
+            chosen(folder)
+
+
+CARD = """---
+license: mit
+configs:
+- config_name: plain
+  data_files: a/*.txt
+- config_name: parts
+  default: true
+  data_files:
+  - split: train
+    path: ["b/*.txt", "c.txt"]
+  - split: test
+    path: "**/d.txt"
+- config_name: folder
+  data_dir: b
+---
+# About
+"""
+
+
+@pytest.mark.parametrize("config_name", [None, "plain", "parts", "folder"])
+def test_the_configurations_in_a_readme_choose_the_files_that_the_library_datasets_chooses(tree, tmp_path, config_name):
+    data = tree("README.md", "a/1.txt", "a/d.txt", "b/2.txt", "b/test.txt", "c.txt", "e.txt")
+    (data / "README.md").write_text(CARD)
+    builder = datasets.load_dataset_builder(str(data), config_name, cache_dir=str(tmp_path / "cache"))
+    for split, files in builder.config.data_files.items():
+        read, left_out = chosen(data, str(split), config_name)
+        assert sorted(map(os.path.realpath, files)) == sorted(os.path.realpath(data / name) for name in read)
+        assert set(read).isdisjoint(itertools.chain(*left_out.values()))
+
+
+def test_a_split_or_configuration_that_is_not_there_is_refused_with_those_that_are(run, tree, tmp_path):
+    data = tree("train.txt", "test.txt")
+    advice = "name one of them with --split, or take all files with --split all"
+    assert f"it has no split named dev, only train, test; {advice}" in refused(run, data, split="dev")
+    assert "it has no configuration en, only files; name one" in refused(run, data, config_name="en")
+    assert "a file by itself has no splits and no configurations" in refused(run, data / "train.txt", split="train")
+    (data / "README.md").write_text(CARD.replace("  default: true\n", ""))
+    assert "it has several configurations: plain, parts, folder; name one with --config_name" in refused(run, data)
+    (data / "README.md").write_text("---\nconfigs: 3\n---\n")
+    assert "README.md: its YAML can't be read: Expected configs to be a list" in refused(run, data)
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(tmp_path / "saved")
+    assert "a saved dataset has no configurations" in refused(run, tmp_path / "saved", config_name="en")
+    assert "it has no split named test, only train" in refused(run, tmp_path / "saved", split="test")
+
+
+def test_what_was_read_and_left_out_and_why_is_printed_and_recorded(run, tree, capsys):
+    data = tree("train.txt", "train_2.jsonl", "test.txt", "README.md", "._train.txt", "notes.txt", "a.pdf", "b.pdf")
+    with open(data / "train_2.jsonl", "ab") as file:
+        file.write(b'{"text": 3}\n')
+    record = json.loads((run(data, skip_bad_documents=True) / "corpus.json").read_text())
+    assert record["files"] == ["train.txt", "train_2.jsonl"]
+    assert record["left_out"] == {
+        "hidden": ["._train.txt"],
+        "about the data": ["README.md"],
+        "of a format that is not read": ["a.pdf", "b.pdf"],
+        "of no split": ["notes.txt"],
+        "of the split test": ["test.txt"],
+    }
+    assert record["bad_documents"] == ["train_2.jsonl: line 2: text holds 3, not text"]
+    said = capsys.readouterr().out
+    assert "each document begins with <|begin_of_text|> and ends with <|end_of_text|>\n" in said
+    assert "read: 2 files (train.txt, train_2.jsonl)\n" in said
+    assert "left out: 2 of a format that is not read (a.pdf, b.pdf)\n" in said
+    assert "left out: 1 bad documents (train_2.jsonl: line 2: text holds 3, not text)\n" in said
+
+
+@examples(25)
+@given(data=st.data())
+def test_every_document_of_a_folder_is_in_the_rows_or_listed_and_a_bad_one_leaves_nothing_behind(
+    tmp_path_factory, run, tokenizer, data
+):
+    folder = tmp_path_factory.mktemp("corpus")
+    documents = st.lists(st.sampled_from(["To be, or not to be", "é", "", None]), min_size=1, max_size=5)
+    good, n_bad = [], 0
+    for name in sorted(data.draw(st.sets(st.sampled_from(["a", "b/c", "b/d", "e"]), min_size=1))):
+        texts, compression = data.draw(documents), data.draw(st.sampled_from(list(COMPRESS)))
+        bad = data.draw(st.sampled_from([b'{"text": "\xff"}', b"{", b"3", b'{"text": 3}', b"\0", b"[" * 9999, b"{}"]))
+        lines = [bad if text is None else as_jsonl([text]).strip() for text in texts]
+        file = folder / "data" / f"{name}.jsonl{compression}"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_bytes(COMPRESS[compression](b"\n".join(lines)))
+        good += [text for text in texts if text is not None]
+        n_bad += texts.count(None)
+    expected = one_at_a_time(tokenizer, good)
+    if n_bad:
+        said = refused(run, folder / "data", save_path=folder / "rows")
+        assert ".jsonl" in said and ": line " in said
+        assert os.listdir(folder) == ["data"]
+    with pytest.raises(UserError, match="too few for a row") if len(expected) < 8 else contextlib.nullcontext():
+        rows = run(folder / "data", save_path=folder / "rows", skip_bad_documents=True)
+        assert list(itertools.chain(*saved_rows(rows))) == expected[: len(expected) // 8 * 8]
+        assert len(json.loads((rows / "corpus.json").read_text())["bad_documents"]) == n_bad
+    assert sorted(os.listdir(folder)) == (["data", "rows"] if len(expected) >= 8 else ["data"])
+
+
+@pytest.mark.parametrize(("mark", "place"), [("bos", "begins"), ("eos", "ends")])
+def test_a_tokenizer_with_one_of_bos_and_eos_has_that_between_documents(
+    run, monkeypatch, tmp_path, capsys, tokenizers_by_kind, plays_path, mark, place
+):
+    backend = tokenizers_by_kind["prefix space"].backend_tokenizer
+    one = PreTrainedTokenizerFast(tokenizer_object=backend, **{f"{mark}_token": "<s>"})
+    monkeypatch.setattr(bookcorpus, "load_tokenizer", lambda name: one)
+    texts = [(plays_path / "tragedies" / "hamlet.md").read_bytes().decode()[:9000], "Second", "Third"]
+    write_jsonl(tmp_path / "data.jsonl", texts)
+    in_pieces_of(monkeypatch, 2048, 512)
+    rows = run(tmp_path / "data.jsonl", tokenizer_path_or_name=tmp_path)
+    expect(rows, one, texts)
+    assert f"\neach document {place} with <s>\n" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("kind", ["jsonl", "parquet", "saved dataset", "saved splits"])
 def test_text_is_read_from_the_column_that_text_key_names(run, tmp_path, tokenizer, kind):
     data = tmp_path / ("data.jsonl" if kind == "jsonl" else "data.parquet" if kind == "parquet" else "data")
@@ -249,13 +561,13 @@ def test_a_hub_dataset_that_is_a_script_is_read_from_its_conversion_to_parquet(r
     (script / "script.py").write_text("")
     real, asked = datasets.load_dataset, []
 
-    def load_dataset(name, split, revision=None):
-        asked.append((name, split, revision))
+    def load_dataset(name, config_name, split, revision=None):
+        asked.append((name, config_name, split, revision))
         return datasets.Dataset.from_dict({"text": FIVE}) if revision else real(str(script), split=split)
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    expect(run("someone/some-script"), tokenizer, FIVE)
-    assert asked == [("someone/some-script", "train", None), ("someone/some-script", "train", "refs/convert/parquet")]
+    expect(run("someone/some-script", split="test", config_name="en"), tokenizer, FIVE)
+    assert asked == [("someone/some-script", "en", "test", kept) for kept in (None, "refs/convert/parquet")]
 
 
 def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printed(run, tmp_path, tokenizer, capsys):
@@ -266,14 +578,22 @@ def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printe
     assert record == {
         "data": str(tmp_path / "data.jsonl"),
         "text_key": "text",
+        "split": None,
+        "config_name": None,
         "tokenizer": str(tmp_path),
         "vocab_size": 128256,
+        "bos_token": "<|begin_of_text|>",
+        "eos_token": "<|end_of_text|>",
         "sequence_length": 8,
         "documents": 4,
         "empty_documents": 1,
         "tokens": tokens,
         "rows": tokens // 8,
+        "largest_token": max(one_at_a_time(tokenizer, FIVE)),
         "tail_dropped": tokens % 8,
+        "files": ["data.jsonl"],
+        "left_out": {},
+        "bad_documents": [],
     }
     assert f"4 documents, {tokens} tokens -> {tokens // 8} rows of 8" in capsys.readouterr().out
 
@@ -313,19 +633,52 @@ def test_without_the_library_datasets_the_sentence_says_what_to_install(run, tmp
 
 
 ADVICE = "name a column of text with --text_key"
+MEND = "mend it, or leave out what can't be read with --skip_bad_documents"
 
 
 def broken_inputs():
     """File name, its content, and what the sentence must say."""
     yield "short.txt", b"To be", "the corpus has 4 tokens, too few for a row of 8"
-    yield "text.pdf", b"To be", "no text there, that is, no file of .txt, .md, .jsonl, .parquet"
-    yield "latin1.txt", b"caf\xe9 " * 20, "latin1.txt: not UTF-8"
-    yield "latin1.jsonl", b'{"text": "caf\xe9"}', "latin1.jsonl: line 1: 'utf-8' codec can't decode"
+    yield "text.pdf", b"To be", "no text there, that is, no file of .txt, .md, .jsonl, .json, .parquet"
+    yield "latin1.txt", b"caf\xe9 " * 20, "latin1.txt: byte 3 is not UTF-8: invalid continuation byte"
+    yield "latin1.jsonl", b'{"text": "caf\xe9"}', "latin1.jsonl: line 1: byte 13 is not UTF-8"
     yield "a.jsonl", b'{"text": "a"}\n\n{"text": "b"\n', "a.jsonl: line 3: not JSON: "
     yield "list.jsonl", b'["a"]', "list.jsonl: line 1: not a JSON object"
     yield "key.jsonl", b'{"title": "a", "body": "b"}', f"key.jsonl: line 1: no column text, only title, body; {ADVICE}"
     yield "number.jsonl", b'{"text": 3}', f"number.jsonl: line 1: text holds 3, not text; {ADVICE}"
-    yield "half.jsonl", rb'{"text": "\ud800"}', "half.jsonl: line 1: 'utf-8' codec can't encode character"
+    yield "half.jsonl", rb'{"text": "\ud800"}', "half.jsonl: line 1: character 0 of its text is not UTF-8: surrogates"
+    yield "nul.txt", b"a\0b" * 20, f"nul.txt: byte 1 is NUL, which is no text; {MEND}"
+    yield (
+        "zeros.jsonl",
+        b'{"text": "a"}\n' + bytes(40),
+        f"zeros.jsonl: line 2: not JSON: Expecting value at column 1; {MEND}",
+    )
+    yield "deep.jsonl", b"[" * 10**5, f"deep.jsonl: line 1: nested deeper than Python can read; {MEND}"
+    yield (
+        "deep.json",
+        b'[{"text": "a"},' + b"[" * 10**5,
+        "deep.json: row 1: not JSON, and what follows is not read: nested",
+    )
+    yield (
+        "cut.json",
+        b'[{"text": "a"}, {"text"',
+        "cut.json: row 1: not JSON, and what follows is not read: Expecting ':'",
+    )
+    yield "digits.json", b'[{"n": ' + b"1" * 5000, "digits.json: row 0: not JSON, and what follows is not read: Exceeds"
+    yield "two.json", b"[] []", "two.json: row 0: not JSON, and what follows is not read: there is more after the array"
+    yield "number.json", b'[{"text": "a"}, 3]', f"number.json: row 1: not a JSON object; {MEND}"
+    yield "cut.jsonl.gz", COMPRESS[".gz"](b'{"text": "a"}\n' * 99)[:-9], "cut.jsonl.gz: it breaks off near byte "
+    yield "cut.txt.zst", COMPRESS[".zst"](b"a" * 99)[:-3], "cut.txt.zst: it breaks off near byte "
+    yield (
+        "not.txt.gz",
+        b"To be",
+        "not.txt.gz: it breaks off near byte 2, and what follows is not read: Not a gzipped",
+    )
+    yield (
+        "lfs.txt",
+        b"version https://git-lfs.github.com/spec/v1\n",
+        "lfs.txt: it is Git LFS's pointer to a file; fetch",
+    )
     yield "not.parquet", b"PAR", "not.parquet: no Parquet that can be read"
 
 
@@ -358,11 +711,10 @@ def test_a_dataset_without_the_column_or_split_or_text_is_refused_with_what_it_h
 def test_a_tokenizer_that_cannot_be_used_is_refused(run, tmp_path, tokenizers_by_kind):
     tokenizers_by_kind["unigram"].save_pretrained(tmp_path / "whole")
     config = json.loads((tmp_path / "whole" / "tokenizer_config.json").read_text())
-    for token in ("bos", "eos"):
-        shutil.copytree(tmp_path / "whole", tmp_path / f"no_{token}")
-        without = {key: value for key, value in config.items() if key != f"{token}_token"}
-        (tmp_path / f"no_{token}" / "tokenizer_config.json").write_text(json.dumps(without))
-        assert f"it has no {token} token" in refused(run, tmp_path, tokenizer_path_or_name=tmp_path / f"no_{token}")
+    shutil.copytree(tmp_path / "whole", tmp_path / "bare")
+    without = {key: value for key, value in config.items() if key not in ("bos_token", "eos_token")}
+    (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps(without))
+    assert "it has no bos and no eos token" in refused(run, tmp_path, tokenizer_path_or_name=tmp_path / "bare")
     (tmp_path / "whole" / "tokenizer.json").write_text("{")
     assert "whole: no tokenizer loads from there" in refused(run, tmp_path, tokenizer_path_or_name=tmp_path / "whole")
 
@@ -397,6 +749,8 @@ def start(data, tokenizer_path, save_path):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        encoding="utf-8",
+        env={**os.environ, "LC_ALL": "C"},  # as in many containers; paths need not be ASCII for that
         # A job that a shell runs in the background ignores SIGINT, and its children would too.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )
@@ -410,6 +764,19 @@ def test_a_corpus_too_short_ends_with_status_2_and_one_line(tmp_path, llama3_tok
     assert out == ""
     assert err == "bookcorpus.py: error: the corpus has 9 tokens, too few for a row of 4,096\n"
     assert [path.name for path in tmp_path.iterdir()] == ["short.md"]
+
+
+def test_paths_that_are_not_ascii_are_taken_where_the_locale_is_c(tmp_path, llama3_tokenizer_path, plays_path):
+    folder = tmp_path / "größe 漢字"
+    folder.mkdir()
+    (folder / "ñ.md").write_bytes((plays_path / "tragedies" / "hamlet.md").read_bytes())
+    (folder / "tokenizer").symlink_to(llama3_tokenizer_path)
+    process = start(folder / "ñ.md", folder / "tokenizer", folder / "rows")
+    out, err = process.communicate()
+    assert process.returncode == 0, err
+    assert f"tokens in {folder}/rows\n" in out
+    assert "read: 1 files (ñ.md)\n" in out
+    assert {len(row) for row in saved_rows(folder / "rows")} == {4096}
 
 
 def test_a_run_that_is_killed_leaves_no_rows_and_no_process(tmp_path, llama3_tokenizer_path, plays_path):

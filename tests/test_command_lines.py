@@ -295,9 +295,9 @@ def test_a_damaged_corpus_json_is_refused(job, tmp_path, content):
     refused(job, "--dataset_path .*: its corpus.json is damaged .*; make it again", dataset_path=path)
 
 
-def test_a_tokenizer_larger_than_the_models_vocabulary_is_refused(job, tmp_path):
+def test_rows_with_a_token_that_only_their_tokenizer_has_are_refused(job, tmp_path):
     path = save_random_rows(tmp_path / "rows")
-    (tmp_path / "rows" / "corpus.json").write_text(json.dumps({"vocab_size": 300, "tokenizer": "other"}))
+    (tmp_path / "rows" / "corpus.json").write_text(json.dumps({"vocab_size": 300, "largest_token": 299, "tokenizer": "other"}))
     refused(job, "its tokenizer other has 300 entries and the model's vocabulary 256", dataset_path=path)
 
 

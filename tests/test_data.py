@@ -1,6 +1,7 @@
 """Every row is trained on once an epoch, in an order of the seed, whatever the ranks and wherever a run resumes."""
 
 import json
+import os
 import sys
 
 import pyarrow as pa
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from saved_rows import save_rows
+from transformers.loss.loss_utils import ForCausalLMLoss
 
 from longctx.data import rows as stored
 from longctx.data.order import (
@@ -62,16 +64,115 @@ def test_each_epoch_and_each_seed_has_another_order_of_rows():
 
 
 def test_labels_are_tokens_shifted_left_and_the_last_is_ignored():
-    rows = pa.chunked_array([[[5, 6, 7]]])
+    rows = pa.table({"input_ids": [[5, 6, 7]]})
     tokens, labels = stored.load_row(rows, 0, 3, 10)
     assert tokens.tolist() == [[5, 6, 7]]
     assert labels.tolist() == [[6, 7, -100]]
 
 
 def test_the_row_of_a_rank_that_has_none_left_has_no_label_that_counts():
-    tokens, labels = stored.load_row(pa.chunked_array([[[5, 6, 7, 8]]]), None, 4, 10)
+    tokens, labels = stored.load_row(pa.table({"input_ids": [[5, 6, 7, 8]]}), None, 4, 10)
     assert tokens.shape == (1, 4)
     assert (labels == -100).all()
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 12), st.sets(st.sampled_from(["labels", *stored.MASKS])), st.data())
+def test_rows_that_bring_labels_or_masks_have_the_loss_that_transformers_computes_of_them(length, columns, data):
+    table = {"input_ids": data.draw(st.lists(st.integers(0, 9), min_size=length, max_size=length))}
+    for column in sorted(columns):
+        values = st.sampled_from([-100, *range(10)]) if column == "labels" else st.booleans()
+        table[column] = data.draw(st.lists(values, min_size=length, max_size=length))
+    if "attention_mask" in columns:
+        table["attention_mask"] = sorted(table["attention_mask"], reverse=True)
+    dataset = pa.table({name: [row] for name, row in table.items()})
+    stored.check_rows(dataset)
+    tokens, labels = stored.load_row(dataset, 0, length, 10)
+
+    theirs = torch.tensor([table.get("labels", table["input_ids"])])
+    for mask in columns - {"labels"}:
+        theirs[~torch.tensor([table[mask]])] = -100
+    logits = torch.randn(1, length, 10, generator=torch.Generator().manual_seed(length))
+    ours = torch.nn.functional.cross_entropy(logits[0], labels[0], reduction="sum")
+    torch.testing.assert_close(ours, ForCausalLMLoss(logits, theirs, 10, num_items_in_batch=1))
+    assert tokens.tolist() == [table["input_ids"]]
+
+
+def test_labels_of_any_saved_dataset_are_taken(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="compares with the package datasets")
+    columns = {"text": ["a", "b"], "labels": [[-100, 6, 7], [8, -100, -100]], "input_ids": [[5, 6, 7], [8, 9, 5]]}
+    columns["attention_mask"] = [[1, 1, 1], [1, 1, 0]]
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "rows")
+    opened = stored.open_dataset(str(tmp_path / "rows"))
+    assert [stored.load_row(opened, row, 3, 10)[1].tolist() for row in (0, 1)] == [[[6, 7, -100]], [[-100] * 3]]
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "sentence"),
+    [
+        ("labels", [[1, 2, 3], [1, 2]], "row 1 has 2 labels and 3 tokens; mend it, or remove the column"),
+        ("loss_mask", [[1, 1, 1], None], "row 1 has 0 loss_mask and 3 tokens; mend it, or remove the column"),
+        ("labels", [["a"], ["b"]], "its 'labels' are of type list<.*string>, not lists of integers, one a token"),
+        ("labels", [1, 0], "its 'labels' are of type int64, not lists of integers, one a token"),
+        ("labels", [[True] * 3] * 2, "its 'labels' are of type list<.*bool>, not lists of integers, one a token"),
+        ("assistant_masks", [[1.0] * 3] * 2, "its 'assistant_masks' are of type list<.*double>, not lists of integers"),
+    ],
+)
+def test_labels_and_masks_that_do_not_fit_the_tokens_are_refused_before_training(tmp_path, column, values, sentence):
+    datasets = pytest.importorskip("datasets", reason="saves with the package datasets")
+    columns = {"input_ids": [[1, 2, 3]] * 2, column: values}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "rows")
+    with pytest.raises(RowsError, match=f"^{sentence}"):
+        stored.open_dataset(str(tmp_path / "rows"))
+
+
+@pytest.mark.parametrize(
+    ("column", "values", "sentence"),
+    [
+        ("labels", [1, 10, 2], "row 0 has label 10, and the model's vocabulary has 10"),
+        ("labels", [1, -1, 2], "row 0 has label -1, and the model's vocabulary has 10"),
+        ("labels", [1, None, 2], "row 0 has a label that is null"),
+        ("loss_mask", [1, None, 0], "row 0 has a loss_mask value that is null"),
+        ("loss_mask", [1, 2, 0], "row 0 has a loss_mask of other values than 0 and 1"),
+        ("attention_mask", [0, 1, 1], "row 0 has tokens after places that its attention_mask leaves out"),
+    ],
+)
+def test_labels_and_masks_with_values_that_mean_nothing_are_refused_with_their_row(column, values, sentence):
+    with pytest.raises(RowsError, match=f"^{sentence}"):
+        stored.load_row(pa.table({"input_ids": [[1, 2, 3]], column: [values]}), 0, 3, 10)
+
+
+def test_a_folder_of_several_splits_is_refused_with_what_to_name(tmp_path):
+    save_rows(tmp_path / "rows" / "train", [[1, 2, 3]])
+    (tmp_path / "rows" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    with pytest.raises(RowsError, match="^it holds several splits; name the folder of one of them"):
+        stored.open_dataset(str(tmp_path / "rows"))
+
+
+def test_rows_are_read_from_a_folder_whose_name_is_no_text(tmp_path):
+    """Of such bytes, a path consists where the locale is C and Python's UTF-8 mode is off."""
+    folder = tmp_path / os.fsdecode(b"caf\xe9")
+    save_rows(tmp_path / "rows", [[1, 2, 3]])
+    (tmp_path / "rows").rename(folder)
+    assert len(stored.open_dataset(str(folder))) == 1
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_a_tokenizer_may_have_more_entries_than_the_model_if_none_of_them_occurs(tmp_path, recorded):
+    folder = save_rows(tmp_path / "rows", [[1, 2, 9], [3, 4, 5]])
+    facts = {"vocab_size": 11, "tokenizer": "theirs"} | ({"largest_token": 9} if recorded else {})
+    (tmp_path / "rows" / "corpus.json").write_text(json.dumps(facts))
+    stored.check_tokenizer(folder, 10)
+    with pytest.raises(RowsError, match="theirs has 11 entries and the model's vocabulary 9, and token 9 occurs"):
+        stored.check_tokenizer(folder, 9)
+
+
+@pytest.mark.parametrize("content", ['{"vocab_size": "11"}', '{"vocab_size": null}', "[1]", "[" * 10**5])
+def test_a_corpus_json_of_wrong_types_is_refused_in_one_sentence(tmp_path, content):
+    folder = save_rows(tmp_path / "rows", [[1, 2, 9]])
+    (tmp_path / "rows" / "corpus.json").write_text(content)
+    with pytest.raises(RowsError, match=r"^its corpus.json is damaged \(.*\); make it again with bookcorpus.py$"):
+        stored.check_tokenizer(folder, 10)
 
 
 def test_a_token_outside_the_vocabulary_is_refused_with_its_row():
@@ -79,12 +180,12 @@ def test_a_token_outside_the_vocabulary_is_refused_with_its_row():
         with pytest.raises(
             RowsError, match=f"^row 0 has token {token}, and the model's vocabulary has 10; make the dataset"
         ):
-            stored.load_row(pa.chunked_array([[[5, token, 7]]]), 0, 3, 10)
+            stored.load_row(pa.table({"input_ids": [[5, token, 7]]}), 0, 3, 10)
 
 
 def test_a_token_that_is_null_is_refused_with_its_row():
     with pytest.raises(RowsError, match="^row 1 has a token that is null; make the dataset with bookcorpus.py"):
-        stored.load_row(pa.chunked_array([[[5, 6, 7]], [[5, None, 7]]]), 1, 3, 10)
+        stored.load_row(pa.table({"input_ids": [[5, 6, 7], [5, None, 7]]}), 1, 3, 10)
 
 
 def test_a_folder_without_rows_to_train_on_is_refused_in_one_sentence(tmp_path):
@@ -103,7 +204,17 @@ def test_a_folder_without_rows_to_train_on_is_refused_in_one_sentence(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "state", ["{", "3", "{}", '{"_data_files": []}', '{"_data_files": [3]}', '{"_data_files": [{"filename": "lost"}]}']
+    "state",
+    [
+        "{",
+        "3",
+        "[]",
+        "{}",
+        '{"_data_files": [{"filename": 3}]}',
+        '{"_data_files": []}',
+        '{"_data_files": [3]}',
+        '{"_data_files": [{"filename": "lost"}]}',
+    ],
 )
 def test_a_damaged_state_json_is_refused_in_one_sentence(tmp_path, state):
     save_rows(tmp_path / "rows", [[1, 2, 3]])

@@ -1,9 +1,12 @@
 """From raw text to the tokens and labels of a training step. Knows nothing of models, plans or ranks.
 
-documents.py    text from files, folders, saved datasets and the hub, as one stream of documents
+corpus.py       where a corpus is, a file, a folder, a saved dataset or one of the hub, as one stream of documents
+folders.py      which files of a folder are read, and why the others are not
+formats.py      the documents of one file of text, JSON or Parquet
+documents.py    what a document is: whole, in pieces, or the reason why it can't be read
 tokens.py       documents -> tokens, on several processes, in the order of the documents
 rows.py         the dataset that bookcorpus.py packs these tokens into, opened, checked and read a row at a time
 order.py        the order in which training takes the rows
 
-bookcorpus.py uses the first two, train.py the last two; a dataset of rows on disk is all that passes between them.
+bookcorpus.py uses the first five, train.py the last two; a dataset of rows on disk is all that passes between them.
 """

@@ -1,9 +1,11 @@
 """Rows of tokens as bookcorpus.py saves them: opened, checked, and read as tokens and labels.
 
-The label of a token is the id of the token after it, or IGNORE_INDEX where the loss should count none.
+The label of a token is the id of the token after it, or IGNORE_INDEX where the loss should count none. Rows of other
+programs may bring labels of their own, or masks that say which tokens are to be learned.
 """
 
 import json
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +18,21 @@ from pyarrow import types
 from longctx.errors import RowsError, one_line
 
 IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch's default
+# Columns of 0 and 1, of which 0 leaves a token out of the loss, as transformers' apply_chat_template and TRL name them.
+# attention_mask has 0 for padding.
+MASKS = ("loss_mask", "assistant_masks", "completion_mask", "attention_mask")
+NAMES = {"input_ids": "token", "labels": "label"} | {mask: f"{mask} value" for mask in MASKS}
 
 
-def open_dataset(path: str) -> pa.ChunkedArray:
-    """The rows that bookcorpus.py wrote, or those in the column `input_ids` of any other dataset that was saved.
+def open_dataset(path: str) -> pa.Table:
+    """The rows of a dataset that was saved: those that bookcorpus.py wrote, or any other's with `input_ids`.
 
     It reads what `datasets.Dataset.save_to_disk` writes: state.json, which names files of Arrow streams. They are
     mapped into memory, so that a token takes memory only once its row is read. The library itself is not needed.
 
     Returns:
-        One list of token ids a row.
+        A row of lists of equal length each: the token ids in `input_ids`, and, where the dataset has them, `labels` and
+        the columns of MASKS.
 
     Raises:
         RowsError: there is no such dataset, it holds something else, or its rows are not all of one length.
@@ -33,11 +40,13 @@ def open_dataset(path: str) -> pa.ChunkedArray:
     folder = Path(path)
     if not folder.is_dir():
         raise RowsError("no such folder; make it with bookcorpus.py")
+    if (folder / "dataset_dict.json").exists():
+        raise RowsError("it holds several splits; name the folder of one of them, which is inside")
     try:
         state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
         table = pa.concat_tables([_map_table(folder / file["filename"]) for file in state["_data_files"]])
         table.validate()
-    except (OSError, ValueError, LookupError, TypeError, pa.ArrowException) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
         raise RowsError(f"it is no dataset that bookcorpus.py wrote ({one_line(error)})") from error
     if state.get("_indices_data_files"):  # old versions of `datasets` wrote one, of a dataset that was shuffled
         raise RowsError("its rows are in the order of an indices file; save it again after Dataset.flatten_indices()")
@@ -45,33 +54,55 @@ def open_dataset(path: str) -> pa.ChunkedArray:
         raise RowsError("it has no rows of 'input_ids'; make it with bookcorpus.py")
     if len(table) == 0:
         raise RowsError("it has no rows; make it again with shorter rows")
-    check_rows(table.column("input_ids"))
-    return table.column("input_ids")
+    check_rows(table)
+    return table.select([name for name in ("input_ids", "labels", *MASKS) if name in table.column_names])
 
 
 def _map_table(file: Path) -> pa.Table:
-    with pa.ipc.open_stream(pa.memory_map(str(file))) as stream:
+    with pa.ipc.open_stream(pa.memory_map(os.fsencode(file))) as stream:
         return stream.read_all()
 
 
-def check_rows(rows: pa.ChunkedArray) -> None:
-    """Raises RowsError unless all rows have the same number of token ids, 2 or more.
+def row_length(dataset: pa.Table) -> int:
+    """Tokens of a row, of which all have the same number."""
+    return len(dataset.column("input_ids")[0])
+
+
+def check_rows(table: pa.Table) -> None:
+    """Raises RowsError unless all rows have the same number of token ids, 2 or more, and as many labels and so on.
 
     It reads where each row begins, from Arrow's offsets, and none of the tokens.
     """
-    lists = types.is_list(rows.type) or types.is_large_list(rows.type) or types.is_fixed_size_list(rows.type)
-    if not lists or not types.is_integer(rows.type.value_type):
-        raise RowsError(f"its 'input_ids' are of type {rows.type}, not lists of token ids; make it with bookcorpus.py")
-    lengths = pc.fill_null(pc.call_function("list_value_length", [rows]), 0)
+    lengths = list_lengths(table, "input_ids", "token ids; make it with bookcorpus.py")
     first = lengths[0].as_py()
-    row = pc.index(pc.call_function("not_equal", [lengths, lengths[0]]), True).as_py()
-    if row >= 0:
+    if (row := first_other_than(first, lengths)) is not None:
         raise RowsError(
             f"row {row} has {lengths[row]} tokens and row 0 has {first}, and the plan is compiled for one length; "
             "make it again with bookcorpus.py"
         )
     if first < 2:
         raise RowsError(f"its rows have {first} tokens, and it takes 2 to predict one; make it again with longer rows")
+    for column in (name for name in ("labels", *MASKS) if name in table.column_names):
+        lengths = list_lengths(table, column, "integers, one a token; mend them, or remove the column")
+        if (row := first_other_than(first, lengths)) is not None:
+            raise RowsError(f"row {row} has {lengths[row]} {column} and {first} tokens; mend it, or remove the column")
+
+
+def list_lengths(table: pa.Table, column: str, of_what: str) -> pa.ChunkedArray:
+    """The length of each row's list in a column; raises RowsError if they are no lists of integers."""
+    lists = table.column(column)
+    kind = lists.type
+    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
+    numbers = (types.is_integer, types.is_boolean) if column in MASKS else (types.is_integer,)
+    if not is_list or not any(is_number(kind.value_type) for is_number in numbers):
+        raise RowsError(f"its '{column}' are of type {kind}, not lists of {of_what}")
+    return pc.fill_null(pc.call_function("list_value_length", [lists]), 0)
+
+
+def first_other_than(length: int, lengths: pa.ChunkedArray) -> int | None:
+    """The first row of another length; None if there is none."""
+    row = pc.index(pc.call_function("not_equal", [lengths, length]), True).as_py()
+    return None if row < 0 else row
 
 
 def corpus_facts(path: str) -> dict[str, Any]:
@@ -82,45 +113,101 @@ def corpus_facts(path: str) -> dict[str, Any]:
     """
     file = Path(path) / "corpus.json"
     try:
-        return dict(json.loads(file.read_text())) if file.is_file() else {}
-    except (ValueError, TypeError) as error:
+        facts = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
+        for name, kind in (("tokenizer", str), ("vocab_size", int), ("largest_token", int)):
+            if not isinstance(facts.get(name, kind()), kind):
+                raise TypeError(f"{name} is {facts[name]!r:.20}")
+    except (ValueError, TypeError, RecursionError) as error:
         raise RowsError(f"its corpus.json is damaged ({one_line(error)}); make it again with bookcorpus.py") from error
+    return facts
+
+
+def check_tokenizer(path: str, vocab_size: int) -> None:
+    """Raises RowsError if the rows have a token of their tokenizer that is not in a model's vocabulary of that size.
+
+    A tokenizer may have more entries than the model, as Gemma 3's has one for images, as long as none of them occurs.
+    """
+    facts = corpus_facts(path)
+    if facts.get("vocab_size", 0) <= vocab_size:
+        return
+    if "largest_token" not in facts:  # older versions of bookcorpus.py did not record it
+        facts["largest_token"] = largest_token(open_dataset(path))
+    if facts["largest_token"] >= vocab_size:
+        raise RowsError(
+            f"its tokenizer {facts.get('tokenizer', '')} has {facts['vocab_size']} entries and the model's vocabulary "
+            f"{vocab_size}, and token {facts['largest_token']} occurs; make the rows with the model's own tokenizer"
+        )
+
+
+def largest_token(dataset: pa.Table) -> int:
+    tokens = pc.call_function("list_flatten", [dataset.column("input_ids")])
+    return pc.call_function("max", [tokens]).as_py()
 
 
 def load_row(
-    dataset: pa.ChunkedArray, row: int | None, sequence_length: int, vocab_size: int
+    dataset: pa.Table, row: int | None, sequence_length: int, vocab_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Row `row` as (tokens, labels), [1, l] int64 each.
 
-    The labels are the tokens shifted left by one, and the last is IGNORE_INDEX. For `row` None all of them are: a rank
-    that has no row left computes this one, to take part in the others' collectives and add nothing to the loss.
+    The labels are the tokens, or those that the row brings, shifted left by one, and the last is IGNORE_INDEX: Hugging
+    Face's models shift `labels` in the same way, which belong to the token at their own place. A label whose place a
+    mask leaves out is IGNORE_INDEX too. For `row` None all of them are: a rank that has no row left computes this one,
+    to take part in the others' collectives and add nothing to the loss.
 
     Raises:
-        RowsError: the row has a token that is not in the model's vocabulary, or that is null.
+        RowsError: the row has a token or a label that is not in the model's vocabulary, a value that is null, a mask of
+            other values than 0 and 1, or an attention mask that the plan does not compute.
     """
     if row is None:
         tokens = torch.zeros(1, sequence_length, dtype=torch.long)
         return tokens, torch.full_like(tokens, IGNORE_INDEX)
-    ids = dataset[row].values
-    if ids.null_count:
-        raise RowsError(f"row {row} has a token that is null; make the dataset with bookcorpus.py")
-    tokens = torch.from_numpy(ids.to_numpy().astype("int64")).unsqueeze(0)
-    low, high = tokens.aminmax()
-    if low < 0 or high >= vocab_size:
+    tokens = load_values(dataset, "input_ids", row)
+    check_vocabulary(tokens, row, "token", vocab_size)
+    places = tokens
+    if "labels" in dataset.column_names:
+        places = load_values(dataset, "labels", row)
+        check_vocabulary(places[places != IGNORE_INDEX], row, "label", vocab_size)
+    for mask in MASKS:
+        if mask in dataset.column_names:
+            places = places.where(load_mask(dataset, mask, row), IGNORE_INDEX)
+    return tokens.unsqueeze(0), torch.nn.functional.pad(places[1:], (0, 1), value=IGNORE_INDEX).unsqueeze(0)
+
+
+def load_values(dataset: pa.Table, column: str, row: int) -> torch.Tensor:
+    """One row of a column, int64 [l]."""
+    values = dataset.column(column)[row].values
+    if values.null_count:
+        raise RowsError(f"row {row} has a {NAMES[column]} that is null; make the dataset with bookcorpus.py")
+    return torch.from_numpy(values.to_numpy(zero_copy_only=False).astype("int64"))
+
+
+def load_mask(dataset: pa.Table, mask: str, row: int) -> torch.Tensor:
+    """Which places of a row count, bool [l]."""
+    values = load_values(dataset, mask, row)
+    if values.min() < 0 or values.max() > 1:
+        raise RowsError(f"row {row} has a {mask} of other values than 0 and 1; mend it, or remove the column")
+    if mask == "attention_mask" and (values[1:] > values[:-1]).any():
         raise RowsError(
-            f"row {row} has token {int(high if high >= vocab_size else low)}, and the model's "
-            f"vocabulary has {vocab_size}; make the dataset with the model's own tokenizer"
+            f"row {row} has tokens after places that its attention_mask leaves out, and attention here is over all "
+            "tokens before; put padding at the end of a row, or remove the column"
         )
-    labels = torch.full_like(tokens, IGNORE_INDEX)
-    labels[:, :-1] = tokens[:, 1:]
-    return tokens, labels
+    return values.bool()
+
+
+def check_vocabulary(ids: torch.Tensor, row: int, what: str, vocab_size: int) -> None:
+    outside = ids[(ids < 0) | (ids >= vocab_size)]
+    if len(outside):
+        raise RowsError(
+            f"row {row} has {what} {int(outside[0])}, and the model's vocabulary has {vocab_size}; "
+            "make the dataset with the model's own tokenizer"
+        )
 
 
 @dataclass(frozen=True)
 class Rows:
     """The rows to train on, read as the plan and the model take them. `dataset` is open_dataset's."""
 
-    dataset: pa.ChunkedArray
+    dataset: pa.Table
     sequence_length: int
     vocab_size: int
 

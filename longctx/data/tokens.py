@@ -48,13 +48,15 @@ class Tokens:
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast, num_proc: int) -> Iterator[Tokens]:
     """Yields the tokens of all documents in order, which are the same for any `num_proc`.
 
-    Empty documents are counted and left out: bos + eos alone would teach a model to end a text before it begins.
+    Each document becomes bos + tokens + eos, with what the tokenizer has of the two. Empty documents are counted and
+    left out: bos + eos alone would teach a model to end a text before it begins.
     """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()  # some tokenizer.json files set a length beyond which text is cut off
     backend.no_padding()
     backend.encode_special_tokens = tokenizer.split_special_tokens
-    bos, eos = (getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos"))
+    marks = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")]
+    bos, eos = ([] if token is None else [token] for token in marks)
     initargs = (backend, bos, eos)
     use_tokenizer(*initargs)
     encoded = encode_in_order(batches(documents), num_proc, initargs)
@@ -100,7 +102,7 @@ def encode_in_order(batches: Iterator[Batch], num_proc: int, initargs: tuple) ->
             yield batch, *future.result()
 
 
-def start_worker(backend: Tokenizer, bos: int, eos: int) -> None:
+def start_worker(backend: Tokenizer, bos: list[int], eos: list[int]) -> None:
     use_tokenizer(backend, bos, eos)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches all processes; the parent handles it for them
     threading.Thread(target=end_with_parent, daemon=True).start()
@@ -114,11 +116,12 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-# The tokenizer of this process, with bos and eos: to send it with each batch would cost more than the batch itself.
-tokenizer_in_use: tuple[Tokenizer, int, int]
+# The tokenizer of this process, with bos and eos, a list of none or one token each: to send it with each batch would
+# cost more than the batch itself.
+tokenizer_in_use: tuple[Tokenizer, list[int], list[int]]
 
 
-def use_tokenizer(backend: Tokenizer, bos: int, eos: int) -> None:
+def use_tokenizer(backend: Tokenizer, bos: list[int], eos: list[int]) -> None:
     global tokenizer_in_use
     tokenizer_in_use = backend, bos, eos
 
@@ -129,7 +132,7 @@ def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
         return encode_piece(batch.piece.text)
     backend, bos, eos = tokenizer_in_use
     encodings = backend.encode_batch_fast([text for text in batch.texts if text], add_special_tokens=False)
-    ids = itertools.chain.from_iterable(itertools.chain([bos], encoding.ids, [eos]) for encoding in encodings)
+    ids = itertools.chain.from_iterable(itertools.chain(bos, encoding.ids, eos) for encoding in encodings)
     return np.fromiter(ids, np.int32), None
 
 
@@ -155,7 +158,7 @@ def join_pieces(
     joined and tokenized again as one; the text doubles each time, so that the time stays nearly linear in its length.
     """
     text, begin, low, high = piece.text, 0, OVERLAP // 4, OVERLAP * 3 // 4
-    yield Tokens(np.array([tokenizer_in_use[1]], np.int32), share=share)
+    yield Tokens(np.array(tokenizer_in_use[1], np.int32), share=share)
     while not piece.last:
         offset = len(text) - OVERLAP  # of the next piece in this one
         batch, next_ids, next_starts = next(following)
@@ -176,5 +179,5 @@ def join_pieces(
             text, share = text + piece.text[OVERLAP:], share + batch.share
         ids, starts = encode_piece(text)
         yield Tokens(ids[:0], share=share)
-    end = np.array([tokenizer_in_use[2]], np.int32)
+    end = np.array(tokenizer_in_use[2], np.int32)
     yield Tokens(np.concatenate([ids[np.searchsorted(starts, begin) :], end]), documents=1)

@@ -131,6 +131,7 @@ def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tu
     sums = torch.stack((loss_sum, torch.full_like(loss_sum, n_tokens)))
     dist.all_reduce(sums, group=model.mesh.get_group("data_parallel"))
     loss, n_tokens, norm = torch.cat((sums, total_norm(model).view(1))).tolist()
+    n_tokens = max(n_tokens, 1)  # rows that bring labels may have none that counts; loss and gradients are 0 then
     return loss / n_tokens, norm / n_tokens, n_tokens
 
 
