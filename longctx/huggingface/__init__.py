@@ -5,7 +5,7 @@ attention.py    what build_model puts in place of the model's attention, if that
 norms.py        ... of its RMSNorms
 rotary.py       ... of rotary tables that depend on the sequence length
 head.py         what the model's head does to its logits, so that the chunked loss does the same
-weights.py      weights found, checked, or drawn at random
+weights.py      weights as from_pretrained takes them from files, or drawn at random
 flops.py        the FLOPs that MFU counts
 
 Hugging Face's model stays the source of truth: what is put in place of a part of it is known to compute the same, and

@@ -15,8 +15,9 @@ from longctx.compiler.ops.registered import target_of
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
 from longctx.compiler.prediction import Prediction
 from longctx.compiler.trace import trace
-from longctx.huggingface.build import CausalLMLoss, build_model, load_config
+from longctx.huggingface.build import CausalLMLoss, build_model
 from longctx.huggingface.flops import forward_flops
+from longctx.huggingface.weights import trained_config
 from longctx.job import Job
 from longctx.kernels.attention import attention, fused_shapes
 
@@ -31,7 +32,7 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
         UserError: the model can't be traced, its code does something else than it does, or no plan fits.
     """
     started = time.perf_counter()
-    config = load_config(job.model_id)
+    config = trained_config(job.model_id, job.random_init)
     model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
