@@ -20,6 +20,7 @@ import train
 from longctx.data.rows import load_row, open_dataset
 from longctx.engines.table import ENGINES
 from longctx.errors import UserError
+from longctx.options import parse_job
 
 ROOT = Path(__file__).parent.parent
 
@@ -380,6 +381,13 @@ def test_a_configuration_that_can_not_be_is_refused(job, tmp_path, changes, reas
 def test_a_model_that_is_no_causal_language_model_is_refused(job, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "vit"}))
     refused(job, "a 'vit' model is no causal language model", model_id=tmp_path)
+
+
+def test_a_run_is_named_after_its_models_folder_also_where_that_is_named_by_a_dot(job, monkeypatch):
+    monkeypatch.chdir(job / "model")
+    for model_id in (".", "../model", str(job / "model"), "../model/../model/"):
+        options = ["--run_mode", "compile", "--model_id", model_id, "--sequence_length", "16"]
+        assert parse_job(options).name == "model-16-1of1"
 
 
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])

@@ -2,6 +2,7 @@
 
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -13,6 +14,8 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from saved_rows import save_rows
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import ckpt_merger
@@ -20,6 +23,7 @@ import train
 from longctx.errors import ModelError, NoWeights
 from longctx.huggingface.build import load_config
 from longctx.huggingface.weights import find_weights, remarks, save_hf_files, trained_config
+from longctx.runtime import merge
 
 # A family with a head of its own, one with a tied head, one with older names, and GPT-2, whose files have no prefix.
 CONFIGS = {
@@ -45,7 +49,7 @@ class Folder:
     stale: str | None = None  # other weights beside: an old index with its shards, or a .bin file
     dtype: torch.dtype = torch.float32
     quantized: bool = False  # to float8 by blocks
-    changes: dict[str, torch.Tensor | None] = field(default_factory=dict)  # more tensors; None takes one away
+    changes: Mapping[str, torch.Tensor | None] = field(default_factory=dict)  # more tensors; None takes one away
 
     def write(self, path: Path) -> None:
         config = CONFIGS[self.family]
@@ -79,7 +83,7 @@ class Folder:
 def tied_names(model: PreTrainedModel) -> tuple[str, str]:
     """The names of the weights of the embeddings and of the head."""
     modules = {module: name for name, module in model.named_modules()}
-    return tuple(f"{modules[of()]}.weight" for of in (model.get_input_embeddings, model.get_output_embeddings))
+    return f"{modules[model.get_input_embeddings()]}.weight", f"{modules[model.get_output_embeddings()]}.weight"
 
 
 def quantized(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -109,7 +113,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
-def load_by_transformers(path: Path) -> tuple[PreTrainedModel, dict]:
+def load_by_transformers(path: Path):
     """The model in float32, and what transformers says of missing and unexpected tensors."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
 
@@ -256,8 +260,15 @@ def test_scales_that_transformers_and_the_configuration_take_in_two_ways_are_ref
 
 
 def test_tensors_that_transformers_makes_of_several_are_refused(tmp_path):
-    config = small_config("llama").to_dict() | {"num_local_experts": 2, "num_experts_per_tok": 1}
-    config = transformers.MixtralConfig(**{k: config[k] for k in config if k != "model_type"})
+    config = transformers.MixtralConfig(
+        vocab_size=256,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=2,
+    )
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     with pytest.raises(
         ModelError, match="^'model.layers.0.mlp.experts.* is made of several tensors in model.safetensors"
@@ -310,9 +321,27 @@ def test_a_configuration_is_saved_without_the_quantization_of_the_weights_that_w
     assert config.quantization_config["quant_method"] == "fp8"
 
 
-def test_a_run_and_its_export_start_from_and_keep_the_head_that_config_json_says_is_tied(tmp_path, monkeypatch):
+def save_tokenizer_with_two_chat_templates(path: Path) -> dict[str, str]:
+    """One of them is in a subfolder. Returns them."""
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"a": 0}, "a")))
+    tokenizer.chat_template = {"default": "{{ 1 }}", "tool_use": "{{ 2 }}"}
+    tokenizer.save_pretrained(path)
+    assert (path / "additional_chat_templates" / "tool_use.jinja").is_file()
+    return tokenizer.chat_template
+
+
+def test_files_of_subfolders_are_in_a_merged_file_by_their_paths(tmp_path):
+    templates = save_tokenizer_with_two_chat_templates(tmp_path)
+    CONFIGS["llama"].save_pretrained(tmp_path)
+    saved = merge.hf_entry(lambda folder: save_hf_files(str(tmp_path), CONFIGS["llama"], folder))
+    content = saved["additional_chat_templates/tool_use.jinja"].numpy().tobytes()
+    assert content.decode() == templates["tool_use"]
+
+
+def test_a_run_and_its_export_start_from_and_keep_the_head_that_config_json_says_is_tied(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Folder(tied=True, quantized=True).write(tmp_path / "model")
+    templates = save_tokenizer_with_two_chat_templates(tmp_path / "model")
     tokens, _ = random_rows(4, 16, 256)
     options = ["--model_id", "model", "--dataset_path", save_rows(tmp_path / "rows", tokens), "--precision", "fp32"]
     train.main([*options, "--max_train_steps", "1", "--learning_rate", "1e-12", "--hardware", "cpu", "--name", "run"])
@@ -321,10 +350,28 @@ def test_a_run_and_its_export_start_from_and_keep_the_head_that_config_json_says
     expected = reference_loss(model, tokens, labels) / (labels != -100).sum()
     metrics = json.loads((tmp_path / "runs" / "run" / "metrics.jsonl").read_text())
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    ckpt_merger.main(["--ckpt_dir", "checkpoints", "--output_fname", "merged.ckpt", "--hf_dir", "exported"])
+    assert capsys.readouterr().out.count("weights: config.json ties the head to the embeddings") == 1
+    ckpt_merger.main(["--ckpt_dir", "checkpoints", "--output_fname", "merged.ckpt"])
+    ckpt_merger.main(["--ckpt_dir", "merged.ckpt", "--hf_dir", "exported"])
     change_config(tmp_path / "exported", dtype="float32")
     exported, info = load_by_transformers(tmp_path / "exported")
     assert not info["missing_keys"] and not info["unexpected_keys"]
-    assert not torch.equal(
-        exported.get_parameter("lm_head.weight"), exported.get_parameter("model.embed_tokens.weight")
+    assert not model_is_tied(exported)
+    assert transformers.AutoTokenizer.from_pretrained("exported").chat_template == templates
+
+
+def test_of_a_hub_model_bin_files_are_downloaded_only_if_there_are_no_safetensors(tmp_path, monkeypatch):
+    asked = []
+
+    def download(model_id: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        asked.append(allow_patterns[0])
+        return str(tmp_path / model_id)
+
+    monkeypatch.setattr("longctx.huggingface.weights.snapshot_download", download)
+    monkeypatch.setattr(
+        "longctx.huggingface.weights.load_config", lambda model_id: load_config(str(tmp_path / model_id))
     )
+    for form in ("safetensors", "bin"):
+        Folder(form=form).write(tmp_path / form)
+        assert len(find_weights(form).by_parameter) == 21
+    assert asked == ["*.safetensors", "*.safetensors", "pytorch_model*.bin"]

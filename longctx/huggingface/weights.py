@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
@@ -234,7 +235,7 @@ def _by_name(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> tuple[d
         else:
             scale = stored.get(name + SCALE)
             found[today] = StoredWeight(stored[name].file, stored[name].tensor, scale and scale.tensor)
-    loading = SimpleNamespace(missing_keys=set(), unexpected_keys=left_out)
+    loading: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=left_out)
     model._adjust_missing_and_unexpected_keys(loading)  # takes away what the model's class says that it may leave out
     return found, sorted(loading.unexpected_keys, key=dot_natural_key)
 
@@ -371,7 +372,7 @@ def random_weights(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, t
                 module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
             model._init_weights(module)
         for name, parameter in own.items():
-            yield f"{path}.{name}" if path else name, module._parameters[name].detach()
+            yield f"{path}.{name}" if path else name, module.get_parameter(name).detach()
             module._parameters[name] = parameter
 
 
@@ -383,7 +384,7 @@ def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None
     tokenizer and generation configuration. Weights are saved as plain numbers, however they were quantized."""
     config = copy.deepcopy(config)
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        delattr(config, "quantization_config")
     config.save_pretrained(folder)
     for kind in (AutoTokenizer, GenerationConfig):
         try:
