@@ -38,6 +38,7 @@ TOKENIZER_FILES = (
     "*.model",
     "*.tiktoken",
     "chat_template*",
+    "additional_chat_templates/*",
 )
 
 
@@ -126,7 +127,9 @@ def copy_files(source: Path, folder: Path) -> bool:
         shutil.copyfile(source / "generation_config.json", folder / "generation_config.json")
     files = [file for pattern in TOKENIZER_FILES for file in source.glob(pattern) if file.is_file()]
     for file in files:
-        shutil.copyfile(file, folder / file.name)
+        copy = folder / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
     return bool(files)
 
 

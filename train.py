@@ -22,7 +22,7 @@ Where to look, in longctx/:
     where fp8 products would go                compiler/ops/, with Hardware.rates; job.py: DTYPES
     which device a rank computes on            devices.py: choose, take
     a run, from weights to training            engines/builtin/run.py: run
-    how weights are read                       runtime/parallel.py: load_safetensors
+    how weights are read                       runtime/parallel.py: load_stored
     compute dtypes and float32 masters         job.py: DTYPES; runtime/parallel.py: parallelize
     the training loop                          runtime/trainer.py: train
     the learning rate                          runtime/trainer.py: learning_rate

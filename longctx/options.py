@@ -3,6 +3,7 @@
 What the options are is declared in job.py.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -77,9 +78,14 @@ def complete(options: Options) -> Job:
         "runtime_ngpus": runtime_ngpus,
         "device": device,
         "sequence_length": length,
-        "name": options.name or f"{Path(options.model_id).name}-{length}-{options.plan_ngpus}of{runtime_ngpus}",
+        "name": options.name or f"{model_name(options.model_id)}-{length}-{options.plan_ngpus}of{runtime_ngpus}",
     }
     return Job(**{**vars(options), **chosen})
+
+
+def model_name(model_id: str) -> str:
+    """The last part of a hub model's name or of a folder's path, also where that is `.` or `..`."""
+    return Path(os.path.abspath(model_id)).name
 
 
 def choose_device(options: Options) -> str:

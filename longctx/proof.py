@@ -34,10 +34,10 @@ from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.ops.aten import is_aten
 from longctx.compiler.plan import Plan
 from longctx.compiler.recompute import Recompute
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, ProofError, UserError, one_line
-from longctx.huggingface.build import CausalLMLoss, build_model
+from longctx.huggingface.build import build_model
 from longctx.huggingface.shrink import small_configs
 from longctx.runtime import parallel
 
@@ -108,7 +108,7 @@ def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, cla
             model = build_model(config, torch.float32, "auto", length)
             if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
                 continue
-            graph = _trace(model, length)
+            graph = trace(model, sample_row(length))
         except UserError as error:
             reason = one_line(error)
             continue
@@ -125,11 +125,6 @@ def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, cla
             )
         return proof
     raise ProofError(f"{class_name} can't be compared with transformers' own at a small size ({reason})")
-
-
-def _trace(model: CausalLMLoss, length: int) -> Graph:
-    sample = {name: torch.empty(1, length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    return trace(model, sample)
 
 
 # --- what a graph computes, sizes aside ------------------------------------------------------------------------------

@@ -34,7 +34,6 @@ from plans import LENGTH, Case, check_cases, trace_family
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from longctx.proof.py longctx.engines.builtin.compile import prove
 from longctx.errors import UserError, one_line
 
 TIME_LIMIT_S = 300

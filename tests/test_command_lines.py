@@ -20,6 +20,7 @@ import train
 from longctx.data.rows import load_row, open_dataset
 from longctx.engines.table import ENGINES
 from longctx.errors import UserError
+from longctx.options import parse_job
 
 ROOT = Path(__file__).parent.parent
 
@@ -81,7 +82,7 @@ def refused(job: Path, sentence: str, **changes) -> None:
         ("--sequence_length 32: the rows of --dataset_path .* have 16 tokens", {"sequence_length": 32}),
         ("--model_id ./nowhere: no config.json there", {"model_id": "./nowhere"}),
         (
-            "--model_id .*: it has no model.safetensors; pass --random_init",
+            "--model_id .*: it has no model.safetensors or pytorch_model.bin; pass --random_init",
             {"model_id": ROOT / "examples" / "llama3_8b_128k", "checkpoint_dir": "none_yet"},
         ),
         ("--resume_path nowhere: there is no such file or folder", {"resume_path": "nowhere"}),
@@ -297,7 +298,8 @@ def test_a_damaged_corpus_json_is_refused(job, tmp_path, content):
 
 def test_rows_with_a_token_that_only_their_tokenizer_has_are_refused(job, tmp_path):
     path = save_random_rows(tmp_path / "rows")
-    (tmp_path / "rows" / "corpus.json").write_text(json.dumps({"vocab_size": 300, "largest_token": 299, "tokenizer": "other"}))
+    facts = {"vocab_size": 300, "largest_token": 299, "tokenizer": "other"}
+    (tmp_path / "rows" / "corpus.json").write_text(json.dumps(facts))
     refused(job, "its tokenizer other has 300 entries and the model's vocabulary 256", dataset_path=path)
 
 
@@ -356,6 +358,9 @@ def test_weights_that_do_not_fit_the_configuration_are_refused(job, tmp_path):
 def test_weights_that_can_not_be_read_are_refused(job, tmp_path, name, content):
     shutil.copytree(job / "model", tmp_path / "model")
     file = tmp_path / "model" / name
+    weights = tmp_path / "model" / "model.safetensors"
+    if file != weights:  # a single file goes before an index
+        weights.unlink()
     file.write_bytes(file.read_bytes()[:-100] if content is None else content)
     fresh = {"model_id": tmp_path / "model", "checkpoint_dir": tmp_path / "checkpoints"}
     refused(job, f"--model_id .*: {name} can't be read .*; save or download the model again", **fresh)
@@ -385,11 +390,27 @@ def test_a_model_that_is_no_causal_language_model_is_refused(job, tmp_path):
     refused(job, "a 'vit' model is no causal language model", model_id=tmp_path)
 
 
+def test_a_run_is_named_after_its_models_folder_also_where_that_is_named_by_a_dot(job, monkeypatch):
+    monkeypatch.chdir(job / "model")
+    for model_id in (".", "../model", str(job / "model"), "../model/../model/"):
+        options = ["--run_mode", "compile", "--model_id", model_id, "--sequence_length", "16"]
+        assert parse_job(options).name == "model-16-1of1"
+
+
 @pytest.mark.parametrize("poison", [float("nan"), float("inf")])
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(job, tmp_path, poison):
+def test_weights_that_are_not_finite_are_named_before_training(job, tmp_path, poison):
     shutil.copytree(job / "model", tmp_path / "model")
     weights = load_file(tmp_path / "model" / "model.safetensors")
     weights["model.norm.weight"][0] = poison
+    save_file(weights, tmp_path / "model" / "model.safetensors")
+    sentence = "--model_id .*: 'model.norm.weight' has a NaN or an infinity in its stored weights; download the model"
+    refused(job, sentence, model_id=tmp_path / "model", checkpoint_dir=tmp_path / "checkpoints")
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(job, tmp_path):
+    shutil.copytree(job / "model", tmp_path / "model")
+    weights = load_file(tmp_path / "model" / "model.safetensors")
+    weights["model.norm.weight"] *= 1e38
     save_file(weights, tmp_path / "model" / "model.safetensors")
     sentence = r"step 1: the loss .* not finite, on rows (\d, ){3}\d of the dataset; the last checkpoint is kept"
     refused(job, sentence, model_id=tmp_path / "model", checkpoint_dir=tmp_path / "checkpoints")

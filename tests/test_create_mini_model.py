@@ -108,10 +108,13 @@ def test_tokenizer_and_generation_configuration_are_copied_and_weights_are_not_r
     for file in llama3_tokenizer_path.iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     (folder / "generation_config.json").write_text('{"eos_token_id": [128001, 128009]}')
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
     (folder / "model.safetensors").write_text("not weights")
     mini = make(folder, **SMALL)
-    for file in (*llama3_tokenizer_path.iterdir(), folder / "generation_config.json"):
-        assert (mini / file.name).read_bytes() == file.read_bytes()
+    copied = (file.name for file in llama3_tokenizer_path.iterdir())
+    for name in (*copied, "generation_config.json", "additional_chat_templates/tool_use.jinja"):
+        assert (mini / name).read_bytes() == (folder / name).read_bytes()
     text = "To be, or not to be"
     assert AutoTokenizer.from_pretrained(mini)(text) == AutoTokenizer.from_pretrained(llama3_tokenizer_path)(text)
     assert "with a tokenizer" in capsys.readouterr().out

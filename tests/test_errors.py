@@ -61,9 +61,9 @@ def sentence_of(error: UserError, **options) -> str:
     [
         (errors.ModelError("no config.json there"), {}, "--model_id ./llama: no config.json there"),
         (
-            errors.NoWeights("it has no model.safetensors"),
+            errors.NoWeights("it has no model.safetensors or pytorch_model.bin"),
             {},
-            "--model_id ./llama: it has no model.safetensors; pass --random_init to start without",
+            "--model_id ./llama: it has no model.safetensors or pytorch_model.bin; pass --random_init to start without",
         ),
         (
             errors.DoesNotFit("the leanest plan needs 76.9 GB a GPU", 12.9),

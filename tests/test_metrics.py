@@ -12,9 +12,8 @@ from longctx.compiler import hardware
 from longctx.compiler.plan import Setting
 from longctx.compiler.planner import make_plan
 from longctx.compiler.prediction import forward_flops, predict
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.data.order import Position
-from longctx.engines.builtin.proof import sample_row
 from longctx.errors import LogError
 from longctx.huggingface.build import build_model
 from longctx.job import Job

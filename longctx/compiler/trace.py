@@ -66,6 +66,11 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     return fold_layers(flat, class_name, *_decoder_layers(model, flat))
 
 
+def sample_row(sequence_length: int) -> dict[str, torch.Tensor]:
+    """What a model is traced with: [1, l] int64 each, on meta, each a tensor of its own."""
+    return {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+
+
 @contextmanager
 def _without_logs() -> Iterator[None]:
     """Inside, nothing is logged or printed to stderr: torch.export writes pages about an error of one line."""

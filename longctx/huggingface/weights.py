@@ -1,111 +1,356 @@
-"""A model's weights: found where transformers finds them and checked before training starts, or drawn at random."""
+"""A model's weights: those that transformers' from_pretrained takes from the same files, or drawn at random.
 
-import json
+Which files hold them, which parameter a stored tensor belongs to and what is tied is decided by transformers' own
+functions, or as they do. What can't be trained as transformers would load it is refused, before any rank has started.
+"""
+
+import copy
+import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig
-from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
+from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from longctx.errors import ModelError, NoWeights, one_line
-from longctx.huggingface.build import parameters_on_meta
+from longctx.huggingface.build import load_config, parameters_on_meta
+
+PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # what a stored number may be, and mean itself
+SCALE = "_scale_inv"  # what the name of a quantized tensor's scales adds to its own
+NAMED = 3  # of the tensors that are left out, at most
 
 
 @dataclass(frozen=True)
-class StoredTensor:
-    """Where a parameter is stored: a safetensors file, and the tensor's name in it."""
+class StoredWeight:
+    """A tensor in a file, which is mapped to memory: only what is used of it is read.
+
+    `scale` is None unless the tensor is float8 quantized by blocks: then [rows / block rows, columns / block columns],
+    what each block is to be multiplied by.
+    """
 
     file: Path
-    name: str
+    tensor: torch.Tensor
+    scale: torch.Tensor | None = None
+
+    def read(self, place: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The part of the tensor that the slices select, or all of it; float32 if it was quantized.
+
+        The products are those of transformers' integrations.finegrained_fp8.Fp8Dequantize, to the bit.
+        """
+        if self.scale is None:
+            return self.tensor[place]
+        rows, columns = (
+            torch.arange(length)[selected] // (length // blocks)
+            for length, blocks, selected in zip(
+                self.tensor.shape, self.scale.shape, place or (slice(None), slice(None)), strict=True
+            )
+        )
+        return self.tensor[place].float() * self.scale[rows][:, columns].float()
 
 
-def find_weights(model_id: str, config: PreTrainedConfig) -> dict[str, StoredTensor]:
-    """Where each parameter of a model is stored, by its name. Downloads the weights of a hub model.
+@dataclass(frozen=True)
+class Weights:
+    """A model's stored weights.
+
+    Attributes:
+        files: all that were opened, in the order in which transformers takes them.
+        by_parameter: what each parameter is filled from, by its name; of tied parameters only the first has one.
+        left_out: names of stored tensors that no parameter takes, though the model's class expects none such.
+        untied: whether they have the embeddings and the head apart, against what config.json says.
+    """
+
+    files: list[Path]
+    by_parameter: dict[str, StoredWeight]
+    left_out: list[str]
+    untied: bool
+
+
+# --- what is loaded --------------------------------------------------------------------------------------------------
+
+
+def find_weights(model_id: str) -> Weights:
+    """The stored weights of a model, whose every parameter has one. Downloads those of a hub model.
 
     Raises:
         NoWeights: the model has no weights.
-        ModelError: they are no safetensors files, or can't be downloaded or read.
+        ModelError: they can't be downloaded or read, or are not what from_pretrained would fill the model with.
     """
-    folder = Path(model_id)
-    if not folder.is_dir():
-        folder = _download(model_id)
-    index = folder / "model.safetensors.index.json"
-    file = folder / "model.safetensors"
-    if not index.is_file() and not file.is_file():
-        if any(folder.glob("*.bin")):
-            raise ModelError("it has no model.safetensors; save it as safetensors first")
-        raise NoWeights("it has no model.safetensors")
+    folder = _folder(model_id)
+    config = trained_config(model_id, random_init=False)
+    block = _block_of(config)
+    files = _weight_files(folder, config)
+    model = _model_on_meta(config)
+    stored, left_out = _by_name(model, _open_all(files))
+    weights = _by_parameter(model, stored)
+    for name, weight in weights.items():
+        _check_shape(name, weight, list(model.get_parameter(name).shape))
+        _check_dtype(name, weight, block)
+    _check_buffers(model, stored)
+    return Weights(files, weights, left_out, untied=_is_tied(load_config(model_id)) and not _is_tied(config))
+
+
+def remarks(weights: Weights) -> list[str]:
+    """A line each on what a person may not expect of the weights."""
+    lines = []
+    if weights.untied:
+        lines.append(
+            "weights: config.json ties the head to the embeddings, but both are stored and differ, so each is trained "
+            "by itself, as transformers does it"
+        )
+    if names := weights.left_out:
+        some = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
+        lines.append(f"weights: {len(names)} stored tensor(s) belong to no parameter and are left out: {some}")
+    return lines
+
+
+def trained_config(model_id: str, random_init: bool) -> PreTrainedConfig:
+    """The configuration of the model as it is trained: its head is not tied to its embeddings if the weights to start
+    from have both, and they differ. So does from_pretrained, whatever config.json says.
+
+    Of a hub model, weights that are not downloaded yet are not looked at.
+
+    Raises:
+        ModelError: there is no configuration, or it is not of a causal language model that can be built.
+    """
+    config = load_config(model_id)
+    if random_init or not _is_tied(config):
+        return config
+    model = _model_on_meta(config)
     try:
-        if index.is_file():
-            file = index
-            files = {name: folder / part for name, part in json.loads(index.read_text())["weight_map"].items()}
-        else:
+        stored, _ = _by_name(model, _open_all(_weight_files(_folder(model_id, local_files_only=True), config)))
+    except ModelError:  # find_weights raises it, where there have to be weights
+        return config
+    config.tie_word_embeddings = not any(_differ(_present(names, stored)) for names in _tied_names(model))
+    return config
+
+
+def _is_tied(config: PreTrainedConfig) -> bool:
+    return bool(getattr(config, "tie_word_embeddings", False))
+
+
+def _model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
+    try:
+        with parameters_on_meta():  # building a model writes to its configuration
+            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+    except Exception as error:  # values that make no sense fail anywhere in the model's code
+        raise ModelError(
+            f"transformers can't build a {config.model_type} model from its configuration "
+            f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
+        ) from error
+
+
+# --- files -----------------------------------------------------------------------------------------------------------
+
+
+def _folder(model_id: str, local_files_only: bool = False) -> Path:
+    """The folder of a model; of a hub model it is downloaded, unless only what is here already is asked for."""
+    if Path(model_id).is_dir():
+        return Path(model_id)
+    try:  # every rank of a node calls this; the hub's client lets one of them download while the others wait
+        for weights in ("*.safetensors", "pytorch_model*.bin"):
+            folder = Path(
+                snapshot_download(model_id, allow_patterns=[weights, "*.json"], local_files_only=local_files_only)
+            )
+            if any(folder.glob(weights)):
+                break
+        return folder
+    except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, no space
+        raise ModelError(f"its weights can't be downloaded: {one_line(error)}") from error
+
+
+def _weight_files(folder: Path, config: PreTrainedConfig) -> list[Path]:
+    """The files that from_pretrained would open: one of safetensors before several with an index, these before .bin."""
+    explicit = getattr(config, "transformers_weights", None)
+    try:
+        files, _ = _get_resolved_checkpoint_files(
+            str(folder), None, None, None, None, is_remote_code=False, transformers_explicit_filename=explicit
+        )
+    except OSError as error:
+        raise NoWeights("it has no model.safetensors or pytorch_model.bin") from error
+    except Exception as error:  # an index that is cut short, or no index
+        raise _unreadable(min(folder.glob("*.index.json"), default=folder), error) from error
+    return [Path(file) for file in files or ()]
+
+
+def _open_all(files: list[Path]) -> dict[str, StoredWeight]:
+    """Every tensor of the files by its stored name; the last file's, if several have one of that name."""
+    return {name: StoredWeight(file, tensor) for file in files for name, tensor in _open(file).items()}
+
+
+def _open(file: Path) -> dict[str, torch.Tensor]:
+    try:
+        if file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                files = dict.fromkeys(tensors.keys(), file)
-    except Exception as error:  # cut short, or another kind of file under that name
+                return {name: tensors.get_tensor(name) for name in tensors.keys()}  # noqa: SIM118, it is no dict
+        tensors = torch.load(file, map_location="cpu", mmap=zipfile.is_zipfile(file), weights_only=True)
+    except Exception as error:  # missing, cut short, of another kind, or with more in it than weights
         raise _unreadable(file, error) from error
-    return {_parameter_name(name, config): StoredTensor(file, name) for name, file in files.items()}
-
-
-def _parameter_name(stored: str, config: PreTrainedConfig) -> str:
-    """The parameter's name in transformers; files may have an older one, as GPT-NeoX's have embed_out for lm_head."""
-    model_class: Any = AutoModelForCausalLM._model_mapping[type(config)]
-    for key in (model_class.__name__, config.model_type):
-        for transform in get_checkpoint_conversion_mapping(key) or ():
-            if type(transform).__name__ == "WeightRenaming":
-                stored, _ = transform.rename_source_key(stored)
-    return stored
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
+        raise ModelError(f"{file.name} holds something else than tensors by name; save the model again")
+    return tensors
 
 
 def _unreadable(file: Path, error: Exception) -> ModelError:
     return ModelError(f"{file.name} can't be read ({one_line(error)}); save or download the model again")
 
 
-def _download(model_id: str) -> Path:
-    try:  # every rank of a node calls this; the hub's client lets one of them download while the others wait
-        return Path(snapshot_download(model_id, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # the hub's client raises many kinds: not found, gated, offline, no space
-        raise ModelError(f"its weights can't be downloaded: {one_line(error)}") from error
+# --- names -----------------------------------------------------------------------------------------------------------
 
 
-def check_weights(weights: dict[str, StoredTensor], parameters: dict[str, list[int]]) -> None:
-    """Raises ModelError unless every parameter is stored in its shape. `parameters`: the shapes, by name."""
-    if missing := [name for name in parameters if name not in weights]:
+def _by_name(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> tuple[dict[str, StoredWeight], list[str]]:
+    """What is stored by the names that transformers has for it today; and the stored names that it has no use for.
+
+    Raises:
+        ModelError: transformers would make the model's tensors of other ones, or has two for one name.
+    """
+    transforms = get_model_conversion_mapping(model)
+    renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
+    converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
+    known, prefix = model.state_dict(), model.base_model_prefix
+    found: dict[str, StoredWeight] = {}
+    left_out: set[str] = set()
+    for name in sorted(stored, key=dot_natural_key):
+        if name.endswith(SCALE) and name.removesuffix(SCALE) in stored:
+            continue
+        today, converter = rename_source_key(name, renamings, converters, prefix, known)
+        if today not in known and name in known:
+            today, converter = rename_source_key(name, [], [], prefix, known)
+        if today not in known:
+            left_out.add(today)
+        elif converter is not None or today in found:
+            raise ModelError(
+                f"{today!r} is made of several tensors in {stored[name].file.name}, which this program can't do; open "
+                "the model with transformers and save it by save_pretrained(..., save_original_format=False)"
+            )
+        else:
+            scale = stored.get(name + SCALE)
+            found[today] = StoredWeight(stored[name].file, stored[name].tensor, scale and scale.tensor)
+    loading: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=left_out)
+    model._adjust_missing_and_unexpected_keys(loading)  # takes away what the model's class says that it may leave out
+    return found, sorted(loading.unexpected_keys, key=dot_natural_key)
+
+
+def _tied_names(model: PreTrainedModel) -> Iterable[list[str]]:
+    """For each parameter all its names, the one of named_parameters() first."""
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(parameter, []).append(name)
+    return names.values()
+
+
+def _present(names: list[str], stored: dict[str, StoredWeight]) -> list[StoredWeight]:
+    return [stored[name] for name in names if name in stored]
+
+
+def _differ(weights: list[StoredWeight]) -> bool:
+    """Whether what is stored for one parameter under several names is not the same for all."""
+    return any(not torch.equal(*_in_one_dtype(weights[0].tensor, other.tensor)) for other in weights[1:])
+
+
+def _in_one_dtype(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return (a, b) if a.dtype == b.dtype else (a.float(), b.float())
+
+
+def _by_parameter(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> dict[str, StoredWeight]:
+    """What each parameter is filled from, whichever of its names it is stored under.
+
+    Raises:
+        ModelError: there is nothing for one, or there are different values under its names.
+    """
+    present = {names[0]: _present(names, stored) for names in _tied_names(model)}
+    if missing := [name for name, weights in present.items() if not weights]:
         raise ModelError(
-            f"its weights have no tensor {missing[0]!r} ({len(missing)} are missing of {len(parameters)}); save the "
+            f"its weights have no tensor {missing[0]!r} ({len(missing)} are missing of {len(present)}); save the "
             "model again with transformers' save_pretrained"
         )
-    for file in sorted({stored.file for stored in weights.values()}):
-        stored_names = {name: weights[name].name for name in parameters if weights[name].file == file}
-        try:
-            with safe_open(file, "pt") as tensors:
-                shapes = {name: tensors.get_slice(stored).get_shape() for name, stored in stored_names.items()}
-        except Exception as error:  # missing, cut short, or no safetensors file
-            raise _unreadable(file, error) from error
-        for name, shape in shapes.items():
-            if shape != parameters[name]:
-                raise ModelError(
-                    f"{name!r} has shape {shape} in {file.name}, and {parameters[name]} by config.json; the two are "
-                    "not of one model"
-                )
+    if apart := [name for name, weights in present.items() if _differ(weights)]:
+        raise ModelError(
+            f"{apart[0]!r} is one parameter under several names, and its weights have other values under each; save "
+            "the model again with those that are meant"
+        )
+    return {name: weights[0] for name, weights in present.items()}
 
 
-def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None:
-    """Writes what from_pretrained reads beside the weights: the configuration and, where the model has them, its
-    tokenizer and generation configuration."""
-    config.save_pretrained(folder)
-    for kind in (AutoTokenizer, GenerationConfig):
-        try:
-            kind.from_pretrained(model_id).save_pretrained(folder)
-        except Exception:  # the model has none, and can be trained without
-            continue
+# --- what they are ---------------------------------------------------------------------------------------------------
+
+
+def _block_of(config: PreTrainedConfig) -> list[int] | None:
+    """[rows, columns] of the blocks by which weights are quantized to float8; None if they are plain numbers.
+
+    Raises:
+        ModelError: they are quantized in another way.
+    """
+    facts = getattr(config, "quantization_config", None)
+    if facts is None:
+        return None
+    facts = facts if isinstance(facts, dict) else facts.to_dict()
+    if facts.get("quant_method") == "fp8" and facts.get("weight_block_size"):
+        return facts["weight_block_size"]
+    raise ModelError(
+        f"its weights are quantized by {facts.get('quant_method', 'an unknown method')}, and this program reads fp8 by "
+        "blocks and no other; choose the model that they were made of, or dequantize them with transformers and save "
+        "the result"
+    )
+
+
+def _check_shape(name: str, weight: StoredWeight, shape: list[int]) -> None:
+    if list(weight.tensor.shape) != shape:
+        raise ModelError(
+            f"{name!r} has shape {list(weight.tensor.shape)} in {weight.file.name}, and {shape} by config.json; the "
+            "two are not of one model"
+        )
+
+
+def _check_dtype(name: str, weight: StoredWeight, block: list[int] | None) -> None:
+    """Raises a ModelError unless the stored numbers mean themselves, or themselves times the scale of their block."""
+    if block and weight.scale is not None and weight.tensor.dtype == torch.float8_e4m3fn:
+        _check_scale(name, weight.tensor, weight.scale, block)
+    elif weight.scale is not None or weight.tensor.dtype not in PLAIN:
+        raise ModelError(
+            f"{name!r} is stored as {_short(weight.tensor.dtype)} in {weight.file.name}, and this program reads "
+            "float32, bfloat16, float16, and fp8 that quantization_config describes; save it as one of these"
+        )
+
+
+def _check_scale(name: str, tensor: torch.Tensor, scale: torch.Tensor, block: list[int]) -> None:
+    """Raises a ModelError unless there is a scale for each block, and none is cut off at the edge but where it is all
+    there is: transformers takes all blocks to be equal, whatever their size is said to be."""
+    whole = tensor.dim() == scale.dim() == len(block) == 2 and all(
+        n == blocks * size or (blocks == 1 and n < size)
+        for n, blocks, size in zip(tensor.shape, scale.shape, block, strict=True)
+    )
+    if not whole or scale.dtype not in PLAIN:
+        raise ModelError(
+            f"{name!r} of shape {list(tensor.shape)} has {list(scale.shape)} scales of {_short(scale.dtype)}, and this "
+            f"program reads float scales of whole blocks of {block}; dequantize the model with transformers and save it"
+        )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _check_buffers(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
+    """Raises a ModelError for a stored buffer: from_pretrained loads it, and generated code has what is built."""
+    for name, buffer in model.named_buffers():
+        if name in stored and not torch.equal(*_in_one_dtype(stored[name].tensor, buffer)):
+            raise ModelError(
+                f"its weights have other values for the buffer {name!r} than a new model has, and this program can't "
+                "take those; choose another model"
+            )
+
+
+# --- without stored weights ------------------------------------------------------------------------------------------
 
 
 def random_weights(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
@@ -114,8 +359,7 @@ def random_weights(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, t
     Each module's seed is made of `seed` and the module's name, so that the weights depend on neither the order in which
     modules are initialized nor the number of ranks.
     """
-    with parameters_on_meta():
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = _model_on_meta(config)
     yielded = set()
     for path, module in model.named_modules():
         own = {name: p for name, p in module.named_parameters(recurse=False) if p not in yielded}
@@ -128,5 +372,22 @@ def random_weights(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, t
                 module._parameters[name] = nn.Parameter(torch.zeros(parameter.shape))
             model._init_weights(module)
         for name, parameter in own.items():
-            yield f"{path}.{name}" if path else name, module._parameters[name].detach()
+            yield f"{path}.{name}" if path else name, module.get_parameter(name).detach()
             module._parameters[name] = parameter
+
+
+# --- beside the weights ---------------------------------------------------------------------------------------------
+
+
+def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None:
+    """Writes what from_pretrained reads beside the weights: the configuration and, where the model has them, its
+    tokenizer and generation configuration. Weights are saved as plain numbers, however they were quantized."""
+    config = copy.deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        delattr(config, "quantization_config")
+    config.save_pretrained(folder)
+    for kind in (AutoTokenizer, GenerationConfig):
+        try:
+            kind.from_pretrained(model_id).save_pretrained(folder)
+        except Exception:  # the model has none, and can be trained without
+            continue

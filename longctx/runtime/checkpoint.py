@@ -9,7 +9,7 @@ A process that is killed while it saves leaves at most a folder half written, `.
 checkpoint was being replaced, the whole one that it replaces, `.<epoch>-<step>.old-*`; the next save removes them.
 
 A merged file (merge.py makes it) is one for torch.load: {'model': {parameter: tensor}, 'optimizer':
-{'<parameter>/exp_avg': tensor}, 'state': what checkpoint.json holds, as JSON, 'hf': {file name: bytes, uint8}}.
+{'<parameter>/exp_avg': tensor}, 'state': what checkpoint.json holds, as JSON, 'hf': {path in hf/: bytes, uint8}}.
 
 Other engines may store checkpoints and merged files in another form: a `CheckpointFormat` says how to read theirs.
 """

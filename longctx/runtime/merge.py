@@ -86,10 +86,10 @@ def hf_entry(save_hf_files: Callable[[Path], None]) -> dict[str, torch.Tensor]:
 
 
 def _hf_bytes(folder: Path) -> Iterator[tuple[str, bytes]]:
-    """The files of a folder that has no subfolders; empty ones hold nothing to keep."""
-    for file in sorted(folder.iterdir()):
-        if content := file.read_bytes():
-            yield file.name, content
+    """The files of a folder and of its subfolders, by their paths in it; empty ones hold nothing to keep."""
+    for file in sorted(folder.rglob("*")):
+        if file.is_file() and (content := file.read_bytes()):
+            yield file.relative_to(folder).as_posix(), content
 
 
 def _as_tensor(content: bytes) -> torch.Tensor:
@@ -112,6 +112,7 @@ def export_hf(checkpoint: Checkpoint, hf_dir: Path) -> None:
             sizes = {name: size for _, name, size, _ in _stored_tensors(path, ("model",))}
         else:
             for name, content in merged[HF_ENTRY].items():
+                (aside / name).parent.mkdir(parents=True, exist_ok=True)
                 (aside / name).write_bytes(content.numpy().tobytes())
             sizes = {name: tensor.shape for name, tensor in merged["model"].items()}
         dtype = getattr(torch, _config_dtype(aside / "config.json"))

@@ -8,16 +8,14 @@ is never gathered.
 """
 
 import importlib.util
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -25,6 +23,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from longctx import compiled, devices, torchrun
+from longctx.errors import ModelError
 from longctx.runtime import collectives
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than a slow disk takes to write a checkpoint of 8B parameters
@@ -177,17 +176,27 @@ def reduce_plan_sharded_gradients(model: ParallelModel) -> None:
 Reader = Callable[[tuple[slice, ...]], torch.Tensor]  # returns the part of a stored tensor that the slices select
 
 
-def load_safetensors(model: ParallelModel, weights: dict[str, Any]) -> None:
-    """Fills every parameter from the tensor stored for it; each rank reads only its own shard.
+def load_stored(model: ParallelModel, readers: Mapping[str, Reader]) -> None:
+    """Fills every parameter, by its name, with what its reader reads; each rank reads only its own shard.
 
-    `weights` has for every parameter its `file` and its `name` in that file, as huggingface.weights.find_weights finds
-    and check_weights has checked them.
+    Raises:
+        ModelError: on some rank, a value is a NaN or infinite. Every rank raises it, so that none waits for another.
     """
-    with ExitStack() as stack:
-        opened = {f: stack.enter_context(safe_open(f, "pt")) for f in {stored.file for stored in weights.values()}}
-        for name, parameter in model.named_parameters():
-            stored = weights[name]
-            load_slice(parameter, opened[stored.file].get_slice(stored.name).__getitem__)
+    unusable = None
+    for name, parameter in model.named_parameters():
+        load_slice(parameter, readers[name])
+        if unusable is None and not local(parameter).isfinite().all():
+            unusable = name
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, unusable)
+    for name in filter(None, found):
+        raise not_finite(name)
+
+
+def not_finite(name: str) -> ModelError:
+    return ModelError(
+        f"{name!r} has a NaN or an infinity in its stored weights; download the model again, or choose another"
+    )
 
 
 def load_tensors(model: ParallelModel, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -20,7 +20,7 @@ from longctx.compiler import hardware
 from longctx.compiler.plan import GB
 from longctx.engines.builtin import compile as pipeline
 from longctx.errors import CompiledError, CompiledFolderError
-from longctx.huggingface.build import load_config
+from longctx.huggingface.weights import trained_config
 from longctx.job import Job
 from longctx.runtime import collectives
 
@@ -100,7 +100,7 @@ def rendezvous_store() -> dist.Store:
 def plan_inputs(job: Job) -> dict[str, Any]:
     """All that the plan and the code depend on: compiled folders of equal inputs are the same."""
     return {
-        "config": json.loads(load_config(job.model_id).to_json_string()),
+        "config": json.loads(trained_config(job.model_id, job.random_init).to_json_string()),
         "sequence_length": job.sequence_length,
         "plan_ngpus": job.plan_ngpus,
         "runtime_ngpus": job.runtime_ngpus,

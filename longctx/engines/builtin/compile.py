@@ -1,10 +1,11 @@
 """The compiler's pipeline: a Hugging Face model's configuration -> the compiled folder."""
 
+import copy
 import dataclasses
 import time
 from typing import Any
 
-import torch
+from transformers import PreTrainedConfig
 
 from longctx import compiled, proof, torchrun
 from longctx.atomic import whole_folder
@@ -14,8 +15,9 @@ from longctx.compiler.localize import localize
 from longctx.compiler.ops.registered import target_of
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
 from longctx.compiler.prediction import Prediction
-from longctx.compiler.trace import trace
-from longctx.huggingface.build import build_model, load_config
+from longctx.compiler.trace import sample_row, trace
+from longctx.huggingface.build import build_model
+from longctx.huggingface.weights import trained_config
 from longctx.job import Job
 from longctx.kernels.attention import attention, fused_shapes
 
@@ -30,11 +32,12 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
         UserError: the model can't be traced, its code does something else than it does, or no plan fits.
     """
     started = time.perf_counter()
-    config = load_config(job.model_id)
-    model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
+    config = trained_config(job.model_id, job.random_init)
+    to_build = copy.deepcopy(config)  # building a model writes to its configuration
+    model = build_model(to_build, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
-    proved = prove(graph, job)
+    proved = prove(graph, config, job)
     planning = time.perf_counter()
     setting = plan_setting(job)
     plan = planner.make_plan(graph, setting, fixed_decisions(graph, inputs["plan"]))
@@ -47,20 +50,15 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     say_what_was_compiled(job, summary, traced - started, planning)
 
 
-def prove(graph: Graph, job: Job) -> str:
+def prove(graph: Graph, config: PreTrainedConfig, job: Job) -> str:
     """Proves that the graph's code computes what the model does, unless the model is to be trusted; says which."""
     if job.trust_model:
         return f"{graph.class_name} is trusted: its code was not compared with transformers' own"
-    found = proof.prove(graph, load_config(job.model_id), job.sequence_length)
+    found = proof.prove(graph, config, job.sequence_length)
     return (
         f"proved against transformers' own {graph.class_name}, small and in float32: the loss differs by "
         f"{found.loss_error:.0e}, gradients by {found.gradient_error:.0e} at most"
     )
-
-
-def sample_row(sequence_length: int) -> dict[str, torch.Tensor]:
-    """What the model is traced with: [1, l] int64 each, on meta, each a tensor of its own."""
-    return {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
 
 
 def plan_setting(job: Job) -> Setting:

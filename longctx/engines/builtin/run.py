@@ -16,7 +16,7 @@ from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import KernelError, OutOfMemory
 from longctx.huggingface.build import load_config
-from longctx.huggingface.weights import check_weights, find_weights, random_weights, save_hf_files
+from longctx.huggingface.weights import find_weights, random_weights, remarks, save_hf_files, trained_config
 from longctx.job import Job
 from longctx.kernels import choice, fused
 from longctx.runtime import parallel
@@ -36,25 +36,26 @@ def run(job: Job) -> tuple[int, int]:
     if job.deterministic:
         be_deterministic()
     devices.take(job.device)  # before all else that touches CUDA, as to ask for the GPU's name does
-    config = load_config(job.model_id)
-    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, config.vocab_size)
+    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, load_config(job.model_id).vocab_size)
     resume = find_resume(job, len(rows), FORMATS)
     check_checkpoint_places(job, len(rows), resume)
     check_log(job.log_folder, resume is not None)
     check_compiled_folder(job, plan_inputs(job))
-    weights = None if job.random_init or resume else find_weights(job.model_id, config)
+    weights = None if job.random_init or resume else find_weights(job.model_id)
+    config = trained_config(job.model_id, job.random_init)  # after the weights, which it may depend on, are here
     folder = ensure_compiled(job)
     plan_file = compiled.read_plan_file(folder)
     plan = plan_file.module
     if resume:
         check_same_model(resume, plan.parameters)
-    elif weights:
-        check_weights(weights, plan.parameters)
+    elif weights and torchrun.rank() == 0:
+        for remark in remarks(weights):
+            print(remark, flush=True)
     with parallel.process_group(job.device) as device, saying_what_was_predicted(plan_file.predicted):
         take_attention(job, agree_on_attention(job, plan.fused_attention, device))
         model = build_on_rank(job, folder, plan, device)
         if weights is not None:
-            parallel.load_safetensors(model, weights)
+            parallel.load_stored(model, {name: stored.read for name, stored in weights.by_parameter.items()})
         elif resume is None:
             parallel.load_tensors(model, random_weights(config, job.seed))
         peak = hardware.peak_rate_here(job.dtype) if device.type == "cuda" else None

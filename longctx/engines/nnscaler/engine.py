@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from longctx import torchrun
 from longctx.data.order import position_after
 from longctx.data.rows import Rows, open_dataset
 from longctx.engines.checkpoints import FORMATS
@@ -17,7 +18,7 @@ from longctx.engines.nnscaler.options import GENERATED_FOLDER, PivotNameError, i
 from longctx.errors import CheckpointMismatch, CompiledError, EngineError, LayerNameError, one_line
 from longctx.huggingface.attention import refuse_own_attention
 from longctx.huggingface.build import build_model, load_config
-from longctx.huggingface.weights import check_weights, find_weights
+from longctx.huggingface.weights import find_weights, remarks, trained_config
 from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.metrics import check_log
@@ -102,7 +103,8 @@ def check_model(job: Job) -> Parameters:
         LayerNameError: it lacks one of the classes.
         ModelError: the weights are not there or do not fit, or the model has an attention of its own.
     """
-    config = load_config(job.model_id)
+    weights = None if job.random_init else find_weights(job.model_id)
+    config = trained_config(job.model_id, job.random_init)  # after the weights, which it may depend on, are here
     wrapped = build_model(config, job.dtype, job.attn_implementation)
     refuse_own_attention(wrapped.model)
     known = {type(module).__name__ for module in wrapped.modules()}
@@ -110,10 +112,10 @@ def check_model(job: Job) -> Parameters:
     for kind, names in ((LayerNameError, job.recompute_modules), (PivotNameError, job.nnscaler.pipeline_pivots)):
         if unknown := sorted(set(names or ()) - known):
             raise kind(f"{unknown[0]} is no module of {model_name}; its modules are {', '.join(sorted(known))}")
-    parameters = {name: list(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
-    if not job.random_init:
-        check_weights(find_weights(job.model_id, config), parameters)
-    return parameters
+    if weights and torchrun.rank() == 0:
+        for remark in remarks(weights):
+            print(remark, flush=True)
+    return {name: list(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
 
 
 def check_resume(resume: Checkpoint, job: Job, parameters: Parameters, n_rows: int) -> None:

@@ -14,12 +14,11 @@ from nnscaler.cli.trainer_args import AggregatedOutputs
 
 from longctx.compiler import hardware
 from longctx.compiler.prediction import forward_flops
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.data import order
-from longctx.engines.builtin.proof import sample_row
 from longctx.engines.nnscaler.checkpoints import Parameters
-from longctx.huggingface.build import build_model, load_config
-from longctx.huggingface.weights import save_hf_files
+from longctx.huggingface.build import build_model
+from longctx.huggingface.weights import save_hf_files, trained_config
 from longctx.job import Job
 from longctx.runtime import checkpoint, merge
 from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
@@ -43,7 +42,7 @@ class StepHook(TrainHook):
 
     def __init__(self, job: Job, parameters: Parameters, n_rows: int):
         self.job, self.parameters, self.n_rows = job, parameters, n_rows
-        self.config = load_config(job.model_id)
+        self.config = trained_config(job.model_id, job.random_init)
         self.open_files = ExitStack()
 
     def on_train_start(self, trainer: Trainer) -> None:

@@ -3,13 +3,13 @@
 from collections.abc import Iterable, Iterator
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from longctx.huggingface.attention import make_no_masks
-from longctx.huggingface.build import build_model, load_config
-from longctx.huggingface.weights import find_weights, random_weights
+from longctx.huggingface.build import build_model
+from longctx.huggingface.weights import find_weights, random_weights, trained_config
 from longctx.job import DTYPES
+from longctx.runtime.parallel import not_finite
 
 
 class WrappedModel(nn.Module):
@@ -25,10 +25,10 @@ class WrappedModel(nn.Module):
         sequence_length: int,
     ):
         super().__init__()
-        config = load_config(model_id)
+        config = trained_config(model_id, random_init)
         self.loss = build_model(config, DTYPES[precision], attn_implementation, sequence_length)
         make_no_masks()  # which nnScaler would keep
-        weights = random_weights(config, seed) if random_init else stored_weights(model_id, config)
+        weights = random_weights(config, seed) if random_init else stored_weights(model_id)
         fill(self.loss.model, weights)
 
     def forward(self, sample):
@@ -37,10 +37,13 @@ class WrappedModel(nn.Module):
         return loss, loss.data, sample["n_tokens"]
 
 
-def stored_weights(model_id: str, config) -> Iterator[tuple[str, torch.Tensor]]:
-    for name, stored in find_weights(model_id, config).items():
-        with safe_open(stored.file, "pt") as tensors:
-            yield name, tensors.get_tensor(stored.name)
+def stored_weights(model_id: str) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every parameter's stored weight. Raises a ModelError for one that can't be trained on."""
+    for name, stored in find_weights(model_id).by_parameter.items():
+        weight = stored.read()
+        if not weight.isfinite().all():
+            raise not_finite(name)
+        yield name, weight
 
 
 def fill(module: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:

@@ -37,8 +37,7 @@ from longctx.engines.nnscaler.model import WrappedModel
 from longctx.engines.nnscaler.options import instance_name
 from longctx.errors import UserError
 from longctx.huggingface import attention as huggingface_attention
-from longctx.huggingface.build import load_config
-from longctx.huggingface.weights import find_weights
+from longctx.huggingface.weights import find_weights, trained_config
 from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.trainer import BETAS
@@ -128,7 +127,7 @@ def compute_config(job: Job) -> ComputeConfig:
         "pipeline_nmicros": job.grad_accumulation_steps,  # of hybrid
         "pipeline_nstages": n_stages if n_stages == "auto" else int(n_stages),
     }
-    config = load_config(job.model_id)
+    config = trained_config(job.model_id, job.random_init)
     return ComputeConfig(
         plan_ngpus=job.plan_ngpus,
         runtime_ngpus=job.runtime_ngpus,
@@ -138,7 +137,7 @@ def compute_config(job: Job) -> ComputeConfig:
         trace_strategy=job.nnscaler.trace_strategy or "reuse_cache",
         pas_config=policy,
         # What is generated is reused where all of this is as it was.
-        user_config={"config": config.to_json_string(), **fingerprints(job, config)},
+        user_config={"config": config.to_json_string(), **fingerprints(job)},
     )
 
 
@@ -154,14 +153,14 @@ def optimizer_config(job: Job) -> OptimizerConfig:
     )
 
 
-def fingerprints(job: Job, config) -> dict[str, Any]:
+def fingerprints(job: Job) -> dict[str, Any]:
     """Of our code, the versions and the weights, which nnScaler stores when it compiles; the same on every node."""
-    weights = {} if job.random_init else find_weights(job.model_id, config)
+    files = [] if job.random_init else find_weights(job.model_id).files
     return {
         "versions": [str(torch.__version__), str(transformers.__version__), str(nnscaler_version)],
         "sources": sources.hash_files(sources.files_in("kernels", "huggingface")),
         "ops": sources.hash_registered_ops(),
-        "weights": [hash_ends(file) for file in sorted({stored.file for stored in weights.values()})],
+        "weights": [hash_ends(file) for file in files],
     }
 
 
