@@ -35,6 +35,7 @@ from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx.errors import UserError, one_line
+from longctx.proof import prove
 
 TIME_LIMIT_S = 300
 MEMORY_LIMIT = 8 << 30  # bytes of a process
@@ -65,7 +66,7 @@ def try_family(family: str, drawn: Drawn) -> Row:
         for n_ranks, plans in drawn.items():
             cases = [Case(family, seed, plan_ngpus, n_ranks) for plan_ngpus, seed in plans]
             errors += check_cases(cases, start_method="fork").values()
-        prove(config_of(family), trace_family(family), LENGTH)  # compile refuses what fails here
+        prove(trace_family(family), config_of(family), LENGTH)  # compile refuses what fails here
     except UserError as error:
         return Row(family, "refused", str(error))
     except Exception as error:
