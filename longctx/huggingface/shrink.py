@@ -12,6 +12,7 @@ from typing import Any
 from transformers import PreTrainedConfig
 
 VOCABULARY = 256
+SOFTCAP = 2.0
 HEADS = ("num_attention_heads", "num_key_value_heads", "num_kv_heads")
 LINEAR_HEADS = ("linear_num_value_heads", "linear_num_key_heads")
 WIDTHS = (
@@ -63,8 +64,8 @@ def _reduce_depth(config: PreTrainedConfig, depth: int) -> None:
 
 
 def _settle(text: PreTrainedConfig, sequence_length: int, length: int) -> None:
-    """A small vocabulary, windows that are shorter than the rows, no dropout, and rotary tables beyond pretraining's
-    length if they are so at `sequence_length`."""
+    """A small vocabulary, windows that are shorter than the rows, soft-caps that the scores come near, no dropout, and
+    rotary tables beyond pretraining's length if they are so at `sequence_length`."""
     for name, value in list(vars(text).items()):
         if "vocab_size" in name and isinstance(value, int):
             setattr(text, name, min(value, VOCABULARY))
@@ -72,6 +73,8 @@ def _settle(text: PreTrainedConfig, sequence_length: int, length: int) -> None:
             setattr(text, name, min(value, max(1, length // 4)))
         elif "drop" in name and isinstance(value, float):
             setattr(text, name, 0.0)
+        elif "softcap" in name and isinstance(value, float):
+            setattr(text, name, min(value, SOFTCAP))
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(value := getattr(text, name, None), int):
             setattr(text, name, min(value, text.vocab_size - 1))
