@@ -31,7 +31,7 @@ KINDS = {
 
 def rows_of_the_page() -> dict[str, str]:
     """What docs/models.md says of each family."""
-    return dict(re.findall(r"^\| ([\w.-]+) \| \w+ \| (.*) \|$", PAGE.read_text(), flags=re.MULTILINE))
+    return dict(re.findall(r"^\| ([\w.-]+) \| \w+ \| (\w+: .*) \|$", PAGE.read_text(), flags=re.MULTILINE))
 
 
 def assert_right(cases: list[Case]) -> None:
