@@ -53,7 +53,7 @@ def prove(graph: Graph, job: Job) -> str:
     """Proves that the graph's code computes what the model does, unless the model is to be trusted; says which."""
     if job.trust_model:
         return f"{graph.class_name} is trusted: its code was not compared with transformers' own"
-    found = proof.prove(graph, load_config(job.model_id), job.sequence_length)
+    found = proof.prove(graph, trained_config(job.model_id, job.random_init), job.sequence_length)
     return (
         f"proved against transformers' own {graph.class_name}, small and in float32: the loss differs by "
         f"{found.loss_error:.0e}, gradients by {found.gradient_error:.0e} at most"
