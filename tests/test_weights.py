@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -113,7 +114,7 @@ def save_safetensors(tensors: dict[str, torch.Tensor], file: Path) -> None:
     save_file({name: tensor.clone() for name, tensor in tensors.items()}, file, metadata={"format": "pt"})
 
 
-def load_by_transformers(path: Path):
+def load_by_transformers(path: Path) -> Any:
     """The model in float32, and what transformers says of missing and unexpected tensors."""
     return AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32, output_loading_info=True)
 
