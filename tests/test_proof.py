@@ -184,9 +184,15 @@ def test_the_small_model_of_a_large_one_is_narrow_and_has_its_heads_and_their_ra
     assert {name: before[name] for name in kept} == {name: after[name] for name in kept}
 
 
+def test_a_window_that_no_row_is_longer_than_is_none_in_the_small_model_either():
+    config = small_config("mistral", sliding_window=4096)
+    assert LENGTH < 4096
+    assert proof.prove(graph_of(config), small_config("mistral", sliding_window=4096), LENGTH).holds
+
+
 @pytest.mark.parametrize("family", ["gemma3_text", "smollm3", "exaone4"])
 def test_the_small_model_has_every_kind_of_layer_and_windows_that_matter(family):
-    config = small_config(family, num_hidden_layers=12, layer_types=None, no_rope_layers=None)
+    config = small_config(family, num_hidden_layers=12, layer_types=None, no_rope_layers=None, sliding_window=32)
     graph = graph_of(config)
     assert len(graph.kinds) > 1
     small, *_ = small_configs(config, LENGTH, 67, proof._layers_with_all_kinds(graph))

@@ -64,12 +64,12 @@ def _reduce_depth(config: PreTrainedConfig, depth: int) -> None:
 
 
 def _settle(text: PreTrainedConfig, sequence_length: int, length: int) -> None:
-    """A small vocabulary, windows that are shorter than the rows, soft-caps that the scores come near, no dropout, and
-    rotary tables beyond pretraining's length if they are so at `sequence_length`."""
+    """A small vocabulary, no dropout, and soft-caps that the scores come near. Windows, and the lengths at which rotary
+    tables were pretrained, are shorter than the rows if they are so at `sequence_length`."""
     for name, value in list(vars(text).items()):
         if "vocab_size" in name and isinstance(value, int):
             setattr(text, name, min(value, VOCABULARY))
-        elif name.endswith(WINDOWS) and type(value) is int:
+        elif name.endswith(WINDOWS) and type(value) is int and value < sequence_length:
             setattr(text, name, min(value, max(1, length // 4)))
         elif "drop" in name and isinstance(value, float):
             setattr(text, name, 0.0)
