@@ -9,6 +9,7 @@ silently be ignored. So the head is run once, on meta tensors, and its operators
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -78,7 +79,8 @@ def input_of_output_embeddings(model: PreTrainedModel, tokens: torch.Tensor) -> 
         handed.append(hidden_states)
         return hidden_states  # in place of the logits, which nobody reads
 
-    with _forward_replaced(model.get_output_embeddings(), take):
+    lm_head: Any = model.get_output_embeddings()
+    with _forward_replaced(lm_head, take):
         model(input_ids=tokens, use_cache=False)
     return handed[-1]
 
@@ -110,7 +112,8 @@ def _head_ops(model: PreTrainedModel) -> list[HeadOp]:
     Raises:
         ModelError: the model has no output embeddings apart from its decoder, or never calls them.
     """
-    decoder, lm_head = model.get_decoder(), model.get_output_embeddings()
+    decoder: Any = model.get_decoder()
+    lm_head: Any = model.get_output_embeddings()
     if decoder in (model, lm_head):  # some models call their output embeddings the decoder
         decoder = max(model.children(), key=lambda module: sum(p.numel() for p in module.parameters()))
     if not isinstance(getattr(lm_head, "weight", None), nn.Parameter) or decoder is lm_head:
@@ -120,18 +123,20 @@ def _head_ops(model: PreTrainedModel) -> list[HeadOp]:
         )
     # A head that begins with a layer of its own may take more features than the output embeddings do.
     taken = lm_head.weight.shape[1]
+    failed: Exception | None = None
     for width in dict.fromkeys((taken, getattr(model.config.get_text_config(), "hidden_size", taken))):
         try:
             return _run_head(model, decoder, lm_head, width)
         except Exception as error:
             failed = error
+    assert failed is not None, "each width that fails leaves its error"
     raise ModelError(
         f"this program can't run the head of {type(model).__name__} apart from its decoder "
         f"({type(failed).__name__}: {one_line(failed)}); choose another model"
     ) from failed
 
 
-def _run_head(model: PreTrainedModel, decoder: nn.Module, lm_head: nn.Module, width: int) -> list[HeadOp]:
+def _run_head(model: PreTrainedModel, decoder: nn.Module, lm_head: Any, width: int) -> list[HeadOp]:
     """The operators from the output embeddings on, where the decoder returns hidden states with `width` features."""
     hidden_states = torch.empty(1, 2, width, device="meta", dtype=lm_head.weight.dtype)
     tokens = torch.zeros(1, 2, dtype=torch.long, device="meta")
