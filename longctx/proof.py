@@ -27,8 +27,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from longctx import compiled, sources
+from longctx.atomic import whole_file
 from longctx.compiler import codegen
-from longctx.compiler.ir import Graph, Op
+from longctx.compiler.ir import Graph, Op, Tensor
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.ops.aten import is_aten
@@ -42,20 +43,22 @@ from longctx.huggingface.build import build_model
 from longctx.huggingface.shrink import small_configs
 from longctx.runtime import parallel
 
+LEAST_LENGTH = 31  # of rows of which a square is no width that a model may have
 # A row's length is a prime, so that no width of the model is a multiple of it, and a chunk and a bit of the scans'.
 LENGTHS = (67, 61, 47, 31, 23, 13, 7, 5, 3, 2)
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-4
 ROUNDINGS = 5  # how many times its own rounding a model's gradients may be off where that is more
+NOT_COMPARED = {"dropout", "deterministic", "implementation"}  # options of attention that a proof is made without
 SMALL = 1e-4  # of the norm of all gradients: less is nothing but rounding, as the gradient of a key's bias is
 MOST_PARAMETERS = 500_000_000  # 16 bytes each: two models and their gradients
 
 
 @dataclass(frozen=True)
 class Proof:
-    """How far generated code is from the model. The worst gradient error is that of `parameter`.
+    """How far generated code is from the model: the gradient that is furthest beyond what is allowed is `parameter`'s.
 
-    `rounding` is how far the model's own gradients in float32 are from those in float64, where that was asked.
+    `rounding` is how far the model's own gradient of it in float32 is from that in float64, where that was asked.
     """
 
     loss_error: float
@@ -65,8 +68,12 @@ class Proof:
 
     @property
     def holds(self) -> bool:  # no comparison holds for a NaN
-        largest = max(GRADIENT_TOLERANCE, ROUNDINGS * self.rounding)
-        return self.loss_error < LOSS_TOLERANCE and self.gradient_error < largest
+        return self.loss_error < LOSS_TOLERANCE and self.gradient_error < allowed(self.rounding)
+
+
+def allowed(rounding: float) -> float:
+    """How far the gradient of a parameter may be off whose own rounding is so large."""
+    return max(GRADIENT_TOLERANCE, ROUNDINGS * rounding)
 
 
 def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof:
@@ -85,11 +92,11 @@ def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof
     key = [_json(config), _json(small), length, signature, *_code()]
     file = cache_folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, TypeError):
-        return Proof(**json.loads(file.read_text()))
+        if (remembered := Proof(**json.loads(file.read_text()))).holds:
+            return remembered
     proof = _prove(candidates, signature, length, graph.class_name)
-    with suppress(OSError):  # a home that can't be written to
-        file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text(json.dumps(dataclasses.asdict(proof)))
+    with suppress(OSError), whole_file(file) as aside:  # a home may be one that can't be written to
+        aside.write_text(json.dumps(dataclasses.asdict(proof)))
     return proof
 
 
@@ -146,7 +153,7 @@ def _signature(graph: Graph) -> list:
 
 def _calls(ops: list[Op]) -> list:
     calls = filter(_counts, ops)
-    return [[op.module, op.target, sorted(op.kwargs.keys() - {"dropout", "deterministic"})] for op in calls]
+    return [[op.module, op.target, sorted(op.kwargs.keys() - NOT_COMPARED)] for op in calls]
 
 
 def _counts(op: Op) -> bool:
@@ -175,19 +182,33 @@ def _layers_with_all_kinds(graph: Graph) -> int:
 def check_no_squares(graph: Graph, length: int) -> None:
     """Raises a ModelError if a tensor outside attention's operator grows with the square of the sequence length.
 
+    It can't be seen in a graph for few tokens, nor where some weight is as wide as the row is long.
+
     Args:
-        length: the prime with which the graph was traced.
+        length: that the graph was traced for.
     """
+    widths = {size for tensor in graph.all_parameters().values() for size in tensor.shape}
+    if length < LEAST_LENGTH or widths & _as_long_as(length):
+        return
     for op in graph.all_ops():
         for tensor in op.outputs if is_aten(op) else ():
-            if tensor.shape.count(length) > 1 or any(size and size % length**2 == 0 for size in tensor.shape):
-                shape = ["l" if size == length else size for size in tensor.shape]
-                place = f"line {op.statement.place[1]} of {Path(op.statement.place[0]).name}" if op.statement else "it"
-                raise ModelError(
-                    f"{op.module or graph.class_name} makes a tensor that grows with the square of the sequence length "
-                    f"({place} makes {shape}, where l is the length), which no memory holds at long context; choose "
-                    "another model".replace("'", "")
-                )
+            long = [size for size in tensor.shape if size in _as_long_as(length) or size and size % length**2 == 0]
+            if len(long) > 1 or any(size % length**2 == 0 for size in long):
+                raise ModelError(_say_square(graph, op, tensor, length))
+
+
+def _as_long_as(length: int) -> set[int]:
+    """The lengths of dimensions that grow with the row: of its tokens, and of the distances between them."""
+    return {length - 1, length, length + 1, 2 * length - 1, 2 * length, 2 * length + 1}
+
+
+def _say_square(graph: Graph, op: Op, tensor: Tensor, length: int) -> str:
+    shape = ", ".join("l" if size == length else str(size) for size in tensor.shape)
+    place = f"line {op.statement.place[1]} of {Path(op.statement.place[0]).name}" if op.statement else "it"
+    return (
+        f"{op.module or graph.class_name} makes a tensor that grows with the square of the sequence length "
+        f"({place} makes [{shape}], where l is the length), which no memory holds at long context; choose another model"
+    )
 
 
 # --- the comparison --------------------------------------------------------------------------------------------------
@@ -223,9 +244,11 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
             "choose another model"
         ) from error
     error = abs(loss.item() - expected.item()) / abs(expected.item())
-    worst, parameter = _worst_gradient_error(_gradients_of(module), _gradients_of(model))
-    near = GRADIENT_TOLERANCE <= worst < 100 * GRADIENT_TOLERANCE
-    return Proof(error, worst, parameter, _own_rounding(model, tokens, labels) if near else 0.0)
+    errors = gradient_errors(gradients_of(module), gradients_of(model))
+    near = GRADIENT_TOLERANCE <= max(errors.values()) < 100 * GRADIENT_TOLERANCE
+    roundings = _own_roundings(model, tokens, labels) if near else dict.fromkeys(errors, 0.0)
+    worst = max(errors, key=lambda name: errors[name] / allowed(roundings[name]))
+    return Proof(error, errors[worst], worst, roundings[worst])
 
 
 def _own_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -234,12 +257,12 @@ def _own_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor
     return F.cross_entropy(logits.to(model.dtype), labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def _own_rounding(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> float:
-    """How far the model's own gradients, which it has in float32, are from those in float64, at worst."""
-    rounded = {name: gradient.double() for name, gradient in _gradients_of(model).items()}
+def _own_roundings(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+    """How far each of the model's own gradients, which it has in float32, is from that in float64."""
+    rounded = {name: gradient.double() for name, gradient in gradients_of(model).items()}
     model.zero_grad()
     _own_loss(model.double(), tokens, labels).backward()
-    return _worst_gradient_error(rounded, _gradients_of(model))[0]
+    return gradient_errors(rounded, gradients_of(model))
 
 
 def _random_row(vocabulary: int, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -279,18 +302,20 @@ def _generated_module(graph: Graph, weights: Mapping[str, torch.Tensor]) -> nn.M
     return module
 
 
-def _gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """Every parameter's gradient; 0 for one on which the loss does not depend."""
+def gradients_of(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The gradient of each parameter by its name; zeros where the loss does not depend on it."""
     return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
 
 
-def _worst_gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest |found - expected| / |expected|, and its parameter; |expected| counts as SMALL of all at least."""
+def gradient_errors(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> dict[str, float]:
+    """|found - expected| / |expected| of each parameter's gradient, infinite for one that is no number.
+
+    |expected| counts as SMALL of the norm of all gradients at least: the bias of keys, for one, doesn't change the
+    softmax, and its gradient is nothing but rounding. One that is not found counts as zero.
+    """
     floor = SMALL * torch.stack([gradient.norm() for gradient in expected.values()]).norm()
-    errors = {
-        name: ((found[name] - gradient).norm() / gradient.norm().clamp_min(floor)).nan_to_num(torch.inf).item()
-        for name, gradient in expected.items()
-        if name in found or gradient.any()
-    }
-    worst = max(errors, key=errors.__getitem__)
-    return errors[worst], worst
+    errors = {}
+    for name, gradient in expected.items():
+        off = (found.get(name, torch.zeros_like(gradient)) - gradient).norm() / gradient.norm().clamp_min(floor)
+        errors[name] = off.nan_to_num(torch.inf).item()
+    return errors

@@ -9,6 +9,7 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx.data.rows import IGNORE_INDEX
+from longctx.proof import gradient_errors
 
 FAMILIES = {
     "llama": {"num_key_value_heads": 2},
@@ -207,18 +208,8 @@ def reference_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.T
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def gradients_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The gradient of each parameter, by its name; zeros where the loss does not depend on it."""
-    return {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in model.named_parameters()}
-
-
 def worst_gradient_error(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> tuple[float, str]:
-    """The largest |found - expected| / |expected| over parameters, and the parameter's name.
-
-    |expected| counts as at least 1e-4 of the norm of all gradients together: the bias of keys, for one, doesn't change
-    the softmax, and its gradient is nothing but rounding.
-    """
-    floor = 1e-4 * torch.stack([g.norm() for g in expected.values()]).norm()
-    errors = {n: ((found[n] - g).norm() / g.norm().clamp_min(floor)).item() for n, g in expected.items()}
-    worst = max(errors, key=lambda name: errors[name] if errors[name] == errors[name] else float("inf"))
+    """The largest of the gradients' errors, and its parameter."""
+    errors = gradient_errors(found, expected)
+    worst = max(errors, key=errors.__getitem__)
     return errors[worst], worst

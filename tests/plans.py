@@ -17,7 +17,6 @@ import torch.distributed as dist
 from families import (
     FAMILIES,
     config_of,
-    gradients_of,
     random_rows,
     reference_loss,
     reference_model,
@@ -39,6 +38,7 @@ from longctx.compiler.recompute import Recompute
 from longctx.compiler.trace import trace
 from longctx.compiler.work import Work
 from longctx.huggingface.build import build_model
+from longctx.proof import gradients_of
 from longctx.runtime import parallel
 
 LENGTH = 32

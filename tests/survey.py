@@ -24,23 +24,19 @@ import transformers
 from families import (
     ALL_FAMILIES,
     config_of,
-    gradients_of,
     random_rows,
     reference_loss,
     reference_model,
-    worst_gradient_error,
 )
 from plans import LENGTH, Case, check_cases, trace_family
 from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx.errors import UserError, one_line
-from longctx.proof import prove
+from longctx.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, allowed, gradient_errors, gradients_of, prove
 
 TIME_LIMIT_S = 300
 MEMORY_LIMIT = 8 << 30  # bytes of a process
-LARGEST_LOSS_ERROR, LARGEST_GRADIENT_ERROR = 1e-6, 1e-4
-ROUNDINGS = 5  # how many times its own rounding a model's gradients may be off where that is more
 Drawn = dict[int, list[tuple[int, int]]]
 # Plans by the number of ranks, as (ranks of a plan, seed); a plan of 2 on 4 ranks has two copies.
 DRAWN = {4: [(4, 0), (4, 1), (2, 2)]}
@@ -77,26 +73,27 @@ def try_family(family: str, drawn: Drawn) -> Row:
 
 
 def judge(family: str, errors: list[tuple[float, float, str]]) -> Row:
-    """'right' or 'wrong', by the loss error, the worst gradient error and its parameter of each plan."""
+    """'right' or 'wrong', by the loss error, the worst gradient error and its parameter of each plan, as proofs are."""
     loss_error = max(loss for loss, _, _ in errors)
     gradient_error, parameter = max((gradient, name) for _, gradient, name in errors)
-    largest = LARGEST_GRADIENT_ERROR
-    if largest <= gradient_error < 100 * largest:
-        largest = max(largest, ROUNDINGS * own_rounding(family))
+    near = GRADIENT_TOLERANCE <= gradient_error < 100 * GRADIENT_TOLERANCE
+    roundings = own_roundings(family) if near else {}
     # Compared this way round, so that an error that is no number is none that is small enough.
-    right = all(loss < LARGEST_LOSS_ERROR and gradient < largest for loss, gradient, _ in errors)
+    right = all(
+        loss < LOSS_TOLERANCE and gradient < allowed(roundings.get(name, 0.0)) for loss, gradient, name in errors
+    )
     says = "" if right else f"the gradient of {parameter}"
     return Row(family, "right" if right else "wrong", says, loss_error, gradient_error, len(errors))
 
 
-def own_rounding(family: str) -> float:
-    """How far the Hugging Face model's own gradients in float32 are from those in float64, at worst."""
+def own_roundings(family: str) -> dict[str, float]:
+    """How far each of the Hugging Face model's own gradients in float32 is from that in float64."""
     gradients = []
     for dtype in (torch.float32, torch.float64):
         model = reference_model(config_of(family)).to(dtype)
         reference_loss(model, *random_rows(1, LENGTH, 256)).backward()
         gradients.append({name: gradient.double() for name, gradient in gradients_of(model).items()})
-    return worst_gradient_error(*gradients)[0]
+    return gradient_errors(*gradients)
 
 
 def _write_row(path: Path, family: str, drawn: Drawn) -> None:

@@ -13,7 +13,6 @@ import torch.distributed as dist
 from families import (
     FAMILIES,
     ROTARY,
-    gradients_of,
     random_rows,
     reference_loss,
     reference_model,
@@ -40,6 +39,7 @@ from longctx.huggingface import build
 from longctx.huggingface.attention import make_no_masks
 from longctx.huggingface.weights import find_weights
 from longctx.kernels.rms_norm import rms_norm
+from longctx.proof import gradients_of
 from longctx.runtime import parallel
 
 LENGTH = 48

@@ -1,5 +1,6 @@
 """No plan is made of a model before its generated code has been shown to compute what the model does."""
 
+import copy
 import json
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,7 +14,7 @@ from longctx import proof
 from longctx.compiler import trace as tracing
 from longctx.compiler.ir import FlatGraph, Graph, Op
 from longctx.compiler.ops import arguments_of, target_of
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.errors import ModelError, ProofError, UserError
 from longctx.huggingface import norms
 from longctx.huggingface.build import build_model
@@ -23,10 +24,9 @@ from longctx.kernels.attention import attention
 LENGTH = 96
 
 
-def graph_of(config) -> Graph:
+def graph_of(config, length: int = LENGTH) -> Graph:
     """What compile traces of a model, in bfloat16."""
-    sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    return trace(build_model(config, torch.bfloat16, "auto", LENGTH), sample)
+    return trace(build_model(config, torch.bfloat16, "auto", length), sample_row(length))
 
 
 def prove(family: str, **changes) -> proof.Proof:
@@ -132,6 +132,25 @@ def test_a_family_that_was_silently_wrong_is_proved(family, monkeypatch):
     monkeypatch.setitem(FAMILIES, family, {**FAMILIES.get(family, {}), **WERE_WRONG[family]})
     found = prove(family)
     assert found.loss_error < 1e-6 and found.gradient_error < 1e-4, found.parameter
+
+
+@pytest.mark.parametrize("kernel", ["sdpa", "eager"])
+def test_a_model_is_proved_whatever_kernel_it_is_to_be_trained_with(kernel):
+    config = small_config("llama")
+    graph = trace(build_model(copy.deepcopy(config), torch.bfloat16, kernel, LENGTH), sample_row(LENGTH))
+    assert proof.prove(graph, config, LENGTH).holds
+
+
+def test_rows_of_a_few_tokens_are_no_squares():
+    config = small_config(
+        "llama", hidden_size=200, num_attention_heads=20
+    )  # 8 times the square of 5, the row of a proof
+    assert proof.prove(graph_of(config, 6), config, 6).holds
+
+
+def test_a_gradient_that_generated_code_lacks_is_zero():
+    expected = {"weight": torch.ones(3), "bias": torch.ones(1)}
+    assert proof.gradient_errors({"weight": torch.ones(3)}, expected) == {"weight": 0.0, "bias": 1.0}
 
 
 def test_a_proof_is_remembered_for_its_configuration_and_no_other(monkeypatch):
