@@ -1,9 +1,9 @@
 """The machinery behind the scripts, in rooms.
 
     data/           documents, tokens, rows, and the order in which training takes them
-    huggingface/    a model as it is trained: built, wrapped, its weights, its FLOPs
+    huggingface/    a model as it is trained: built, wrapped, its weights; small models to prove it by
     compiler/       model -> plan -> Python; knows nothing of processes, real devices or data
-    kernels/        functions that generated code calls (attention, RMSNorm), and what the compiler knows of them
+    kernels/        functions that generated code calls (attention, recurrences), and what the compiler knows of them
     runtime/        what a rank does: collectives, FSDP2, training, metrics, checkpoints; knows nothing of planning
     engines/        builtin/ joins these; nnscaler/ does the job with upstream nnScaler
 
