@@ -32,7 +32,7 @@ from longctx.compiler.placement import Shard
 from longctx.compiler.plan import Fixed, Plan, Setting
 from longctx.compiler.recompute import Recompute
 from longctx.compiler.statements import statement_of
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.engines.builtin import cache
 from longctx.errors import UserError
 from longctx.huggingface import build
@@ -178,13 +178,13 @@ def test_a_model_that_torch_export_can_not_trace_is_refused_in_one_sentence(monk
     assert capfd.readouterr().err == ""
 
 
-def test_a_model_whose_numbers_tracing_would_lose_is_refused(monkeypatch):
+def test_numbers_that_a_forward_makes_a_tensor_of_stay_in_the_graph(monkeypatch):
     wrapped = build.build_model(small_config("llama"), torch.float32)
     norm = wrapped.model.model.norm
     monkeypatch.setattr(norm, "forward", lambda x: x * torch.tensor([0.5, 2.0] * 32, device=x.device))
-    sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    with pytest.raises(UserError, match="whose values tracing loses"):
-        trace(wrapped, sample)
+    graph = trace(wrapped, sample_row(8))
+    numbers = [op.args[1] for op in graph.all_ops() if op.module == "model.norm" and not op.inputs]
+    assert numbers == [0.5, 2.0] * 32
 
 
 def _compare_on_ranks(folder: Path, families: list[str]) -> None:

@@ -253,7 +253,7 @@ def test_sinks_are_known_and_no_fused_kernel_is_taken_for_them():
     (op,) = [op for op in trace_model(config).all_ops() if op.target == target_of(sink_attention)]
     assert arguments_of(op)["sinks"].name.endswith("self_attn.sinks")
     with pytest.raises(KernelError, match="^the attention of .* has sinks, which no fused kernel has here"):
-        trace_model(config, attn_implementation="flash_attention_2")
+        trace_model(config, attn_implementation="flash")
 
 
 class Masked(nn.Module):

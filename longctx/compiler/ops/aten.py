@@ -193,7 +193,7 @@ ATEN: dict[str, OpSpec] = {
         pointwise("log"),
         pointwise("maximum"),
         pointwise("minimum"),
-        pointwise("clamp", py.method("clamp")),
+        pointwise("clamp", py.method("clamp"), saves=saves_input),
         pointwise("clamp_min", py.method("clamp_min")),
         # Activations.
         pointwise("silu", py.function("F.silu"), saves=saves_input),
