@@ -39,7 +39,7 @@ from longctx.errors import (
     TrainingError,
     UserError,
 )
-from longctx.huggingface.build import load_config
+from longctx.huggingface.build import load_config, vocab_size
 from longctx.job import Job, Options
 from longctx.kernels.fused import KERNELS, why_not
 
@@ -200,7 +200,7 @@ def check_attention(job: Job) -> None:
 def check_vocabulary(job: Job) -> None:
     """Raises a RowsError if the rows have tokens that the model does not know, by what is recorded of them."""
     if job.dataset_path:
-        rows.check_tokenizer(job.dataset_path, load_config(job.model_id).vocab_size)
+        rows.check_tokenizer(job.dataset_path, vocab_size(load_config(job.model_id)))
 
 
 def check_folders(job: Job) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from families import reference_model, small_config
+from families import config_of, reference_model, small_config
 from safetensors.torch import load_file, save_file
 from saved_rows import save_rows
 
@@ -454,3 +454,13 @@ def test_under_torchrun_only_one_rank_prints_why_a_command_is_refused(job):
     assert result.stderr.count("train.py: error:") == 1
     assert "exitcode  : 2" in result.stderr
     assert "init_process_group" not in result.stderr
+
+
+def test_a_model_whose_text_part_has_the_vocabulary_is_compiled_for_rows_and_takes_a_step(tmp_path):
+    config_of("gemma3").save_pretrained(tmp_path / "model")
+    save_random_rows(tmp_path / "rows")
+    places = {"checkpoint_dir": tmp_path / "checkpoints", "log_dir": tmp_path / "runs", "name": "composite"}
+    ask = {**places, "random_init": True, "hardware": "cpu", "sequence_length": 16}
+    train.main(arguments(tmp_path, **ask, run_mode="compile"))
+    train.main(arguments(tmp_path, **ask, max_train_steps=1))
+    assert len((tmp_path / "runs" / "composite" / "metrics.jsonl").read_text().splitlines()) == 1

@@ -220,6 +220,12 @@ def writes_to_a_diagonal(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return y.sum()
 
 
+def writes_through_another_dtype(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
+    bits = torch.ones_like(x)
+    bits.view(torch.int32)[:] = 0
+    return (self.weight * bits).sum()
+
+
 def writes_at_random(self: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return (self.weight * torch.empty_like(x).normal_()).sum()
 
@@ -251,6 +257,7 @@ REFUSED = {
     writes_to_its_buffer: "writes to count in its forward",
     writes_past_autograd: "writes into what detach returns",
     writes_to_a_diagonal: "writes into what diagonal returns",
+    writes_through_another_dtype: "writes into what view returns",
     writes_at_random: "with aten.normal_.default",
     writes_two_results: "with aten.sum.IntList_out",
     writes_to_a_list: "with aten._foreach_mul_.Scalar",

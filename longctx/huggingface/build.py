@@ -70,6 +70,11 @@ def load_config(model_id: str) -> PreTrainedConfig:
     return _read_config(model_id)
 
 
+def vocab_size(config: PreTrainedConfig) -> int:
+    """How many tokens a model knows; one of several parts has the number in the configuration of its text part."""
+    return config.get_text_config().vocab_size
+
+
 @functools.cache  # each look at the hub is a request; a folder's file may change, and is read each time
 def _hub_config(model_id: str) -> PreTrainedConfig:
     return _read_config(model_id)

@@ -65,7 +65,10 @@ def on_meta(target: str, args: tuple, kwargs: dict[str, Any]) -> Any:
 # A rule takes the op that made the view, which of the op's outputs it is, the whole, and the view's new value.
 
 
-def reshaped_back(op: Op, index: int, whole: Tensor, part: Tensor) -> Call:
+def reshaped_back(op: Op, index: int, whole: Tensor, part: Tensor) -> Call | None:
+    """None for a view of the same bytes as another dtype, whose elements are no elements of the whole."""
+    if whole.dtype != part.dtype:
+        return None
     return "aten.reshape.default", (part, list(whole.shape))
 
 

@@ -21,7 +21,7 @@ from longctx.engines.builtin.cache import ensure_compiled
 from longctx.engines.builtin.run import choose_attention, saying_what_was_predicted, take_attention
 from longctx.errors import RehearsalError
 from longctx.flops import step_flops
-from longctx.huggingface.build import load_config
+from longctx.huggingface.build import load_config, vocab_size
 from longctx.job import Job
 from longctx.runtime import parallel
 from longctx.runtime.determinism import be_deterministic
@@ -46,7 +46,7 @@ def rehearse(job: Job) -> None:
         here = {name: dim for name, dim in plan.module.plan_sharded.items() if name in dict(module.named_parameters())}
         model = parallel.parallelize(module, plan.module.layers_path, device, job.dtype, job.plan_ngpus, here)
         random_values(model, job.seed)
-        measured = measure_step(model, job, random_row(config.vocab_size, job), layers)
+        measured = measure_step(model, job, random_row(vocab_size(config), job), layers)
     rehearsal = Rehearsal(
         device_name(device), torch.__version__, job.rehearse_rank, measured, project(measured, plan, job)
     )

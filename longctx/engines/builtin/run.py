@@ -15,7 +15,7 @@ from longctx.data.rows import Rows, open_dataset
 from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled, plan_inputs
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import KernelError, OutOfMemory
-from longctx.huggingface.build import load_config
+from longctx.huggingface.build import load_config, vocab_size
 from longctx.huggingface.weights import find_weights, random_weights, remarks, save_hf_files, trained_config
 from longctx.job import Job
 from longctx.kernels import choice, fused
@@ -36,7 +36,7 @@ def run(job: Job) -> tuple[int, int]:
     if job.deterministic:
         be_deterministic()
     devices.take(job.device)  # before all else that touches CUDA, as to ask for the GPU's name does
-    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, load_config(job.model_id).vocab_size)
+    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, vocab_size(load_config(job.model_id)))
     resume = find_resume(job, len(rows), FORMATS)
     check_checkpoint_places(job, len(rows), resume)
     check_log(job.log_folder, resume is not None)

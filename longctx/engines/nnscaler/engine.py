@@ -17,7 +17,7 @@ from longctx.engines.nnscaler.model import WrappedModel
 from longctx.engines.nnscaler.options import GENERATED_FOLDER, PivotNameError, instance_name
 from longctx.errors import CheckpointMismatch, CompiledError, EngineError, LayerNameError, one_line
 from longctx.huggingface.attention import refuse_own_attention
-from longctx.huggingface.build import build_model, load_config
+from longctx.huggingface.build import build_model, load_config, vocab_size
 from longctx.huggingface.weights import find_weights, remarks, trained_config
 from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
@@ -50,7 +50,7 @@ def run(job: Job) -> tuple[int, int]:
     check_gpu()
     parameters = check_model(job)
     check_generated(generated_folder(job))
-    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, load_config(job.model_id).vocab_size)
+    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, vocab_size(load_config(job.model_id)))
     resume = find_resume(job, len(rows), FORMATS)
     if resume:
         check_resume(resume, job, parameters, len(rows))

@@ -1,5 +1,6 @@
 """What the built-in engine does around a step, done within nnScaler's training loop, which calls back."""
 
+import copy
 import functools
 import json
 import time
@@ -11,12 +12,14 @@ import torch.distributed as dist
 from nnscaler.cli.train_hook import TrainHook
 from nnscaler.cli.trainer import Trainer
 from nnscaler.cli.trainer_args import AggregatedOutputs
+from transformers import PreTrainedConfig
 
 from longctx.compiler import hardware
 from longctx.compiler.prediction import forward_flops
 from longctx.compiler.trace import sample_row, trace
 from longctx.data import order
 from longctx.engines.nnscaler.checkpoints import Parameters
+from longctx.errors import ModelError
 from longctx.huggingface.build import build_model
 from longctx.huggingface.weights import save_hf_files, trained_config
 from longctx.job import Job
@@ -37,6 +40,18 @@ def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> Ag
     )
 
 
+def count_flops(job: Job, config: PreTrainedConfig) -> FlopCount:
+    """What MFU is reckoned from; a model that our tracer refuses is trained all the same, without MFU."""
+    config = copy.deepcopy(config)  # build_model writes to it, and the caller's goes with the checkpoints
+    model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length)
+    try:
+        flops = forward_flops(trace(model, sample_row(job.sequence_length)))
+    except ModelError as error:
+        print(f"run: MFU is left out, since the FLOPs of a step are not known: {error}", flush=True)
+        return FlopCount(0.0, 0.0, peak_per_s=None)
+    return FlopCount(*flops, hardware.peak_rate_here(job.dtype))
+
+
 class StepHook(TrainHook):
     """Our learning rate, check of the loss, log, and what our checkpoints hold, at the points where nnScaler asks."""
 
@@ -51,9 +66,7 @@ class StepHook(TrainHook):
         steps = trainer.train_status.finished_train_steps
         self.position = order.position_after(steps, self.n_rows, self.job.rows_per_step)
         if trainer.rank == 0:
-            model = build_model(self.config, self.job.dtype, self.job.attn_implementation, self.job.sequence_length)
-            flops = forward_flops(trace(model, sample_row(self.job.sequence_length)))
-            self.flops = FlopCount(*flops, hardware.peak_rate_here(self.job.dtype))
+            self.flops = count_flops(self.job, self.config)
             files = metrics_log(self.job.log_folder, self.position.step, trainer.max_train_steps)
             self.log = self.open_files.enter_context(files)
 
