@@ -456,8 +456,9 @@ def test_under_torchrun_only_one_rank_prints_why_a_command_is_refused(job):
     assert "init_process_group" not in result.stderr
 
 
-def test_a_model_whose_text_part_has_the_vocabulary_is_compiled_for_rows_and_takes_a_step(tmp_path):
-    config_of("gemma3").save_pretrained(tmp_path / "model")
+@pytest.mark.parametrize("family", ["gemma3", "qwen3_5"])
+def test_a_model_whose_text_part_has_the_vocabulary_is_compiled_for_rows_and_takes_a_step(family, tmp_path):
+    config_of(family).save_pretrained(tmp_path / "model")
     save_random_rows(tmp_path / "rows")
     places = {"checkpoint_dir": tmp_path / "checkpoints", "log_dir": tmp_path / "runs", "name": "composite"}
     ask = {**places, "random_init": True, "hardware": "cpu", "sequence_length": 16}

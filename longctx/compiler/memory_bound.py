@@ -166,7 +166,7 @@ def _saved_by(kind: LayerKind, body: "_Body") -> Iterator[tuple[Op, Expression]]
     """What one layer saves if it recomputes nothing, with the ops that would have to be computed again for it."""
     for op, shares in saved_by_op(kind.ops, Recompute.NOTHING).items():
         for tensor, share in shares.items():
-            if tensor not in op.outputs:
+            if tensor not in op.outputs or tensor not in body.savers:  # or bytes besides, told as a share of an output
                 yield op, scaled(body.of_op(op, tensor), share)
                 continue
             yield op, scaled(body.own(tensor), share)
