@@ -97,17 +97,6 @@ def _fsdp_weights(owner: Graph | LayerKind, plan_sharded: Collection[Tensor], wo
     )
 
 
-def gathered_bytes(owner: Graph | LayerKind) -> int:
-    """The most bytes that a parameter takes while FSDP has it gathered, as the integer program counts them.
-
-    For a layer these are the weights in use, those prefetched for the next layer, and the gradients, each in the
-    compute dtype, and the input of the reduce-scatter in float32. The weights of the root stay gathered, so none are
-    prefetched.
-    """
-    itemsize = next((t.dtype.itemsize for t in owner.parameters.values()), 0)
-    return (3 if isinstance(owner, LayerKind) else 2) * itemsize + FLOAT32_BYTES
-
-
 def predict(
     graph: Graph,
     recompute: Sequence[Recompute],

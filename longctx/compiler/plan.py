@@ -34,7 +34,8 @@ class Plan:
     recompute: tuple[Recompute, ...]  # of each layer
     seconds: float  # predicted, of a micro-batch
     memory: float  # predicted peak, bytes
-    gap: float = 0.0  # how much faster than this, at most, another plan may be: 0.05 for 5%; 0 if this is the fastest
+    # How much faster than this another plan may be, at most: 0.05 for 5%, 0 if this is the fastest; None if unknown.
+    gap: float | None = 0.0
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,10 @@
 """The fastest plan that fits in memory: which partition every operator has, and what every layer recomputes.
 
-program.py finds it exactly, as an integer program, whose memory is linear in its variables and a bound from below
-(memory_bound.py). memory.py then walks the plan's own graph step by step, which is exact but no linear program. So the
-program's answers are bounds: none of the plans that fit is faster than its fastest, and none needs less than its
-leanest. Where the walk finds that a plan needs more than the program said, the program is asked again with a lower
-limit, and what is found in the end says how far it may be from the bound.
+program.py finds it exactly, as an integer program, whose memory is linear in its variables and, to a twentieth, a bound
+from below (memory_bound.py). memory.py then walks the plan's own graph step by step, which is exact but no linear
+program. So the program's answers are bounds to the same degree: none of the plans that fit is faster than its fastest,
+and none needs less than its leanest. Where the walk finds that a plan needs more than the program said, the program is
+asked again with a lower limit, and what is found in the end says how far it may be from the bound.
 """
 
 import math
@@ -38,13 +38,13 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     check_splittable(graph, setting.plan_size)
     check_layer_names(graph, setting)
     program = Program(graph, setting, fixed or Fixed())
-    plan, seconds_at_least = fastest(program)
+    plan, at_least_seconds = fastest(program)
     if plan is None:
         plan, at_least = leanest(program)
         if plan.memory > setting.memory_limit:
             missing = math.ceil(10 * (plan.memory - setting.memory_limit) / GB) / 10
             raise DoesNotFit(say_need(plan.memory, at_least), missing)
-    return replace(plan, gap=1 - seconds_at_least / plan.seconds)
+    return replace(plan, gap=1 - at_least_seconds / plan.seconds if at_least_seconds else None)
 
 
 def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
@@ -53,7 +53,8 @@ def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
 
 
 def fastest(program: Program) -> tuple[Plan | None, float]:
-    """The fastest plan that was found to fit, if one was, and seconds that every plan takes that fits.
+    """The fastest plan that was found to fit, if one was, and seconds that every plan takes that fits; 0 if none is
+    known, since by the program's count none fits.
 
     Raises:
         SolverError: the solver found no plan in its time.
@@ -119,7 +120,9 @@ def say_need(found: float, at_least: float) -> str:
     found_gb, at_least_gb = math.ceil(10 * found / GB) / 10, math.floor(10 * at_least / GB) / 10
     if found < at_least * (1 + CLOSE):
         return f"the leanest plan needs {found_gb:.1f} GB a GPU"
-    return f"the leanest plan that was found needs {found_gb:.1f} GB a GPU, and no plan less than {at_least_gb:.1f}"
+    return (
+        f"the leanest plan that was found needs {found_gb:.1f} GB a GPU, and no plan less than about {at_least_gb:.1f}"
+    )
 
 
 def walked(plan: Plan, program: Program) -> Plan:

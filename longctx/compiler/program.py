@@ -27,6 +27,7 @@ subject to
 """
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import prod
 
@@ -55,7 +56,7 @@ from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.recompute import Recompute
-from longctx.errors import DecisionsError
+from longctx.errors import DecisionsError, SolverError
 
 # Memory is in GB within the program: HiGHS takes coefficients of 1e-9 and less for zeros.
 LEANEST_TOLERANCE = 1e-4  # of the least memory: the solver's own
@@ -393,7 +394,10 @@ class Program(LinearProgram):
         if solution is None:
             return None
         least = value_of(self.memory, solution.values) * GB
-        plan = self.solve(least * (1 + LEANEST_TOLERANCE)) or self.read_plan(solution)
+        plan = None
+        with suppress(SolverError):  # what was found already is a plan
+            plan = self.solve(least * (1 + LEANEST_TOLERANCE))
+        plan = plan or self.read_plan(solution)
         return replace(plan, memory=least, gap=solution.gap)
 
     def read_plan(self, solution: Solution) -> Plan:

@@ -59,9 +59,16 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         f"bound by {_bound(prediction.time)}",
         _say_prices(setting.hardware),
         *_say_host_bound(graph, prediction.time),
-        *([f"another plan may be faster, by {plan.gap:.1%} at most"] if plan.gap >= 0.0005 else []),
+        *_say_gap(plan),
         *(f"warning: {target} is not known: every rank computes it whole" for target in unknown_operators(graph)),
     ]
+
+
+def _say_gap(plan: Plan) -> list[str]:
+    """How far the plan may be from the fastest."""
+    if plan.gap is None:
+        return ["it is the leanest plan that was found, and how much faster another may be is not known"]
+    return [f"another plan may be faster, by {plan.gap:.1%} at most"] if plan.gap >= 0.0005 else []
 
 
 def _say_whole_attention(graph: Graph, plan_size: int, prediction: Prediction) -> list[str]:
