@@ -71,7 +71,7 @@ def fastest(program: Program) -> tuple[Plan | None, float]:
             break
         if solved is None:
             break
-        at_least = at_least or solved.seconds * (1 - solved.gap)
+        at_least = at_least or solved.seconds * (1 - (solved.gap or 0.0))
         plan = walked(solved, program)
         room, better = most - plan.memory, best is None or plan.seconds < best.seconds
         if room >= 0 and better:
@@ -98,7 +98,7 @@ def leanest(program: Program) -> tuple[Plan, float]:
     solved = program.leanest()
     if solved is None:
         raise DecisionsError("it asks for partitions that are not legal together for this model and length")
-    best, at_least = walked(solved, program), solved.memory * (1 - solved.gap)
+    best, at_least = walked(solved, program), solved.memory * (1 - (solved.gap or 0.0))
     share = 0.25  # of the way
     for _ in range(LEAN_SOLVES):
         if best.memory < at_least * (1 + CLOSE):
