@@ -8,8 +8,9 @@ VENV_BIN := .venv/bin
 demo: .venv
 	PATH="$(CURDIR)/$(VENV_BIN):$$PATH" bash examples/shakespeare/demo.sh
 
+# In the order of their names files of a few long tests don't come last, when one process would work alone.
 test: check
-	$(VENV_BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(VENV_BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 check: .venv
 	$(VENV_BIN)/ruff check .
