@@ -332,7 +332,7 @@ BOUND_TOLERANCE = 0.05  # of memory: by so much a plan that slices what it could
 GAP = 1e-5  # that HiGHS is asked to close: mip_rel_gap
 
 # A failing example is not made smaller: every try takes seconds.
-BRUTE_FORCE = settings(deadline=None, derandomize=True, max_examples=5, phases=[Phase.explicit, Phase.generate])
+BRUTE_FORCE = settings(deadline=None, derandomize=True, max_examples=3, phases=[Phase.explicit, Phase.generate])
 
 
 @pytest.mark.parametrize("make_graph", GRAPHS)
