@@ -53,8 +53,7 @@ def main(argv: list[str] | None = None) -> None:
     transformers.logging.set_verbosity_error()
     register_loss()
     job = parse_job(argv)
-    if torchrun.rank() == 0:
-        print(f"engine: {job.engine}, {job.engine_reason}", flush=True)
+    torchrun.say(f"engine: {job.engine}, {job.engine_reason}")
     engine = ENGINES[job.engine]
     with naming_options(job, causes(job)):
         if job.run_mode == "compile":
@@ -68,8 +67,8 @@ def main(argv: list[str] | None = None) -> None:
 
 def say_if_complete(steps_before: int, steps: int) -> None:
     """Rank 0 prints that there was no step left to take."""
-    if steps_before == steps and torchrun.rank() == 0:
-        print(f"run: training is complete after step {steps}; raise --max_epochs or --max_train_steps to go on")
+    if steps_before == steps:
+        torchrun.say(f"run: training is complete after step {steps}; raise --max_epochs or --max_train_steps to go on")
 
 
 if __name__ == "__main__":

@@ -29,3 +29,10 @@ def node() -> int:
 def world_size() -> int:
     """How many ranks there are, on all nodes together."""
     return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def say(*lines: str) -> None:
+    """Prints lines, on rank 0 alone: what holds for all ranks is said once."""
+    if rank() == 0:
+        for line in lines:
+            print(line, flush=True)

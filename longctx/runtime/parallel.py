@@ -44,8 +44,8 @@ def process_group(kind: str = "auto") -> Iterator[torch.device]:
     """
     device = devices.take(devices.choose(kind))
     backend = devices.backend(device)
-    if torchrun.rank() == 0 and devices.are_shared(device):
-        print(devices.describe_sharing(), flush=True)
+    if devices.are_shared(device):
+        torchrun.say(devices.describe_sharing())
     if torchrun.started_this():
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:

@@ -128,9 +128,9 @@ def _is_whole(path: Path, form: CheckpointFormat) -> bool:
 def _say_if_not_last(folder: Path, found: Path, form: CheckpointFormat) -> None:
     """Prints that `found` was taken in the place of `last`."""
     last = (folder / LAST / form.mark).resolve().parent
-    if found not in (folder, last) and _is_whole(found, form) and torchrun.rank() == 0:
+    if found not in (folder, last) and _is_whole(found, form):
         problem = f"{folder / LAST} is missing or damaged"
-        print(f"checkpoint: {problem}, taking {found.name}, the newest that is whole", flush=True)
+        torchrun.say(f"checkpoint: {problem}, taking {found.name}, the newest that is whole")
 
 
 # --- checks --------------------------------------------------------------------------------------------------------

@@ -57,8 +57,8 @@ def compile_unless_up_to_date(job: Job, inputs: dict[str, Any]) -> None:
     if not is_up_to_date(job, inputs):
         check_compiled_folder(job, inputs)
         pipeline.compile_plan(job, inputs)
-    elif torchrun.rank() == 0:
-        print(f"compile: {job.compiled_folder} is up to date, reusing it", flush=True)
+    else:
+        torchrun.say(f"compile: {job.compiled_folder} is up to date, reusing it")
 
 
 def is_up_to_date(job: Job, inputs: dict[str, Any]) -> bool:
