@@ -64,7 +64,7 @@ def load_config(model_id: str) -> PreTrainedConfig:
         ModelError: there is no configuration, or it is not of a causal language model.
     """
     if not _looks_local(model_id):
-        return copy.deepcopy(_hub_config(model_id))  # building a model writes to its configuration
+        return copy.deepcopy(_hub_config(model_id))  # whoever asks may change what it is given
     if not (Path(model_id) / "config.json").is_file():
         raise ModelError("no config.json there; name a Hugging Face model folder or a hub model")
     return _read_config(model_id)
@@ -129,15 +129,28 @@ def build_model(
 
 def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of transformers with its parameters on meta, and with our attention if it takes any but its own."""
-    build = functools.partial(AutoModelForCausalLM.from_config, config, dtype=dtype)
+
+    def build(attention: str) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
+
+    with building(config):
+        try:
+            return build(REGISTERED_NAME)
+        except KeyError as error:
+            if error.args != (REGISTERED_NAME,):
+                raise
+            return build("eager")  # it has a table of attention classes of its own
+
+
+@contextmanager
+def building(config: PreTrainedConfig) -> Iterator[None]:
+    """Inside, models have their parameters on meta, and what transformers can't build is a ModelError.
+
+    transformers writes to the configuration that it builds a model from: give it a copy.
+    """
     try:
         with parameters_on_meta():
-            try:
-                return build(attn_implementation=REGISTERED_NAME)
-            except KeyError as error:
-                if error.args != (REGISTERED_NAME,):
-                    raise
-                return build(attn_implementation="eager")  # it has a table of attention classes of its own
+            yield
     except Exception as error:  # values that make no sense fail anywhere in the model's code
         raise ModelError(
             f"transformers can't build a {config.model_type} model from its configuration "

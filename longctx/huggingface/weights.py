@@ -23,7 +23,7 @@ from transformers.core_model_loading import WeightConverter, WeightRenaming, dot
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
 from longctx.errors import ModelError, NoWeights, one_line
-from longctx.huggingface.build import load_config, parameters_on_meta
+from longctx.huggingface.build import building, load_config
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # what a stored number may be, and mean itself
 SCALE = "_scale_inv"  # what the name of a quantized tensor's scales adds to its own
@@ -63,12 +63,14 @@ class Weights:
     """A model's stored weights.
 
     Attributes:
+        config: of the model as it is trained.
         files: all that were opened, in the order in which transformers takes them.
         by_parameter: what each parameter is filled from, by its name; of tied parameters only the first has one.
         left_out: names of stored tensors that no parameter takes, though the model's class expects none such.
         untied: whether they have the embeddings and the head apart, against what config.json says.
     """
 
+    config: PreTrainedConfig
     files: list[Path]
     by_parameter: dict[str, StoredWeight]
     left_out: list[str]
@@ -86,17 +88,21 @@ def find_weights(model_id: str) -> Weights:
         ModelError: they can't be downloaded or read, or are not what from_pretrained would fill the model with.
     """
     folder = _folder(model_id)
-    config = trained_config(model_id, random_init=False)
+    config = load_config(model_id)
     block = _block_of(config)
     files = _weight_files(folder, config)
-    model = _model_on_meta(config)
-    stored, left_out = _by_name(model, _open_all(files))
+    model, opened = _model_on_meta(config), _open_all(files)
+    stored, left_out = _by_name(model, opened)
+    if untied := _is_tied(config) and _are_apart(model, stored):
+        config.tie_word_embeddings = False
+        model = _model_on_meta(config)
+        stored, left_out = _by_name(model, opened)
     weights = _by_parameter(model, stored)
     for name, weight in weights.items():
         _check_shape(name, weight, list(model.get_parameter(name).shape))
         _check_dtype(name, weight, block)
     _check_buffers(model, stored)
-    return Weights(files, weights, left_out, untied=_is_tied(load_config(model_id)) and not _is_tied(config))
+    return Weights(config, files, weights, left_out, untied)
 
 
 def remarks(weights: Weights) -> list[str]:
@@ -130,8 +136,13 @@ def trained_config(model_id: str, random_init: bool) -> PreTrainedConfig:
         stored, _ = _by_name(model, _open_all(_weight_files(_folder(model_id, local_files_only=True), config)))
     except ModelError:  # find_weights raises it, where there have to be weights
         return config
-    config.tie_word_embeddings = not any(_differ(_present(names, stored)) for names in _tied_names(model))
+    config.tie_word_embeddings = not _are_apart(model, stored)
     return config
+
+
+def _are_apart(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> bool:
+    """Whether the names of one parameter are stored with values that differ."""
+    return any(_differ(_present(names, stored)) for names in _tied_names(model))
 
 
 def _is_tied(config: PreTrainedConfig) -> bool:
@@ -139,14 +150,8 @@ def _is_tied(config: PreTrainedConfig) -> bool:
 
 
 def _model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
-    try:
-        with parameters_on_meta():  # building a model writes to its configuration
-            return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
-    except Exception as error:  # values that make no sense fail anywhere in the model's code
-        raise ModelError(
-            f"transformers can't build a {config.model_type} model from its configuration "
-            f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
-        ) from error
+    with building(config):
+        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,5 @@
 """The compiler's pipeline: a Hugging Face model's configuration -> the compiled folder."""
 
-import copy
 import dataclasses
 import time
 from typing import Any
@@ -33,8 +32,7 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     """
     started = time.perf_counter()
     config = trained_config(job.model_id, job.random_init)
-    to_build = copy.deepcopy(config)  # building a model writes to its configuration
-    model = build_model(to_build, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
+    model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
     proved = prove(graph, config, job)
@@ -120,14 +118,10 @@ def write_folder(job: Job, code: str, plan: compiled.PlanFile, report_text: str)
 
 def say_what_was_compiled(job: Job, summary: list[str], tracing_seconds: float, traced: float) -> None:
     """Rank 0 prints the report's first lines; `traced` is when planning began, in perf_counter's seconds."""
-    if torchrun.rank() != 0:
-        return
     if not codegen.has_formatter():
-        print(f"compile: ruff is not installed, so {compiled.CODE} has long lines", flush=True)
-    print(
+        torchrun.say(f"compile: ruff is not installed, so {compiled.CODE} has long lines")
+    torchrun.say(
         f"compile: traced in {tracing_seconds:.1f} s, planned and written in {time.perf_counter() - traced:.1f} s",
         *(f"  {line}" for line in summary),
         f"compile: wrote {job.compiled_folder}/{compiled.CODE}, {compiled.PLAN}, {compiled.REPORT}",
-        sep="\n",
-        flush=True,
     )

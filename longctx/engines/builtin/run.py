@@ -42,15 +42,15 @@ def run(job: Job) -> tuple[int, int]:
     check_log(job.log_folder, resume is not None)
     check_compiled_folder(job, plan_inputs(job))
     weights = None if job.random_init or resume else find_weights(job.model_id)
-    config = trained_config(job.model_id, job.random_init)  # after the weights, which it may depend on, are here
+    # Only after the weights, which it may depend on, are here.
+    config = weights.config if weights else trained_config(job.model_id, job.random_init)
     folder = ensure_compiled(job)
     plan_file = compiled.read_plan_file(folder)
     plan = plan_file.module
     if resume:
         check_same_model(resume, plan.parameters)
-    elif weights and torchrun.rank() == 0:
-        for remark in remarks(weights):
-            print(remark, flush=True)
+    elif weights:
+        torchrun.say(*remarks(weights))
     with parallel.process_group(job.device) as device, saying_what_was_predicted(plan_file.predicted):
         take_attention(job, agree_on_attention(job, plan.fused_attention, device))
         model = build_on_rank(job, folder, plan, device)
@@ -90,8 +90,7 @@ def take_attention(job: Job, chosen: choice.Choice | None) -> None:
     if chosen.kernel is None and job.attn_implementation != "auto":
         raise KernelError(f"{chosen.findings}; choose auto")
     fused.set_auto(chosen.kernel or "sdpa")
-    if torchrun.rank() == 0:
-        print(f"attention: {chosen.findings if chosen.kernel else f'sdpa, since {chosen.findings}'}", flush=True)
+    torchrun.say(f"attention: {chosen.findings if chosen.kernel else f'sdpa, since {chosen.findings}'}")
 
 
 @contextmanager

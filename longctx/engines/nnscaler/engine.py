@@ -104,7 +104,8 @@ def check_model(job: Job) -> Parameters:
         ModelError: the weights are not there or do not fit, or the model has an attention of its own.
     """
     weights = None if job.random_init else find_weights(job.model_id)
-    config = trained_config(job.model_id, job.random_init)  # after the weights, which it may depend on, are here
+    # Only after the weights, which it may depend on, are here.
+    config = weights.config if weights else trained_config(job.model_id, job.random_init)
     wrapped = build_model(config, job.dtype, job.attn_implementation)
     refuse_own_attention(wrapped.model)
     known = {type(module).__name__ for module in wrapped.modules()}
@@ -112,9 +113,8 @@ def check_model(job: Job) -> Parameters:
     for kind, names in ((LayerNameError, job.recompute_modules), (PivotNameError, job.nnscaler.pipeline_pivots)):
         if unknown := sorted(set(names or ()) - known):
             raise kind(f"{unknown[0]} is no module of {model_name}; its modules are {', '.join(sorted(known))}")
-    if weights and torchrun.rank() == 0:
-        for remark in remarks(weights):
-            print(remark, flush=True)
+    if weights:
+        torchrun.say(*remarks(weights))
     return {name: list(parameter.shape) for name, parameter in wrapped.model.named_parameters()}
 
 

@@ -1,6 +1,5 @@
 """What the built-in engine does around a step, done within nnScaler's training loop, which calls back."""
 
-import copy
 import functools
 import json
 import time
@@ -42,7 +41,6 @@ def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> Ag
 
 def count_flops(job: Job, config: PreTrainedConfig) -> FlopCount:
     """What MFU is reckoned from; a model that our tracer refuses is trained all the same, without MFU."""
-    config = copy.deepcopy(config)  # build_model writes to it, and the caller's goes with the checkpoints
     model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length)
     try:
         flops = forward_flops(trace(model, sample_row(job.sequence_length)))

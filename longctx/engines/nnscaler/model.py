@@ -7,7 +7,7 @@ from torch import nn
 
 from longctx.huggingface.attention import make_no_masks
 from longctx.huggingface.build import build_model
-from longctx.huggingface.weights import find_weights, random_weights, trained_config
+from longctx.huggingface.weights import Weights, find_weights, random_weights, trained_config
 from longctx.job import DTYPES
 from longctx.runtime.parallel import not_finite
 
@@ -25,11 +25,11 @@ class WrappedModel(nn.Module):
         sequence_length: int,
     ):
         super().__init__()
-        config = trained_config(model_id, random_init)
+        found = None if random_init else find_weights(model_id)
+        config = found.config if found else trained_config(model_id, random_init)
         self.loss = build_model(config, DTYPES[precision], attn_implementation, sequence_length)
         make_no_masks()  # which nnScaler would keep
-        weights = random_weights(config, seed) if random_init else stored_weights(model_id)
-        fill(self.loss.model, weights)
+        fill(self.loss.model, stored_weights(found) if found else random_weights(config, seed))
 
     def forward(self, sample):
         """{'tokens': [1, l], 'labels': [1, l], 'n_tokens': []} -> summed loss, the same to be logged, n_tokens."""
@@ -37,9 +37,9 @@ class WrappedModel(nn.Module):
         return loss, loss.data, sample["n_tokens"]
 
 
-def stored_weights(model_id: str) -> Iterator[tuple[str, torch.Tensor]]:
+def stored_weights(weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
     """Every parameter's stored weight. Raises a ModelError for one that can't be trained on."""
-    for name, stored in find_weights(model_id).by_parameter.items():
+    for name, stored in weights.by_parameter.items():
         weight = stored.read()
         if not weight.isfinite().all():
             raise not_finite(name)
