@@ -183,7 +183,7 @@ class _Body:
     def choose_name(self, tensor: Tensor, candidates: Iterable[str], at: int) -> str:
         """Gives a value that statement `at` makes the first of the names that no value has that is still to be read."""
         live = {name for other, name in self.names.items() if self.last_use.get(other, -1) > at}
-        names = [c for c in candidates if c.isidentifier() and not keyword.iskeyword(c) and c != "_"]
+        names = [c for c in candidates if _is_name(c) and c != "_"]
         names = [c for c in names if c not in self.reserved] or ["value"]
         numbered = (f"{names[0]}_{i}" for i in range(1, len(live) + 2))
         self.names[tensor] = next(name for name in (*names, *numbered) if name not in live)
@@ -314,8 +314,8 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
     """The class of layer kind `number`. `names` are the names that the root has for its own values."""
     kind = graph.kinds[number]
     arguments: list[str] = []
-    first = next(call for call in graph.layer_calls if call.kind == number)
-    for tensor in first.inputs:
+    calls = graph.calls_of(number)
+    for tensor in calls[0].inputs:
         wanted = names[tensor] if arguments else CARRIED
         arguments.append(wanted if wanted not in arguments else f"{wanted}_{len(arguments)}")
     body = _start_body(graph, kind, constants, f"{arguments[0]}.device")
@@ -327,7 +327,7 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
             lines.append("")
         section = op.module.split(".")[0]
         lines += _write_op(op, index, body)
-    which = _ranges([call.index for call in graph.layer_calls if call.kind == number])
+    which = _ranges([call.index for call in calls])
     return _class(
         kind.class_name,
         f"{graph.layers_path}: {which}.",

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from longctx.compiler.ir import Op, Statement, Tensor, map_tensors
+from longctx.compiler.ir import Op, Statement, Tensor, map_tensors, storage_of
 from longctx.compiler.ops import aten, spec_of
 from longctx.compiler.ops.writes import on_meta, without_write
 from longctx.errors import ModelError
@@ -94,7 +94,7 @@ def variables_of(op: Op, made: Iterable[torch.Tensor], read: Iterable[Variable])
     """The variables for the outputs of an op, given the traced tensors that it made and the variables that it read."""
     variables = []
     for index, (value, tensor) in enumerate(zip(op.outputs, made, strict=True)):
-        storage = tensor.untyped_storage()._cdata
+        storage = storage_of(tensor)
         source = next((variable for variable in read if variable.memory.storage == storage), None)
         if source is None:
             variables.append(Variable(value, Memory(storage)))
@@ -153,6 +153,5 @@ def overwrite(
 def _write_error(target: str, place: Place, reason: str) -> ModelError:
     where = f" in {place.module}" if place.module else ""
     if place.statement:
-        file, line = place.statement.place
-        where += f" ({file.rsplit('/', 1)[-1]}, line {line})"
+        where += f" ({place.statement.where})"
     return ModelError(f"it writes into a tensor{where} with {target}, and {reason}; choose another model")

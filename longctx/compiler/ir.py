@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from math import prod
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -42,6 +43,12 @@ class Statement:
     place: tuple[str, int]  # file and line
     targets: tuple[str, ...]  # the variables that it assigns
     callers: tuple["Statement", ...] = ()  # the statements that called it, outermost first
+
+    @property
+    def where(self) -> str:
+        """modeling_llama.py, line 12"""
+        file, line = self.place
+        return f"{Path(file).name}, line {line}"
 
 
 @dataclass(frozen=True, eq=False)
@@ -116,6 +123,10 @@ class Graph:
     def layer_calls(self) -> list[LayerCall]:
         return [item for item in self.body if isinstance(item, LayerCall)]
 
+    def calls_of(self, kind: int) -> list[LayerCall]:
+        """The calls of the layers of one kind, in order."""
+        return [call for call in self.layer_calls if call.kind == kind]
+
     def placed_alike(self) -> dict[Tensor, Tensor]:
         """Each value that layers take besides the carried one, with the value that has to be placed as it is.
 
@@ -188,6 +199,11 @@ def map_tensors(value: Any, change: Callable[[Tensor], Any]) -> Any:
     if isinstance(value, dict):
         return {key: map_tensors(item, change) for key, item in value.items()}
     return value
+
+
+def storage_of(tensor: torch.Tensor) -> int:
+    """The memory that a tensor of PyTorch's lies in, or would lie in; the same for views of one another."""
+    return tensor.untyped_storage()._cdata
 
 
 def nbytes(tensor: Tensor) -> int:

@@ -14,7 +14,7 @@ from longctx.compiler.ir import FlatGraph, Graph, LayerCall, LayerKind, Op, Tens
 
 def fold_layers(flat: FlatGraph, class_name: str, layers_path: str, class_names: dict[int, str]) -> Graph:
     """Gathers the ops of each layer, and makes one kind of the layers that differ in nothing but their parameters."""
-    layer_of = _layers_by_op(flat, layers_path) if layers_path else {}
+    layer_of = _layers_by_op(flat, layers_path)
     if not (_run_once(flat, layer_of) and _own_their_weights(flat, layer_of, layers_path)):
         layers_path, layer_of = "", {}
     by_layer: dict[int, list[Op]] = {}

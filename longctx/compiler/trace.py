@@ -14,7 +14,6 @@ from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass, replace
 from io import StringIO
 from math import prod
-from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -24,7 +23,7 @@ from torch.overrides import TorchFunctionMode
 
 from longctx.compiler.annotation import output_shapes
 from longctx.compiler.functional import Memory, Place, Variable, View, apply, overwrite, read, variables_of
-from longctx.compiler.ir import FlatGraph, Graph, Op, Tensor
+from longctx.compiler.ir import FlatGraph, Graph, Op, Tensor, storage_of
 from longctx.compiler.layers import fold_layers
 from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, aten, spec_of
 from longctx.compiler.ops.positions import Positions, UnknownValueError
@@ -223,7 +222,7 @@ def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaq
         exported.graph_signature.input_specs, exported.graph.find_nodes(op="placeholder"), strict=True
     ):
         value, path = node.meta["val"], spec.target
-        storage = value.untyped_storage()._cdata
+        storage = storage_of(value)
         if spec.kind.name == "PARAMETER":
             parameter = by_name[path]
             name = canonical[id(parameter)].removeprefix("model.")
@@ -268,8 +267,6 @@ def _convert(module: fx.GraphModule, env: dict[fx.Node, Any], ops: list[Op], opa
         elif aten.is_check(target):
             continue
         elif target in opaque or aten.is_operator(target):
-            if not aten.is_operator(target) or not writes(target):  # what writes may return nothing
-                _check_static(node)
             env[node] = _append_op(target, node, env, ops, opaque)
         else:
             raise ModelError(f"it uses {target}, which the compiler does not know how to generate")
@@ -282,7 +279,7 @@ def _check_static(node: fx.Node) -> None:
     for value in values if isinstance(values, (tuple, list)) else [values]:
         if not isinstance(value, torch.Tensor) or not all(type(size) is int for size in value.shape):
             statement = statement_of(node.meta.get("stack_trace") or "")
-            where = f" ({Path(statement.place[0]).name}, line {statement.place[1]})" if statement else ""
+            where = f" ({statement.where})" if statement else ""
             raise ModelError(
                 f"its forward takes numbers or shapes from the tokens{where}, and a compiled plan has one shape for "
                 "all rows; choose another model"
@@ -301,9 +298,8 @@ def _detach(variable: Variable, ops: list[Op]) -> Variable:
     tensor = read(variable, Place("", None, variable.value.name), ops)
     if not tensor.requires_grad:
         return variable
-    result = replace(tensor, name=f"{tensor.name}_detached", requires_grad=False, kind="activation")
-    ops.append(aten.detach(tensor, result))
-    return Variable(result, variable.memory, View(variable, tensor, ops[-1], 0))
+    op = apply(ops, aten.DETACH, (tensor,), {}, Place("", None, f"{tensor.name}_detached"), tensor)
+    return Variable(op.outputs[0], variable.memory, View(variable, tensor, op, 0))
 
 
 def _append_op(target: str, node: fx.Node, env: dict[fx.Node, Any], ops: list[Op], opaque: dict[str, _Opaque]) -> Any:
@@ -325,6 +321,7 @@ def _append_op(target: str, node: fx.Node, env: dict[fx.Node, Any], ops: list[Op
         if writes(target):
             overwrite(variables[0], target, args, kwargs, place, ops)
             return variables[0]
+    _check_static(node)
     made = node.meta["val"]
     several = isinstance(made, (tuple, list))
     op = apply(ops, target, args, kwargs, place, made)

@@ -97,8 +97,7 @@ def attention_function(
     told: dict[str, Any] = {"window": window, "softcap": softcap, "dropout": dropout}
     given = {name: value for name, value in told.items() if value} | options
     if attention_mask is not None:
-        given |= {} if s_aux is None else {"sinks": s_aux}
-        return masked_attention(query, key, value, attention_mask, scale, **given), None
+        return masked_attention(query, key, value, attention_mask, scale, **given, sinks=s_aux), None
     masks_more = bool(softcap or 0 < (window or 0) < query.shape[2])
     check_masks(options.get("implementation", "auto"), type(module).__name__, masks_more)
     return attention(query, key, value, scale, **given), None

@@ -220,20 +220,23 @@ def flops(op: Op) -> Flops:
     The backward of a fused kernel has four products and computes the scores again: five products, or 2.5 times the
     forward (arXiv:2307.08691, section 3.1.2).
     """
-    query, _, value = op.inputs[:3]
-    b, heads, length, d = query.shape
+    length = op.inputs[0].shape[2]
     window = arguments_of(op)["window"] or length
     seen = length * (length + 1) / 2 - max(0, length - window) * (length - window + 1) / 2
-    forward = 2.0 * b * heads * seen * (d + value.shape[-1])
+    forward = _forward_flops(op, seen)
     return Flops(forward, 2.5 * forward)
 
 
 def unmasked_flops(op: Op) -> float:
     """The FLOPs of the forward if every query saw as many keys as the last one does, or as its window spans."""
+    length = op.inputs[0].shape[2]
+    return _forward_flops(op, length * min(arguments_of(op)["window"] or length, length))
+
+
+def _forward_flops(op: Op, pairs: float) -> float:
+    """Two products over so many pairs of a query and a key in each head."""
     query, _, value = op.inputs[:3]
-    b, heads, length, d = query.shape
-    seen = min(arguments_of(op)["window"] or length, length)
-    return 2.0 * b * heads * length * seen * (d + value.shape[-1])
+    return 2.0 * query.shape[0] * query.shape[1] * pairs * (query.shape[-1] + value.shape[-1])
 
 
 def passes(op: Op, phase: str) -> Shares:

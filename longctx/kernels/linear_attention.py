@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from longctx.compiler.ir import Op, Tensor
+from longctx.compiler.ir import Op
 from longctx.compiler.ops.registered import register_op
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, draws_nothing, never_strided
+from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, draws_nothing, never_strided, saves_inputs
 from longctx.compiler.work import Work
 from longctx.kernels.segments import in_segments
 
@@ -175,10 +175,6 @@ def _by_delta_rule(op: Op) -> bool:
     return len(op.inputs) == 5
 
 
-def saves(op: Op) -> list[Tensor]:
-    return op.inputs
-
-
 def saves_besides(op: Op) -> Shares:
     """The state before each segment, in float32."""
     d, length = op.inputs[0].shape[3], op.inputs[2].shape[1]
@@ -221,7 +217,7 @@ _RULES = {
     "flops": flops,
     "rates": (Work.FLOAT32_PRODUCTS, Work.FLOAT32_PRODUCTS),
     "passes": passes,
-    "saves": saves,
+    "saves": saves_inputs,
     "saves_besides": saves_besides,
     "workspace": workspace,
     "strides": never_strided,

@@ -15,7 +15,15 @@ from torch.autograd.function import once_differentiable
 
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.ops.registered import register_op, target_of
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Shares, always_strided, draws_nothing, never_strided, no_flops
+from longctx.compiler.ops.spec import (
+    FLOAT32_BYTES,
+    Shares,
+    always_strided,
+    draws_nothing,
+    never_strided,
+    no_flops,
+    saves_inputs,
+)
 from longctx.kernels.segments import in_segments
 
 try:
@@ -24,8 +32,8 @@ except ImportError:
     selective_scan_fn: Any = None
 
 SEGMENT = 256  # tokens of which every state of the selective scan is held at a time
-LARGEST_SLOPE = 1000.0  # of bounded_sqrt
 RECURRENCE_SEGMENT = 4096  # ... of a linear recurrence, which has one number where that has a dozen
+LARGEST_SLOPE = 1000.0  # of bounded_sqrt
 
 
 def selective_scan(
@@ -139,10 +147,6 @@ def _pad(x: torch.Tensor, missing: int) -> torch.Tensor:
 # --- what the compiler knows of them ---------------------------------------------------------------------------------
 
 
-def saves(op: Op) -> list[Tensor]:
-    return op.inputs
-
-
 @dataclass(frozen=True)
 class _Segments:
     """Of a scan: its input by which shares are told, the row's length, a segment's, and the numbers of a state."""
@@ -182,7 +186,7 @@ def passes(op: Op, phase: str) -> Shares:
 
 
 _TENSORS = {"forward": 4, "backward": 9}
-_RULES = {"flops": no_flops, "saves": saves, "draws_random": draws_nothing}
+_RULES = {"flops": no_flops, "saves": saves_inputs, "draws_random": draws_nothing}
 _SCAN_RULES = {**_RULES, "passes": passes, "saves_besides": saves_besides, "workspace": workspace}
 register_op("b d l^, b d l^, d n^, b n^ l^, b n^ l^ -> b d l^", strides=always_strided, **_SCAN_RULES)(selective_scan)
 register_op("b l^ d, b l^ d -> b l^ d", strides=never_strided, **_SCAN_RULES)(linear_recurrence)

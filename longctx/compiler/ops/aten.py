@@ -8,8 +8,9 @@ Sources: `saves` is what torch's derivatives.yaml keeps of each operator, and te
 hooks; everything else is proved against PyTorch's operators, run rank by rank (tests/test_operators.py).
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -27,6 +28,7 @@ from longctx.compiler.ops.spec import (
     always_strided,
     keeps_strides,
     never_strided,
+    saves_inputs,
     saves_nothing,
 )
 
@@ -37,17 +39,13 @@ def saves_input(op: Op) -> list[Tensor]:
     return op.inputs[:1]
 
 
-def saves_inputs(op: Op) -> list[Tensor]:
-    return op.inputs
-
-
 def saves_output(op: Op) -> list[Tensor]:
     return list(op.outputs)
 
 
-def saves_factors(op: Op) -> list[Tensor]:
-    """Of a product the gradient of each factor is made of the other one."""
-    factors = op.inputs[:2]
+def saves_factors(op: Op, first: int = 0) -> list[Tensor]:
+    """Of a product the gradient of each factor is made of the other one. `first`: the place of the left factor."""
+    factors = op.inputs[first : first + 2]
     return [t for t, other in zip(factors, reversed(factors), strict=True) if len(factors) > 1 and other.requires_grad]
 
 
@@ -61,25 +59,10 @@ def saves_indices(op: Op) -> list[Tensor]:
     return [t for t in op.inputs if not t.dtype.is_floating_point]
 
 
-def product_flops(op: Op) -> Flops:
+def product_flops(op: Op, first: int = 0) -> Flops:
     """Two FLOPs for each output and each term of its sum; a product has two gradients, each as large as itself."""
-    forward = 2.0 * _product(op.outputs[0].shape) * op.inputs[0].shape[-1]
+    forward = 2.0 * prod(op.outputs[0].shape) * op.inputs[first].shape[-1]
     return Flops(forward, 2 * forward)
-
-
-def saves_biased_factors(op: Op) -> list[Tensor]:
-    """As of a product, but for the bias, which comes first."""
-    _, left, right = op.inputs
-    return [t for t, other in ((left, right), (right, left)) if other.requires_grad]
-
-
-def biased_product_flops(op: Op) -> Flops:
-    forward = 2.0 * _product(op.outputs[0].shape) * op.inputs[1].shape[-1]
-    return Flops(forward, 2 * forward)
-
-
-def _product(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
 
 
 def statistics_of_rows(op: Op) -> Shares:
@@ -308,13 +291,12 @@ ATEN: dict[str, OpSpec] = {
         product("matmul", p.matmul, py.function("torch.matmul")),
         product("mm", p.matmul),
         product("bmm", p.matmul, py.function("torch.bmm")),
-        OpSpec(
+        product(
             "baddbmm",
             p.baddbmm,
             py.function("torch.baddbmm"),
-            flops=biased_product_flops,
-            saves=saves_biased_factors,
-            strides=never_strided,
+            flops=partial(product_flops, first=1),
+            saves=partial(saves_factors, first=1),
         ),
         OpSpec("outer", p.outer, py.function("torch.outer")),
         OpSpec("embedding", p.embedding, py.embedding, saves=saves_indices, traffic=rows_looked_up, lookup=True),
@@ -344,6 +326,7 @@ ATEN: dict[str, OpSpec] = {
     )
 }
 
+CASTS = ("to", "type_as", "_to_copy")  # change the dtype of elements and nothing else
 UNKNOWN = OpSpec("unknown", p.replicated, py.overload)  # computed whole by every rank, and everything saved
 
 
@@ -364,12 +347,12 @@ def spec_of_aten(op: Op) -> OpSpec:
 
 def compute(op: Op, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What PyTorch's operator returns for these arguments, on the CPU."""
-    return w.overload_of(op.target)(*args, **kwargs)
+    return w.run_on("cpu", op.target, args, kwargs)
 
 
 def base_name(op: Op) -> str:
-    """The operator's name, whichever its overload, and whether or not it works in place."""
-    return op.target.split(".")[1].removesuffix("_") if is_aten(op) else ""
+    """The operator's name, whichever its overload; empty for one that is not PyTorch's."""
+    return op.target.split(".")[1] if is_aten(op) else ""
 
 
 # --- what tracing and localizing make themselves ---------------------------------------------------------------------
@@ -395,11 +378,6 @@ def without_device(target: str, args: tuple, kwargs: dict[str, Any]) -> tuple[st
     return target, args, kwargs
 
 
-def detach(tensor: Tensor, output: Tensor) -> Op:
-    """output = tensor.detach()"""
-    return Op("aten.detach.default", (tensor,), {}, (output,), "", None)
-
-
 def transpose(tensor: Tensor, first: int, second: int, output: Tensor) -> Op:
     """output = tensor.transpose(first, second)"""
     return Op("aten.transpose.int", (tensor, first, second), {}, (output,), "", None)
@@ -422,3 +400,4 @@ def cast(tensor: Tensor, output: Tensor) -> Op:
 
 CAST = "aten.to.dtype"  # (tensor, dtype)
 EXPAND = "aten.expand.default"  # (tensor, sizes)
+DETACH = "aten.detach.default"  # (tensor)

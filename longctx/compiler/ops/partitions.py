@@ -93,12 +93,17 @@ def never_along(*arguments: int) -> Callable[[Op], str]:
     return write
 
 
+def dim_of(op: Op, argument: int) -> int:
+    """The dimension that an argument names, by its place if it has no name; 0 if the call leaves it out."""
+    return op.kwargs.get("dim", op.args[argument] if len(op.args) > argument else 0)
+
+
 def resized_along(argument: int, *, removed: bool = False) -> Callable[[Op], str]:
     """The output has another length along the dimension named by an argument, or not that dimension."""
 
     def write(op: Op) -> str:
         shape = op.inputs[0].shape
-        dim = op.kwargs.get("dim", op.args[argument] if len(op.args) > argument else 0) % len(shape)
+        dim = dim_of(op, argument) % len(shape)
         names = names_of(shape)
 
         def entry(length: int) -> list[str]:
@@ -116,7 +121,7 @@ def one_index_of(argument: int) -> Callable[[Op], str]:
 
     def write(op: Op) -> str:
         shape = op.inputs[0].shape
-        dim = op.kwargs.get("dim", op.args[argument]) % len(shape)
+        dim = dim_of(op, argument) % len(shape)
         names = names_of(shape)
         names[dim] = str(shape[dim])
         return f"{_join(names, [*names[:dim], *names[dim + 1 :]])} -> {_join(names)}"

@@ -4,21 +4,22 @@ At 131,072 tokens a mask has 17 billion elements. Its value at a chosen few foll
 elementwise operator needs its inputs at the same places, and a view at places that its arguments tell.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 
-from longctx.compiler.ir import Device, Op, Tensor, map_tensors
+from longctx.compiler.ir import Op, Tensor, map_tensors
 from longctx.compiler.ops import aten
 from longctx.compiler.ops import partitions as p
+from longctx.compiler.ops.python import with_defaults
 from longctx.compiler.ops.spec import draws_by_tag
+from longctx.compiler.ops.writes import overload_of
 
 WHOLE = 2**22  # elements: a tensor of no more is computed whole, as those of one row are
 
-_CASTS = {"to", "type_as", "_to_copy"}
 _ELEMENTWISE = {"__and__", "__or__", "__xor__", "floor_divide"}  # which PyTorch doesn't tag as such
 _UNDEFINED = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
@@ -86,7 +87,8 @@ class Positions:
         if not _is_elementwise(op):
             raise UnknownValueError(op.outputs[0].name)
         sizes = [len(index) for index in mesh]
-        return _compute(op, lambda tensor: self.at(tensor, _broadcast(mesh, tensor, op)), {}).expand(sizes)
+        shape = op.outputs[0].shape
+        return _compute(op, lambda tensor: self.at(tensor, broadcast(mesh, tensor, shape)), {}).expand(sizes)
 
 
 def _is_determined(op: Op) -> bool:
@@ -95,9 +97,9 @@ def _is_determined(op: Op) -> bool:
 
 
 def _is_elementwise(op: Op) -> bool:
-    _, name, overload = op.target.split(".")
-    tags = getattr(getattr(torch.ops.aten, name), overload).tags
-    return torch.Tag.pointwise in tags or name in _ELEMENTWISE or aten.spec_of_aten(op).partition is p.elementwise
+    spec = aten.spec_of_aten(op)
+    tagged = torch.Tag.pointwise in overload_of(op.target).tags
+    return tagged or spec.name in _ELEMENTWISE or spec.partition is p.elementwise
 
 
 def _compute(op: Op, value_of: Callable[[Tensor], torch.Tensor], sizes: dict[int, list[int]]) -> torch.Tensor:
@@ -106,17 +108,21 @@ def _compute(op: Op, value_of: Callable[[Tensor], torch.Tensor], sizes: dict[int
     Numbers are not rounded to 16 bits: the bias of a key that is far away would be off by its whole distance.
     """
     given, kwargs = map_tensors((op.args, op.kwargs), value_of)
-    args: tuple[Any, ...] = tuple(sizes.get(i, "cpu" if isinstance(x, Device) else x) for i, x in enumerate(given))
-    if aten.spec_of_aten(op).name in _CASTS and op.outputs[0].dtype.is_floating_point:
+    args: tuple[Any, ...] = tuple(sizes.get(i, x) for i, x in enumerate(given))
+    if aten.spec_of_aten(op).name in aten.CASTS and op.outputs[0].dtype.is_floating_point:
         return args[0] if args[0].dtype.is_floating_point else args[0].float()
-    kwargs = {name: "cpu" if isinstance(value, Device) else value for name, value in kwargs.items()}
     return aten.compute(op, args, kwargs)
 
 
-def _broadcast(mesh: Mesh, tensor: Tensor, op: Op) -> Mesh:
-    """The places in an input of an elementwise operator: dimensions agree from the last on, or have length 1."""
-    full = op.outputs[0].shape[len(mesh) - len(tensor.shape) :]
-    indices = mesh[len(mesh) - len(tensor.shape) :]
+def broadcast(mesh: Mesh, tensor: Tensor, shape: Sequence[int]) -> Mesh:
+    """The places in a tensor that is broadcast to `shape`: dimensions agree from the last on, or have length 1.
+
+    Raises:
+        UnknownValueError: it can't be broadcast to that shape.
+    """
+    indices, full = mesh[len(mesh) - len(tensor.shape) :], shape[len(shape) - len(tensor.shape) :]
+    if any(size not in (n, 1) for size, n in zip(tensor.shape, full, strict=True)):
+        raise UnknownValueError(tensor.name)
     return tuple(i if size == n else i.new_zeros(1) for i, size, n in zip(indices, tensor.shape, full, strict=True))
 
 
@@ -125,7 +131,7 @@ def _broadcast(mesh: Mesh, tensor: Tensor, op: Op) -> Mesh:
 
 def _expanded(positions: Positions, op: Op, mesh: Mesh) -> torch.Tensor:
     (tensor,) = op.inputs
-    return positions.at(tensor, _broadcast(mesh, tensor, op)).expand([len(index) for index in mesh])
+    return positions.at(tensor, broadcast(mesh, tensor, op.outputs[0].shape)).expand([len(index) for index in mesh])
 
 
 def _reshaped(positions: Positions, op: Op, mesh: Mesh) -> torch.Tensor:
@@ -152,12 +158,9 @@ def _permuted(positions: Positions, op: Op, mesh: Mesh) -> torch.Tensor:
 
 
 def _sliced(positions: Positions, op: Op, mesh: Mesh) -> torch.Tensor:
-    arguments: tuple[Any, ...] = (0, None, None, 1)
-    tensor, dim, start, _, step = (*op.args, *arguments[len(op.args) - 1 :])
-    size = tensor.shape[dim]
-    start = min(start + size if (start or 0) < 0 else start or 0, size)
+    tensor, dim, start, _, step = with_defaults(op, 0, None, None, 1)
     places = list(mesh)
-    places[dim] = max(start, 0) + step * places[dim]
+    places[dim] = slice(start, None).indices(tensor.shape[dim])[0] + step * places[dim]
     return positions.at(tensor, tuple(places))
 
 

@@ -135,7 +135,7 @@ def cast(op: Op, values: Values) -> Expression:
 
 def subscript_range(op: Op, values: Values) -> Expression:
     """x[..., 1:8:2]"""
-    tensor, dim, start, end, step = _arguments(op, 0, None, None, 1)
+    tensor, dim, start, end, step = with_defaults(op, 0, None, None, 1)
     bounds = f"{start or ''}:{'' if end in (None, OPEN_END) else end}" + (f":{step}" if step != 1 else "")
     return Expression(f"{values.bind(tensor, ATOM)}[{_at_dim(tensor, dim, bounds)}]")
 
@@ -146,7 +146,7 @@ def subscript(op: Op, values: Values) -> Expression:
     return Expression(f"{values.bind(tensor, ATOM)}[{_at_dim(tensor, dim, str(index))}]")
 
 
-def _arguments(op: Op, *defaults: Any) -> tuple[Any, ...]:
+def with_defaults(op: Op, *defaults: Any) -> tuple[Any, ...]:
     """An op's arguments; those behind the first one that a call leaves out have their defaults."""
     return (*op.args, *defaults[len(op.args) - 1 :])
 
@@ -159,6 +159,6 @@ def _at_dim(tensor: Tensor, dim: int, index: str) -> str:
 
 def embedding(op: Op, values: Values) -> Expression:
     """F.embedding has indices and table in the other order than ATen."""
-    weight, indices, padding_idx = _arguments(op, None, -1)[:3]
+    weight, indices, padding_idx = with_defaults(op, None, -1)[:3]
     kwargs = {"padding_idx": padding_idx} if padding_idx >= 0 else {}
     return call("F.embedding", (indices, weight), kwargs, values)

@@ -19,7 +19,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.compiler.annotation import Annotation, parse
-from longctx.compiler.ir import Op, Tensor, map_tensors, nbytes
+from longctx.compiler.ir import Op, Tensor, map_tensors, nbytes, storage_of
 from longctx.compiler.ops.python import by_name
 from longctx.compiler.ops.spec import Flops, OpSpec, Shares, may_draw, not_partitioned
 from longctx.errors import AnnotationError, one_line
@@ -181,7 +181,7 @@ def _count(target: str, key: _Key) -> tuple[Flops, tuple[int, ...], tuple[int, .
     kept: dict[int, torch.Tensor] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
+        kept[storage_of(tensor)] = tensor
         return tensor
 
     with FlopCounterMode(display=False) as counter:
@@ -195,8 +195,8 @@ def _count(target: str, key: _Key) -> tuple[Flops, tuple[int, ...], tuple[int, .
             gradients = [torch.empty_like(out) for out in differentiable]
             torch.autograd.grad(differentiable, wanted, gradients, allow_unused=True)
     flops = Flops(float(forward), float(counter.get_total_flops() - forward))
-    saved_inputs = tuple(i for i, t in enumerate(op.inputs) if kept.pop(_storage(metas[t]), None) is not None)
-    saved_outputs = tuple(i for i, out in enumerate(outputs) if kept.pop(_storage(out), None) is not None)
+    saved_inputs = tuple(i for i, t in enumerate(op.inputs) if kept.pop(storage_of(metas[t]), None) is not None)
+    saved_outputs = tuple(i for i, out in enumerate(outputs) if kept.pop(storage_of(out), None) is not None)
     return flops, saved_inputs, saved_outputs, float(sum(t.untyped_storage().nbytes() for t in kept.values()))
 
 
@@ -205,7 +205,3 @@ def _meta(tensor: Tensor) -> torch.Tensor:
     leaf = torch.empty(tensor.shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
     with torch.enable_grad():
         return leaf.clone()
-
-
-def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata

@@ -16,10 +16,9 @@ import torch
 from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.ops import aten
 from longctx.compiler.ops.aten import base_name
-from longctx.compiler.ops.positions import Positions, UnknownValueError
+from longctx.compiler.ops.positions import Positions, broadcast
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm")
-_CASTS = ("to", "type_as", "_to_copy")
 _LAYOUTS = ("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "clone", "alias")
 _NO_BOUND = -1e30  # a bound below this bounds no score
 
@@ -115,7 +114,7 @@ def _steps_after(tensor: Tensor, users: Mapping[Tensor, Sequence[Op]]) -> list[O
         steps.append(op)
         if base_name(op) in ("matmul", "bmm"):
             return steps if op.args[0] is tensor and op.args[1] is not tensor else []
-        if base_name(op) not in (*_CASTS, *_LAYOUTS, "dropout", "expand"):
+        if base_name(op) not in (*aten.CASTS, *_LAYOUTS, "dropout", "expand"):
             break
         tensor = op.outputs[0]
         if tensor.shape[-2:] != op.inputs[0].shape[-2:]:
@@ -162,18 +161,13 @@ def values_at(
         UnknownValueError: it depends on tokens or weights, or can't be broadcast.
     """
     mesh = (*(torch.arange(size) for size in shape[:-2]), queries, keys)
-    sizes = [len(index) for index in mesh]
-    mesh, full = mesh[len(mesh) - len(operand.shape) :], shape[len(shape) - len(operand.shape) :]
-    if any(size not in (n, 1) for size, n in zip(operand.shape, full, strict=True)):
-        raise UnknownValueError(operand.name)
-    indices = zip(mesh, operand.shape, full, strict=True)
-    return positions.at(operand, tuple(i if size == n else i.new_zeros(1) for i, size, n in indices)).expand(sizes)
+    return positions.at(operand, broadcast(mesh, operand, shape)).expand([len(index) for index in mesh])
 
 
 def _after_step(scores: Scores, op: Op, tensor: Tensor, value) -> Scores:
     """The scores behind one step, which takes them as `tensor`."""
     name, args = base_name(op), op.args
-    if name in _LAYOUTS or name in _CASTS:
+    if name in _LAYOUTS or name in aten.CASTS:
         return scores
     if name == "tanh":
         return _capped(scores)
@@ -283,7 +277,7 @@ def _source(tensor: Tensor, makers: Mapping[Tensor, Op]) -> Tensor:
     found = tensor
     while (op := makers.get(tensor)) is not None and len(op.inputs) == 1:
         (before,) = op.inputs
-        widened = base_name(op) in _CASTS and before.dtype.is_floating_point
+        widened = base_name(op) in aten.CASTS and before.dtype.is_floating_point
         if not (widened or base_name(op) in _LAYOUTS and _keeps_rows(op) and prod(before.shape) == prod(tensor.shape)):
             break
         tensor = before

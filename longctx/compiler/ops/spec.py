@@ -20,6 +20,7 @@ import torch
 
 from longctx.compiler.ir import FlatGraph, Op, Tensor
 from longctx.compiler.ops.python import Expression, Values
+from longctx.compiler.ops.writes import overload_of
 from longctx.compiler.work import Work
 
 FLOAT32_BYTES = 4
@@ -81,6 +82,10 @@ def saves_all(op: Op) -> list[Tensor]:
     return [*op.inputs, *op.outputs]
 
 
+def saves_inputs(op: Op) -> list[Tensor]:
+    return op.inputs
+
+
 def saves_nothing(op: Op) -> list[Tensor]:
     return []
 
@@ -113,9 +118,7 @@ def keeps_strides(op: Op, strided: bool) -> bool:
 
 def draws_by_tag(op: Op) -> bool:
     """PyTorch tags its own operators that draw random numbers."""
-    _, name, overload = op.target.split(".")
-    packet = getattr(torch.ops.aten, name)
-    return torch.Tag.nondeterministic_seeded in getattr(packet, overload).tags
+    return torch.Tag.nondeterministic_seeded in overload_of(op.target).tags
 
 
 def draws_nothing(op: Op) -> bool:

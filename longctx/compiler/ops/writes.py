@@ -4,12 +4,13 @@ A traced graph of values, in which nothing is ever overwritten, is what the rest
 makes it, by these rules.
 """
 
-from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
 
 from longctx.compiler.ir import Device, Op, Tensor, map_tensors
+from longctx.compiler.ops.partitions import dim_of
 
 Call = tuple[str, tuple]  # a target and its arguments
 
@@ -54,11 +55,17 @@ def overload_of(target: str) -> Any:
     return getattr(getattr(torch.ops.aten, name), overload)
 
 
+def run_on(device: str, target: str, args: tuple, kwargs: dict[str, Any]) -> Any:
+    """What one of PyTorch's operators returns, with `device` for DEVICE."""
+    args = tuple(device if isinstance(value, Device) else value for value in args)
+    kwargs = {name: device if isinstance(value, Device) else value for name, value in kwargs.items()}
+    return overload_of(target)(*args, **kwargs)
+
+
 def on_meta(target: str, args: tuple, kwargs: dict[str, Any]) -> Any:
     """What one of PyTorch's operators returns, without values: the shapes and dtypes of its outputs."""
     args, kwargs = map_tensors((args, kwargs), lambda t: torch.empty(t.shape, dtype=t.dtype, device="meta"))
-    kwargs = {name: "meta" if isinstance(value, Device) else value for name, value in kwargs.items()}
-    return overload_of(target)(*args, **kwargs)
+    return run_on("meta", target, args, kwargs)
 
 
 # --- the whole that a view is of, after a write into the view --------------------------------------------------------
@@ -98,23 +105,15 @@ def into_place(op: Op, index: int, whole: Tensor, part: Tensor) -> Call:
 
 def into_piece(op: Op, index: int, whole: Tensor, part: Tensor) -> Call:
     """Of chunk and split: x with `part` as its piece number `index`."""
-    dim = _dim_of(op, 2)
+    dim = dim_of(op, 2)
     start = sum(piece.shape[dim] for piece in op.outputs[:index])
     return "aten.slice_scatter.default", (whole, part, dim, start, start + part.shape[dim])
 
 
 def into_unbound(op: Op, index: int, whole: Tensor, part: Tensor) -> Call:
-    return "aten.select_scatter.default", (whole, part, _dim_of(op, 1), index)
+    return "aten.select_scatter.default", (whole, part, dim_of(op, 1), index)
 
 
 def into_all(op: Op, index: int, whole: Tensor, part: Tensor) -> Call | None:
     """Of expand: what stands in one place of memory for many elements can't be written to."""
-    return reshaped_back(op, index, whole, part) if _size(whole.shape) == _size(part.shape) else None
-
-
-def _size(shape: Sequence[int]) -> int:
-    return torch.Size(shape).numel()
-
-
-def _dim_of(op: Op, place: int) -> int:
-    return op.kwargs.get("dim", op.args[place] if len(op.args) > place else 0)
+    return reshaped_back(op, index, whole, part) if prod(whole.shape) == prod(part.shape) else None
