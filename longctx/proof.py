@@ -39,7 +39,7 @@ from longctx.compiler.recompute import Recompute
 from longctx.compiler.trace import sample_row, trace
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, ProofError, UserError, one_line
-from longctx.huggingface.build import build_model
+from longctx.huggingface.build import build_model, vocab_size
 from longctx.huggingface.shrink import small_configs
 from longctx.runtime import parallel
 
@@ -76,6 +76,11 @@ def allowed(rounding: float) -> float:
     return max(GRADIENT_TOLERANCE, ROUNDINGS * rounding)
 
 
+def may_be_rounding(gradient_error: float) -> bool:
+    """Whether a gradient is so little off that the model's own rounding may explain it."""
+    return GRADIENT_TOLERANCE <= gradient_error < 100 * GRADIENT_TOLERANCE
+
+
 def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof:
     """Proves the model that `graph` was traced from, unless that is remembered.
 
@@ -89,7 +94,7 @@ def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof
     length = next(length for length in LENGTHS if length <= sequence_length)
     signature = _signature(graph)
     small, *_ = candidates = list(small_configs(config, sequence_length, length, _layers_with_all_kinds(graph)))
-    key = [_json(config), _json(small), length, signature, *_code()]
+    key = [config.to_json_string(), small.to_json_string(), length, signature, *_code()]
     file = cache_folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
     with suppress(OSError, ValueError, TypeError):
         if (remembered := Proof(**json.loads(file.read_text()))).holds:
@@ -102,10 +107,6 @@ def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof
 
 def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "longctx" / "proofs"
-
-
-def _json(config: PreTrainedConfig) -> dict:
-    return json.loads(config.to_json_string())
 
 
 def _code() -> list:
@@ -175,7 +176,7 @@ def _difference(found: list, expected: list) -> str | None:
 
 def _layers_with_all_kinds(graph: Graph) -> int:
     """The number of first layers in which every kind comes: two at least, where there are as many."""
-    first = {kind: call.index for call in reversed(graph.layer_calls) for kind in [call.kind]}
+    first = {call.kind: call.index for call in reversed(graph.layer_calls)}
     return min(max([1, *first.values()]) + 1, max(1, len(graph.layer_calls)))
 
 
@@ -223,7 +224,7 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
     Raises:
         ProofError: transformers can't run the model, or the generated code doesn't run.
     """
-    tokens, labels = _random_row(config.get_text_config().vocab_size, length)
+    tokens, labels = _random_row(vocab_size(config), length)
     try:
         model = _random_model(config)
         expected = _own_loss(model, tokens, labels)
@@ -245,8 +246,8 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
         ) from error
     error = abs(loss.item() - expected.item()) / abs(expected.item())
     errors = gradient_errors(gradients_of(module), gradients_of(model))
-    near = GRADIENT_TOLERANCE <= max(errors.values()) < 100 * GRADIENT_TOLERANCE
-    roundings = _own_roundings(model, tokens, labels) if near else dict.fromkeys(errors, 0.0)
+    close = may_be_rounding(max(errors.values()))
+    roundings = _own_roundings(model, tokens, labels) if close else dict.fromkeys(errors, 0.0)
     worst = max(errors, key=lambda name: errors[name] / allowed(roundings[name]))
     return Proof(error, errors[worst], worst, roundings[worst])
 

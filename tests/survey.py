@@ -33,7 +33,7 @@ from tqdm import tqdm
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from longctx.errors import UserError, one_line
-from longctx.proof import GRADIENT_TOLERANCE, LOSS_TOLERANCE, allowed, gradient_errors, gradients_of, prove
+from longctx.proof import Proof, gradient_errors, gradients_of, may_be_rounding, prove
 
 TIME_LIMIT_S = 300
 MEMORY_LIMIT = 8 << 30  # bytes of a process
@@ -76,12 +76,8 @@ def judge(family: str, errors: list[tuple[float, float, str]]) -> Row:
     """'right' or 'wrong', by the loss error, the worst gradient error and its parameter of each plan, as proofs are."""
     loss_error = max(loss for loss, _, _ in errors)
     gradient_error, parameter = max((gradient, name) for _, gradient, name in errors)
-    near = GRADIENT_TOLERANCE <= gradient_error < 100 * GRADIENT_TOLERANCE
-    roundings = own_roundings(family) if near else {}
-    # Compared this way round, so that an error that is no number is none that is small enough.
-    right = all(
-        loss < LOSS_TOLERANCE and gradient < allowed(roundings.get(name, 0.0)) for loss, gradient, name in errors
-    )
+    roundings = own_roundings(family) if may_be_rounding(gradient_error) else {}
+    right = all(Proof(loss, gradient, name, roundings.get(name, 0.0)).holds for loss, gradient, name in errors)
     says = "" if right else f"the gradient of {parameter}"
     return Row(family, "right" if right else "wrong", says, loss_error, gradient_error, len(errors))
 

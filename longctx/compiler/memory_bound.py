@@ -17,7 +17,7 @@ A moment is a step of the root, or of one layer's backward. It holds, in GB,
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -68,7 +68,7 @@ def _moments(
     calls = graph.layer_calls
     root, weights = _Body(program, choices, graph.body), _Weights.of(graph, choices)
     saved = {call: SavedByLayer(tuple(call.inputs[i] for i in layers[call.kind].saved_inputs), {}) for call in calls}
-    lasts = {max(call.index for call in calls if call.kind == number) for number in range(len(graph.kinds))}
+    lasts = set({call.kind: call.index for call in calls}.values())
     largest = lasts | {len(calls) - 2}  # which may be larger than the last by the last one's reduce-scatter
     before_layers, below_layers = True, False
     for step in steps(graph.body, [graph.output], saved, ()):
@@ -133,8 +133,8 @@ class _Layers:
 
 
 def _layers_of(program: LinearProgram, graph: Graph, number: int, choices: Choices) -> _Layers:
-    kind = graph.kinds[number]
-    times = sum(call.kind == number for call in graph.layer_calls)
+    calls = graph.calls_of(number)
+    kind, times, kind_input = graph.kinds[number], len(calls), calls[0].inputs[0]
     body = _Body(program, choices, kind.ops)
     by_one: dict[int, Expression] = {}  # the variable that counts the layers which recompute it -> what one layer keeps
     for op, terms in _saved_by(kind, body):
@@ -143,7 +143,7 @@ def _layers_of(program: LinearProgram, graph: Graph, number: int, choices: Choic
     for repeats, saved in by_one.items():
         again = {program.product(x, repeats, times): -size for x, size in saved.items()}
         kept.append((saved, total(scaled(saved, times), again)))
-    whole_input = choices.handed_on[kind_input := _input_of(graph, number)].get(REPLICATE, {})
+    whole_input = choices.handed_on[kind_input].get(REPLICATE, {})
     recomputed = {
         program.product(x, choices.repeats[kind.ops[0]], times): _unsliced(kind_input, choices) for x in whole_input
     }
@@ -155,11 +155,6 @@ def _layers_of(program: LinearProgram, graph: Graph, number: int, choices: Choic
     ]
     at_work = program.largest({CONSTANT: 0.0}, *map(body.bytes_of, _undominated(backward)))
     return _Layers(kept, at_work, _Weights.of(kind, choices), saved_inputs(kind, Recompute.NOTHING))
-
-
-def _input_of(graph: Graph, number: int) -> Tensor:
-    """The hidden states that a layer of a kind takes."""
-    return next(call.inputs[0] for call in graph.layer_calls if call.kind == number)
 
 
 def _saved_by(kind: LayerKind, body: "_Body") -> Iterator[tuple[Op, Expression]]:
@@ -240,11 +235,7 @@ class _Body:
         return self.in_placements(tensor, self.placements_for(op, tensor))
 
     def placements_for(self, op: Op, tensor: Tensor) -> dict[Placement, Expression]:
-        place = (*op.inputs, *op.outputs).index(tensor)
-        placements: dict[Placement, Expression] = {}
-        for partition, x in self.choices.partitions[op]:
-            placements.setdefault((*partition.inputs, *partition.outputs)[place], {})[x] = 1.0
-        return placements
+        return placements_of(self.choices.partitions[op], (*op.inputs, *op.outputs).index(tensor))
 
     def gathered_gradient(self, tensor: Tensor) -> Expression:
         """Of partial sums of which a shard is wanted, the gradient: the whole one, less the shard that it replaces."""
@@ -308,6 +299,14 @@ class _Body:
             return by_op[0]
         every = dict.fromkeys(placement for placements in by_op for placement in placements)
         return {p: {self.program.largest(*(chosen[p] for chosen in by_op if p in chosen)): 1.0} for p in every}
+
+
+def placements_of(partitions: Iterable[tuple[Partition, int]], place: int) -> dict[Placement, Expression]:
+    """The placements in which an op has one of its inputs and outputs, by its partitions and their variables."""
+    placements: dict[Placement, Expression] = {}
+    for partition, x in partitions:
+        placements.setdefault((*partition.inputs, *partition.outputs)[place], {})[x] = 1.0
+    return placements
 
 
 def _unsliced(tensor: Tensor, choices: Choices) -> float:

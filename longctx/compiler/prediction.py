@@ -4,7 +4,7 @@ The integer program minimizes these seconds; here they are added up again from t
 for people to read and for tests to hold the program to.
 """
 
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -78,10 +78,9 @@ def forward_flops(graph: Graph) -> tuple[float, float]:
     MFU figures compare; but attention, and whatever else has products without weights, is counted as each layer has
     it: with its own heads, their width, and its window.
     """
-    whole = causal = 2.0 * sum(prod(t.shape) for t in graph.all_parameters().values()) * graph.inputs[0].shape[-1]
-    times = Counter(call.kind for call in graph.layer_calls)
+    whole = causal = 2.0 * count_parameters(graph) * graph.inputs[0].shape[-1]
     ops = [(op, 1) for op in graph.body if isinstance(op, Op)]
-    ops += [(op, times[number]) for number, kind in enumerate(graph.kinds) for op in kind.ops]
+    ops += [(op, len(graph.calls_of(number))) for number, kind in enumerate(graph.kinds) for op in kind.ops]
     for op, n in ops:
         if not any(t.kind == "parameter" for t in op.inputs):
             spec = spec_of(op)
@@ -91,12 +90,16 @@ def forward_flops(graph: Graph) -> tuple[float, float]:
     return whole, causal
 
 
+def count_parameters(graph: Graph) -> int:
+    return sum(prod(t.shape) for t in graph.all_parameters().values())
+
+
 def predict(graph: Graph, plan: Plan, setting: Setting) -> Prediction:
     """FLOPs, seconds and bytes of a plan."""
     memory = predict_memory(graph, plan.assignment, plan.recompute, setting)
     time = step_time(graph, plan, setting)
-    n_parameters = sum(prod(t.shape) for t in graph.all_parameters().values())
-    return Prediction(n_parameters, *forward_flops(graph), time, seconds_by_part(graph, plan, setting, time), memory)
+    parts = seconds_by_part(graph, plan, setting, time)
+    return Prediction(count_parameters(graph), *forward_flops(graph), time, parts, memory)
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,7 @@ def _bodies(graph: Graph, plan: Plan) -> list[_Body]:
     local = localize(graph, plan.assignment)
     bodies = [_Body(graph, graph.body, local.body, (Recompute.NOTHING,))]
     for number, (kind, own) in enumerate(zip(graph.kinds, local.kinds, strict=True)):
-        policies = tuple(plan.recompute[call.index] for call in graph.layer_calls if call.kind == number)
+        policies = tuple(plan.recompute[call.index] for call in graph.calls_of(number))
         bodies.append(_Body(kind, kind.ops, own.ops, policies))
     return bodies
 

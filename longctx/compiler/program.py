@@ -51,7 +51,7 @@ from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, Solution, scaled, total, value_of
 from longctx.compiler.localize import Assignment
 from longctx.compiler.memory import PERSISTENT_BYTES
-from longctx.compiler.memory_bound import Choices, largest_moment
+from longctx.compiler.memory_bound import Choices, largest_moment, placements_of
 from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
@@ -169,7 +169,7 @@ class Program(LinearProgram):
     def build_kind(self, number: int) -> _Scope:
         """m[k] and a[k], and one layer of the kind."""
         kind = self.graph.kinds[number]
-        calls = [call for call in self.graph.layer_calls if call.kind == number]
+        calls = self.graph.calls_of(number)
         m = self.variable(upper=len(calls), integer=True)
         a = self.variable(upper=len(calls), integer=True)
         self.recomputing.append((m, a))
@@ -216,12 +216,8 @@ class Program(LinearProgram):
                 self.costs[repeated] = scope.compute[repeated] = seconds.forward
         self.tie_products(op, scope)
         self.add_demands(op, scope)
-        for place, tensor in enumerate(op.outputs):
-            sources: dict[Placement, Expression] = {}
-            for partition, x in self.x[op]:
-                placement = partition.outputs[place]
-                sources[placement] = total(sources.get(placement, {}), {x: 1.0})
-            scope.flows[tensor] = _Flow(sources)
+        for place, tensor in enumerate(op.outputs, len(op.inputs)):
+            scope.flows[tensor] = _Flow(placements_of(self.x[op], place))
 
     def allowed_partitions(self, op: Op) -> list[Partition]:
         """The legal partitions, less those that a fixed plan rules out.
@@ -415,7 +411,7 @@ class Program(LinearProgram):
         policies: dict[int, Recompute] = {}
         for number, variables in enumerate(self.recomputing):
             m, a = (round(values[variable]) for variable in variables)
-            layers = [call.index for call in self.graph.layer_calls if call.kind == number]
+            layers = [call.index for call in self.graph.calls_of(number)]
             of_kind = [Recompute.EVERYTHING] * a + [Recompute.ALL_BUT_ATTENTION] * (m - a)
             of_kind += [Recompute.NOTHING] * (len(layers) - m)
             policies |= dict(zip(layers, of_kind, strict=True))

@@ -202,7 +202,7 @@ def _operator_sections(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
     own = localize(graph, plan.assignment)
     sections = [_operator_table(f"{graph.class_name}, once", graph, own.body, plan, setting)]
     for number, (kind, own_kind) in enumerate(zip(graph.kinds, own.kinds, strict=True)):
-        layers = sum(call.kind == number for call in graph.layer_calls)
+        layers = len(graph.calls_of(number))
         sections.append(_operator_table(f"{kind.class_name}, {layers} layers", kind, own_kind.ops, plan, setting))
     legend = (
         "R: the same on every rank; S1: split along dimension 1; P: partial sums. Bytes are a rank's; a reshard "

@@ -7,7 +7,6 @@ depend on it). Smaller are the numbers of tokens known, of layers, of heads, and
 import copy
 import math
 from collections.abc import Iterator
-from typing import Any
 
 from transformers import PreTrainedConfig
 
@@ -88,24 +87,25 @@ def _settle(text: PreTrainedConfig, sequence_length: int, length: int) -> None:
 
 def _reduce_width(text: PreTrainedConfig) -> bool:
     """Fewer heads, of the same size, and other widths in proportion; False if that is not possible."""
-    counts = {name: value for name in HEADS if type(value := getattr(text, name, None)) is int}
+    counts, linear, widths = (_numbers(text, names) for names in (HEADS, LINEAR_HEADS, WIDTHS))
     n_heads = counts.get("num_attention_heads", 0)
     few = {name: value for name, value in _fewer(counts).items() if counts[name] > value}
-    widths = {name: value for name in WIDTHS if type(value := getattr(text, name, None)) is int}
     if "num_attention_heads" not in few or widths.get("hidden_size", 1) % n_heads:
         return False
-    linear = {name: value for name in LINEAR_HEADS if type(value := getattr(text, name, None)) is int}
     ratio = few["num_attention_heads"] / n_heads
     for name, value in {**few, **_fewer(linear), **{n: math.ceil(v * ratio) for n, v in widths.items()}}.items():
         setattr(text, name, value)
     return True
 
 
-def _fewer(counts: dict[str, int]) -> dict[str, Any]:
-    """Numbers of heads, queries' first: at most two of keys and values, and at most two queries to each of them."""
+def _numbers(text: PreTrainedConfig, names: tuple[str, ...]) -> dict[str, int]:
+    """Those of the fields that are there and whole numbers."""
+    return {name: value for name in names if type(value := getattr(text, name, None)) is int}
+
+
+def _fewer(counts: dict[str, int]) -> dict[str, int]:
+    """Numbers of heads: at most two of keys and values, and at most two queries to each of them."""
     if not counts:
         return {}
-    queries, *others = counts.values()
-    keys = min([queries, *others])
-    few = min(keys, 2)
-    return {name: few * min(value // keys, 2) for name, value in counts.items()}
+    keys = min(counts.values())
+    return {name: min(keys, 2) * min(value // keys, 2) for name, value in counts.items()}

@@ -46,7 +46,7 @@ class StepMetrics:
     tokens_per_s: float
     tokens_per_s_per_gpu: float
     mfu: float | None  # attention counted whole, as the reference counts it; None where the peak is not known
-    mfu_causal: float | None  # attention counted by half, as causal attention needs
+    mfu_causal: float | None  # of attention what its mask leaves
     peak_memory_gb: float  # this rank's, 1e9 bytes: of tensors on a GPU, of the process on a CPU
     peak_reserved_gb: float | None  # what a GPU's allocator took for those tensors; None on a CPU
 

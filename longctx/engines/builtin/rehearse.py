@@ -79,7 +79,7 @@ class Projection:
     fsdp_hidden_seconds: float  # of a micro-batch, behind computing
     tokens_per_s_per_gpu: float
     mfu: float | None  # attention counted whole, as the reference program counts it; None where no peak is known
-    mfu_causal: float | None  # attention counted by half, as causal attention needs
+    mfu_causal: float | None  # of attention what its mask leaves
 
 
 @dataclass(frozen=True)
