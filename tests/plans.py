@@ -35,7 +35,7 @@ from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import Plan, Setting
 from longctx.compiler.program import can_keep_attention
 from longctx.compiler.recompute import Recompute
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.compiler.work import Work
 from longctx.huggingface.build import build_model
 from longctx.proof import gradients_of
@@ -95,9 +95,7 @@ def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
 
 
 def trace_family(family: str) -> Graph:
-    config = config_of(family)
-    sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
-    return trace(build_model(config, torch.float32), sample)
+    return trace(build_model(config_of(family), torch.float32), sample_row(LENGTH))
 
 
 def write_reference(folder: Path, family: str, n_rows: int) -> None:

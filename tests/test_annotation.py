@@ -106,13 +106,13 @@ def test_an_annotation_is_text_or_a_function():
 def test_an_annotation_that_contradicts_the_op_is_an_error_when_it_is_traced(monkeypatch):
     from families import small_config
 
-    from longctx.compiler.trace import trace
+    from longctx.compiler.trace import sample_row, trace
     from longctx.huggingface.build import build_model
     from longctx.kernels.rms_norm import rms_norm
 
     wrong = RegisteredOp(rms_norm, "* d^, d^ -> *", UNKNOWN)
     monkeypatch.setitem(REGISTERED_OPS, wrong.name, wrong)
     wrapped = build_model(small_config("llama"), torch.float32)
-    sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    sample = sample_row(8)
     with pytest.raises(AnnotationError, match=r"promises an output of shape \[1, 8\], but it gives \[1, 8, 64\]"):
         trace(wrapped, sample)

@@ -171,7 +171,7 @@ def test_a_model_that_torch_export_can_not_trace_is_refused_in_one_sentence(monk
     wrapped = build.build_model(config, torch.float32)
     norm = wrapped.model.model.norm
     monkeypatch.setattr(norm, "forward", lambda x: x if x.sum() > 0 else -x)
-    sample = {name: torch.empty(1, 8, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    sample = sample_row(8)
     with pytest.raises(UserError, match="torch.export can't trace LlamaForCausalLM") as error:
         trace(wrapped, sample)
     assert "\n" not in str(error.value)
@@ -303,7 +303,7 @@ def test_ranks_that_share_out_dropout_draw_for_their_own_parts_and_draw_the_same
     config = small_config("opt", attention_dropout=0.1, dropout=0.1)
     weights = {name: p.detach() for name, p in reference_model(config).named_parameters()}
     torch.save(weights, tmp_path / "weights.pt")
-    sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    sample = sample_row(LENGTH)
     graph = trace(build.build_model(config, torch.float32), sample)
     split = {op: next(p for p in reversed(legal_partitions(op, 2))) for op in graph.all_ops()}
     assignment = Assignment(2, split)
@@ -319,7 +319,7 @@ def test_ranks_that_share_out_dropout_draw_for_their_own_parts_and_draw_the_same
 
 
 def test_values_are_called_as_the_source_calls_them_or_by_the_module_that_made_them():
-    sample = {name: torch.empty(1, LENGTH, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    sample = sample_row(LENGTH)
     graph = trace(build.build_model(small_config("llama"), torch.float32), sample)
     of = {
         name: [op for op in graph.kinds[0].ops if spec_of(op).name == name] for name in ("linear", "view", "transpose")

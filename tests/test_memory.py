@@ -16,7 +16,7 @@ from longctx.compiler.ir import Op, Tensor, map_tensors, nbytes
 from longctx.compiler.ops import aten
 from longctx.compiler.program import can_keep_attention
 from longctx.compiler.recompute import Recompute
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.huggingface import build
 
 LENGTH = 2048
@@ -109,7 +109,7 @@ def run_op(op: Op) -> tuple[dict[Tensor, torch.Tensor], list[torch.Tensor]]:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_autograd_saves_what_saved_tensors_says(family):
-    sample = {name: torch.empty(1, 32, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    sample = sample_row(32)
     graph = trace(build.build_model(small_config(family), torch.float32), sample)
     for op in graph.all_ops():
         if not aten.is_aten(op) or "DEVICE" in repr((op.args, op.kwargs)):

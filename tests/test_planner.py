@@ -41,7 +41,7 @@ from longctx.compiler.prediction import StepTime, predict, seconds_by_part, step
 from longctx.compiler.program import TIE_BREAK_SECONDS, Program
 from longctx.compiler.recompute import Recompute
 from longctx.compiler.resize import resize
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.compiler.work import PRODUCT_KINDS, Work
 from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, SolverError
 from longctx.huggingface.build import build_model, load_config
@@ -585,7 +585,7 @@ def test_a_plan_that_was_edited_is_refused_in_one_sentence(edit):
 
 
 def traced(config, length: int) -> Graph:
-    sample = {name: torch.empty(1, length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    sample = sample_row(length)
     return trace(build_model(config, DTYPE), sample)
 
 

@@ -13,7 +13,7 @@ from longctx.compiler.ir import Graph
 from longctx.compiler.ops import arguments_of, positions
 from longctx.compiler.ops.registered import target_of
 from longctx.compiler.ops.scores import Scores
-from longctx.compiler.trace import trace
+from longctx.compiler.trace import sample_row, trace
 from longctx.errors import KernelError, ModelError
 from longctx.huggingface.attention import REGISTERED_NAME, attention_function, make_no_masks, refuse_own_attention
 from longctx.huggingface.build import build_model
@@ -104,7 +104,7 @@ WRITTEN = {  # families that write their attention out: their sizes, and the cal
 
 
 def trace_model(config, length: int = LENGTH, **options) -> Graph:
-    sample = {name: torch.empty(1, length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+    sample = sample_row(length)
     return trace(build_model(config, torch.float32, **options), sample)
 
 
