@@ -28,7 +28,7 @@ class GeneratedModule:
     plan_sharded: dict[str, int]  # plan-sharded weights, and the dimension that each is split along
     parameters: dict[str, list[int]]  # every weight's whole shape
     forward_flops: float  # of one row, attention counted whole
-    forward_flops_causal: float  # of one row, attention counted by half
+    forward_flops_causal: float  # of one row, of attention what its mask leaves
     fused_attention: list[list[list[int]]]  # shapes of query, key, value of one rank's fused attentions, each once
 
 
