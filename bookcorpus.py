@@ -49,11 +49,11 @@ from longctx.errors import (
     UserError,
     one_line,
     run_script,
+    some_of,
 )
 
 BLOCK = 2**22  # tokens that are packed and written at a time (16 MiB)
 BLOCKS_PER_SHARD = 32  # blocks of one .arrow file (512 MiB)
-NAMED = 3  # of the files or documents that were left out for one reason, those whose names are printed
 CAUSES = {
     DocumentsError: Cause("data_path_or_name"),
     ColumnError: Cause("data_path_or_name", "name a column of text with --text_key"),
@@ -101,8 +101,7 @@ def summary(corpus: dict, args: argparse.Namespace, seconds: float) -> str:
 
 def named(names: list[str], what: str) -> str:
     """How many there are, and the first of them."""
-    more = ", ..." if len(names) > NAMED else ""
-    return f"{len(names):,} {what} ({', '.join(names[:NAMED])}{more})"
+    return f"{len(names):,} {what} ({some_of(names)})"
 
 
 def parse_args() -> argparse.Namespace:

@@ -158,6 +158,11 @@ class ConfigNameError(DocumentsError):
     """Which configuration of a corpus is meant is open, or it doesn't have the one that is asked for."""
 
 
+def some_of(names: list[str]) -> str:
+    """The first three names, to quote within a sentence."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
+
+
 def one_line(error: Exception) -> str:
     """A library's error on one line, cut where it rambles, to quote within a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__

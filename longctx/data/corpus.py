@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from longctx.data.documents import ReadDocuments
 from longctx.data.folders import ALL, TRAIN, choose_files
-from longctx.data.formats import READERS, ROWS_READ, arrow_documents, check_column, format_of, read_documents
+from longctx.data.formats import ROWS_READ, arrow_documents, check_column, format_of, no_text, read_documents
 from longctx.errors import BadDocument, ConfigNameError, DocumentsError, SplitError, one_line
 
 if TYPE_CHECKING:  # not everywhere installed: bookcorpus.py says so, once it knows that it is asked for rows
@@ -56,7 +56,7 @@ def open_corpus(name: str, text_key: str, split: str | None = None, config_name:
     if split or config_name:
         raise (SplitError if split else ConfigNameError)("a file by itself has no splits and no configurations")
     if format_of(path.name) is None:
-        raise DocumentsError(f"no text there, that is, no file of {', '.join(READERS)}, plain or as .gz or .zst")
+        raise no_text()
     return Corpus(partial(read_documents, path, text_key), path.stat().st_size, [path.name])
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from fsspec.utils import glob_translate
 
-from longctx.data.formats import READERS, format_of
+from longctx.data.formats import format_of, no_text
 from longctx.errors import ConfigNameError, DocumentsError, SplitError, one_line
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def choose_files(folder: Path, split: str | None, config_name: str | None) -> Ch
         reason = reason or why_not_text(folder, name)
         (left_out[reason] if reason else readable).append(name)
     if not readable:
-        raise DocumentsError(f"no text there, that is, no file of {', '.join(READERS)}, plain or as .gz or .zst")
+        raise no_text()
     read, seen = [], set()
     for name, reason in why_not_of_split(folder, readable, split, config_name).items():
         if reason is None and (real := os.path.realpath(folder / name)) in seen:

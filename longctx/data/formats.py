@@ -331,3 +331,8 @@ def text_of(value: str | bytes | None) -> str:
 
 
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
+
+
+def no_text() -> DocumentsError:
+    """What is wrong with a place that has no file which a reader knows."""
+    return DocumentsError(f"no text there, that is, no file of {', '.join(READERS)}, plain or as .gz or .zst")

@@ -21,6 +21,7 @@ IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch
 # Columns of 0 and 1, of which 0 leaves a token out of the loss, as transformers' apply_chat_template and TRL name them.
 # attention_mask has 0 for padding.
 MASKS = ("loss_mask", "assistant_masks", "completion_mask", "attention_mask")
+# What one value is called, of each column that is read.
 NAMES = {"input_ids": "token", "labels": "label"} | {mask: f"{mask} value" for mask in MASKS}
 
 
@@ -55,7 +56,7 @@ def open_dataset(path: str) -> pa.Table:
     if len(table) == 0:
         raise RowsError("it has no rows; make it again with shorter rows")
     check_rows(table)
-    return table.select([name for name in ("input_ids", "labels", *MASKS) if name in table.column_names])
+    return table.select([name for name in NAMES if name in table.column_names])
 
 
 def _map_table(file: Path) -> pa.Table:
@@ -82,7 +83,7 @@ def check_rows(table: pa.Table) -> None:
         )
     if first < 2:
         raise RowsError(f"its rows have {first} tokens, and it takes 2 to predict one; make it again with longer rows")
-    for column in (name for name in ("labels", *MASKS) if name in table.column_names):
+    for column in (name for name in NAMES if name != "input_ids" and name in table.column_names):
         lengths = list_lengths(table, column, "integers, one a token; mend them, or remove the column")
         if (row := first_other_than(first, lengths)) is not None:
             raise RowsError(f"row {row} has {lengths[row]} {column} and {first} tokens; mend it, or remove the column")

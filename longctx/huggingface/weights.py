@@ -22,12 +22,11 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_utils import _get_resolved_checkpoint_files
 
-from longctx.errors import ModelError, NoWeights, one_line
+from longctx.errors import ModelError, NoWeights, one_line, some_of
 from longctx.huggingface.build import building, load_config
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # what a stored number may be, and mean itself
 SCALE = "_scale_inv"  # what the name of a quantized tensor's scales adds to its own
-NAMED = 3  # of the tensors that are left out, at most
 
 
 @dataclass(frozen=True)
@@ -114,8 +113,9 @@ def remarks(weights: Weights) -> list[str]:
             "by itself, as transformers does it"
         )
     if names := weights.left_out:
-        some = ", ".join(names[:NAMED]) + (", ..." if len(names) > NAMED else "")
-        lines.append(f"weights: {len(names)} stored tensor(s) belong to no parameter and are left out: {some}")
+        lines.append(
+            f"weights: {len(names)} stored tensor(s) belong to no parameter and are left out: {some_of(names)}"
+        )
     return lines
 
 
