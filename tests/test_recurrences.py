@@ -172,6 +172,15 @@ def test_a_function_that_only_looks_like_a_recurrence_is_refused_in_a_sentence()
         recurrences._ours_for(twice_as_much)
 
 
+@pytest.mark.parametrize("recurrence", recurrences.RECURRENCES[:-1], ids=lambda r: r.ours.__name__)
+def test_an_argument_that_ours_lacks_is_refused_unless_no_result_depends_on_it(recurrence):
+    arguments = recurrence.samples[0](torch.Generator().manual_seed(0))
+    same = recurrence.ours(**arguments, seq_idx=None, use_associative_scan=True)
+    assert torch.equal(recurrences._output(same), recurrences._output(recurrence.ours(**arguments)))
+    with pytest.raises(ModelError, match="^it gives a recurrence or a convolution the argument seq_idx, which"):
+        recurrence.ours(**arguments, seq_idx=torch.zeros(2, 9, dtype=torch.int32))
+
+
 def test_transformers_keeps_its_functions_outside_the_forward_of_our_model():
     before = vars(modeling_qwen3_5)["torch_chunk_gated_delta_rule"], vars(modeling_mamba)["mamba_selective_scan"]
     config = config_of("qwen3_5_text")

@@ -130,18 +130,20 @@ def _is_causal_convolution(module: nn.Module) -> bool:
 # --- transformers' functions, as ours compute them -------------------------------------------------------------------
 
 
-def _convolve(hidden_states, weight, bias=None, activation=None, **_):
+def _convolve(hidden_states, weight, bias=None, activation=None, **others):
     """causal_conv1d_fn: [b, channels, l], [channels, k], [channels] -> [b, channels, l]."""
+    _check_neutral(others)
     silu = activation in ("silu", "swish")
     output = causal_conv1d(hidden_states, weight, bias, silu)
     return output if silu or activation is None else ACT2FN[activation](output)
 
 
 def _gated_delta_rule(
-    query, key, value, g, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, **_
+    query, key, value, g, beta, initial_state=None, output_final_state=False, use_qk_l2norm_in_kernel=False, **others
 ):
     """chunk_gated_delta_rule: [b, l, heads, d] or [b, l, heads] each -> ([b, l, heads, e], no state)."""
     _check_stateless(initial_state, output_final_state)
+    _check_neutral(others)
     return gated_delta_rule(query, key, value, g, beta, key.shape[-1] ** -0.5, use_qk_l2norm_in_kernel), None
 
 
@@ -157,10 +159,11 @@ def _mamba2_scan(
     dt_softplus=False,
     dt_limit=(0.0, float("inf")),
     return_final_states=False,
-    **_,
+    **others,
 ):
     """mamba_chunk_scan_combined: [b, l, heads, e], [b, l, heads], [heads], twice [b, l, groups, d] -> the first."""
     _check_stateless(initial_states, return_final_states)
+    _check_neutral(others)
     dt = _time_step(dt, dt_bias, dt_softplus).clamp(*dt_limit).float()
     hidden_states = hidden_states.float()
     output = decaying_linear_attention(C, B, hidden_states * dt.unsqueeze(-1), A.float() * dt)
@@ -178,10 +181,11 @@ def _mamba_scan(
     delta_bias=None,
     delta_softplus=False,
     return_last_state=False,
-    **_,
+    **others,
 ):
     """selective_scan_fn: twice [b, channels, l], [channels, n], twice [b, n, l] -> [b, channels, l]."""
     _check_stateless(None, return_last_state)
+    _check_neutral(others)
     dt = _time_step(dt, None if delta_bias is None else delta_bias.unsqueeze(-1), delta_softplus)
     output = selective_scan(hidden_states, dt, A, B, C)
     if D is not None:
@@ -217,6 +221,19 @@ def _time_step(dt: torch.Tensor, bias: torch.Tensor | None, softplus: bool) -> t
 def _check_stateless(state: torch.Tensor | None, returns_state: bool) -> None:
     if state is not None or returns_state:
         raise ModelError("it carries a state from row to row, and rows are trained apart; choose another model")
+
+
+def _check_neutral(others: dict[str, Any]) -> None:
+    """Raises a ModelError for an argument that ours lacks, unless no result depends on it."""
+    for name, value in others.items():
+        if name not in NEUTRAL and value is not None and value is not False:
+            raise ModelError(
+                f"it gives a recurrence or a convolution the argument {name}, which this program does not know; "
+                "choose another model"
+            )
+
+
+NEUTRAL = {"chunk_size", "use_associative_scan"}  # in what pieces and order the same sums are made
 
 
 @dataclass(frozen=True)
