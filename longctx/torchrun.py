@@ -31,6 +31,10 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", 1))
 
 
+def has_several_nodes() -> bool:
+    return world_size() > local_world_size()
+
+
 def say(*lines: str) -> None:
     """Prints lines, on rank 0 alone: what holds for all ranks is said once."""
     if rank() == 0:

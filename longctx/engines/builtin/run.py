@@ -23,6 +23,7 @@ from longctx.runtime import parallel
 from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
+from longctx.runtime.shared_folder import check_shared
 from longctx.runtime.trainer import announce, check_checkpoint_places, train
 
 
@@ -52,6 +53,8 @@ def run(job: Job) -> tuple[int, int]:
     elif weights:
         torchrun.say(*remarks(weights))
     with parallel.process_group(job.device) as device, saying_what_was_predicted(plan_file.predicted):
+        if torchrun.has_several_nodes():
+            check_shared(job.checkpoint_dir)
         take_attention(job, agree_on_attention(job, plan.fused_attention, device))
         model = build_on_rank(job, folder, plan, device)
         if weights is not None:
