@@ -1,16 +1,14 @@
 """What the documentation names, exists: links, files, scripts, options, messages and places in the code."""
 
 import ast
-import os
 import re
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
 import pytest
+from scripts import run_script
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -75,11 +73,7 @@ def options_in(words: list[str]) -> set[str]:
 @cache
 def help_of(program: str) -> str:
     """What a script or module prints with --help."""
-    start = [program] if program.endswith(".py") else ["-m", program]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    result = subprocess.run(
-        [sys.executable, *start, "--help"], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
-    )
+    result = run_script(program, "--help")
     assert result.returncode == 0, result.stderr
     return result.stdout
 

@@ -1,4 +1,4 @@
-"""Training, checkpoints and resuming, with the commands that people type, in processes that are killed for real."""
+"""Training, checkpoints and resuming, with the options that people type, in processes that are killed for real."""
 
 import json
 import os
@@ -12,6 +12,7 @@ import pytest
 import torch
 from families import reference_loss, reference_model, small_config
 from saved_rows import save_rows
+from scripts import run_script, start_script
 from transformers import AutoModelForCausalLM
 
 from benchmarks.gpu_parts.processes import end_family
@@ -41,22 +42,24 @@ def job(tmp_path_factory) -> Path:
     return folder
 
 
-def command(job: Path, n_ranks: int, checkpoints: str, *more: str, plan_ngpus: int = 1) -> list[str]:
-    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n_ranks}"]
+def arguments(job: Path, n_ranks: int, checkpoints: str, *more: str, plan_ngpus: int = 1) -> list[str]:
     paths = ["--model_id", str(job / "model"), "--dataset_path", str(job / "rows")]
     paths += ["--compiled_dir", str(job / "compiled"), "--log_dir", str(job / checkpoints / "runs")]
     paths += ["--checkpoint_dir", str(job / checkpoints), "--name", f"{n_ranks}ranks"]
     # A step is the same 4 rows on any number of ranks and any plan.
     accumulation = ["--grad_accumulation_steps", str(4 // (n_ranks // plan_ngpus))]
     ranks = ["--plan_ngpus", str(plan_ngpus), "--runtime_ngpus", str(n_ranks), "--hardware", "cpu"]
-    return [*start, str(ROOT / "train.py"), *ranks, *paths, *accumulation, *TRAIN, *more]
+    return [*ranks, *paths, *accumulation, *TRAIN, *more]
 
 
-def run(arguments: list[str]) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(arguments, capture_output=True, text=True, env=environment, timeout=300)
+def run(script: str, *words: str, n_ranks: int = 0) -> subprocess.CompletedProcess:
+    result = run_script(script, *words, n_ranks=n_ranks)
     assert result.returncode == 0, result.stderr[-3000:]
     return result
+
+
+def train(job: Path, n_ranks: int, checkpoints: str, *more: str, plan_ngpus: int = 1) -> subprocess.CompletedProcess:
+    return run("train.py", *arguments(job, n_ranks, checkpoints, *more, plan_ngpus=plan_ngpus), n_ranks=n_ranks)
 
 
 def read_steps(job: Path, n_ranks: int, checkpoints: str) -> dict[int, dict]:
@@ -68,7 +71,7 @@ def read_steps(job: Path, n_ranks: int, checkpoints: str) -> dict[int, dict]:
 
 @pytest.fixture(scope="module")
 def uninterrupted(job) -> dict[int, dict]:
-    run(command(job, 2, "uninterrupted"))
+    train(job, 2, "uninterrupted")
     return read_steps(job, 2, "uninterrupted")
 
 
@@ -102,7 +105,7 @@ def test_training_is_adamw_on_the_token_mean_with_clipping_and_schedule(job, uni
 @pytest.fixture(scope="module")
 def partitioned(job) -> dict[int, dict]:
     """The same run, each row computed by both ranks together, with deterministic operators alone."""
-    run(command(job, 2, "partitioned", "--deterministic", plan_ngpus=2))
+    train(job, 2, "partitioned", "--deterministic", plan_ngpus=2)
     return read_steps(job, 2, "partitioned")
 
 
@@ -114,25 +117,17 @@ def test_a_plan_over_two_ranks_trains_as_two_ranks_apart_do(job, uninterrupted, 
         assert partitioned[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step
 
 
-@pytest.mark.parametrize("plan_ngpus", [1, 2])
-def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partitioned, plan_ngpus):
-    expected, options = {1: (uninterrupted, []), 2: (partitioned, ["--deterministic"])}[plan_ngpus]
-    name = f"killed{plan_ngpus}"
-    start = command(job, 2, name, *options, plan_ngpus=plan_ngpus)
-    process = subprocess.Popen(
-        start,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
+def wait_for_six_steps(job: Path, name: str) -> None:
     deadline = time.monotonic() + 120
-    while len(read_steps(job, 2, name)) < 6 and time.monotonic() < deadline and process.poll() is None:
+    while len(read_steps(job, 2, name)) < 6 and time.monotonic() < deadline:
         time.sleep(0.01)
-    end_family(process)
+
+
+def assert_goes_on(job: Path, name: str, expected: dict[int, dict], *more: str, plan_ngpus: int = 1) -> None:
+    """A run of 2 ranks that was killed after its first checkpoint takes the same steps as one that was left alone."""
     before = read_steps(job, 2, name)
     assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"
-
-    result = run(start)
+    result = train(job, 2, name, *more, plan_ngpus=plan_ngpus)
     assert "after step 4" in result.stdout
     after = read_steps(job, 2, name)
     for step in range(1, STEPS + 1):
@@ -140,10 +135,30 @@ def test_a_run_that_was_killed_goes_on_bit_for_bit(job, uninterrupted, partition
             assert after[step][key] == expected[step][key], (step, key)
 
 
+def test_a_run_that_was_killed_with_its_torchrun_goes_on_bit_for_bit(job, uninterrupted):
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = [*torchrun, str(ROOT / "train.py"), *arguments(job, 2, "killed1")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
+    wait_for_six_steps(job, "killed1")
+    end_family(process)
+    assert_goes_on(job, "killed1", uninterrupted)
+
+
+def test_a_run_whose_ranks_were_killed_goes_on_bit_for_bit_where_they_share_a_plan(job, partitioned, tmp_path):
+    more = ["--deterministic"]
+    ranks = start_script(tmp_path, "train.py", *arguments(job, 2, "killed2", *more, plan_ngpus=2), n_ranks=2)
+    wait_for_six_steps(job, "killed2")
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert_goes_on(job, "killed2", partitioned, *more, plan_ngpus=2)
+
+
 def test_a_run_whose_last_checkpoint_is_gone_goes_on_from_the_newest_that_is_whole(job, uninterrupted):
     shutil.copytree(job / "uninterrupted", job / "gone", symlinks=True)
     shutil.rmtree(job / "gone" / "0001-000010")
-    result = run(command(job, 2, "gone"))
+    result = train(job, 2, "gone")
     assert f"checkpoint: {job}/gone/last is missing or damaged, taking 0001-000008, the newest" in result.stdout
     assert "0001-000008, after step 8" in result.stdout
     after = read_steps(job, 2, "gone")
@@ -155,15 +170,15 @@ def test_a_run_whose_last_checkpoint_is_gone_goes_on_from_the_newest_that_is_who
 
 def test_a_merged_checkpoint_resumes_on_another_number_of_ranks(job, uninterrupted):
     merged = job / "merged.ckpt"
-    merger = [sys.executable, str(ROOT / "ckpt_merger.py"), "--output_fname", str(merged)]
-    run([*merger, "--ckpt_dir", str(job / "uninterrupted" / "0000-000004")])
+    checkpoint = job / "uninterrupted" / "0000-000004"
+    run("ckpt_merger.py", "--output_fname", str(merged), "--ckpt_dir", str(checkpoint))
     contents = torch.load(merged, weights_only=True)
     assert contents["optimizer"]["model.norm.weight/step"] == 4
 
     (job / "one_rank" / "runs" / "1ranks").mkdir(parents=True)
     first = [json.dumps(uninterrupted[step]) + "\n" for step in range(1, 5)]
     (job / "one_rank" / "runs" / "1ranks" / "metrics.jsonl").write_text("".join(first))
-    run(command(job, 1, "one_rank", "--resume_path", str(merged)))
+    train(job, 1, "one_rank", "--resume_path", str(merged))
     steps = read_steps(job, 1, "one_rank")
     for step in range(5, STEPS + 1):
         assert steps[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=2e-5)
@@ -172,8 +187,7 @@ def test_a_merged_checkpoint_resumes_on_another_number_of_ranks(job, uninterrupt
 def test_the_merged_model_opens_in_transformers_with_the_trained_weights(job, uninterrupted):
     for checkpoint, step in (("0000-000004", 4), ("0001-000008", 8)):
         hf_dir = job / f"hf-{step}"
-        merger = [sys.executable, str(ROOT / "ckpt_merger.py"), "--hf_dir", str(hf_dir)]
-        run([*merger, "--ckpt_dir", str(job / "uninterrupted" / checkpoint)])
+        run("ckpt_merger.py", "--hf_dir", str(hf_dir), "--ckpt_dir", str(job / "uninterrupted" / checkpoint))
         model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
         state = json.loads((job / "uninterrupted" / checkpoint / "checkpoint.json").read_text())
         position = order.Position(**state["position"])
