@@ -25,7 +25,7 @@ Where to look, in longctx/:
     how weights are read                       runtime/parallel.py: load_stored
     compute dtypes and float32 masters         job.py: DTYPES; runtime/parallel.py: parallelize
     the training loop                          runtime/trainer.py: train
-    the learning rate                          runtime/trainer.py: learning_rate
+    the learning rate                          runtime/schedule.py: learning_rate
     a loss that is not finite (NaN)            runtime/trainer.py: check_finite
     the order of the rows                      data/order.py: epoch_order
     checkpoints, and what a run resumes        runtime/checkpoint.py: save; runtime/resume.py: find_resume

@@ -74,6 +74,7 @@ class Options:
 
     # Training. A step is one of the optimizer's.
     learning_rate: float = option(2e-5, above=0)
+    min_learning_rate: float = option(0.0, "the floor that linear and cosine schedules fall to", at_least=0)
     lr_schedule: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = option(0, at_least=0)
     weight_decay: float = option(0.0, at_least=0)

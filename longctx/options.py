@@ -159,6 +159,19 @@ def check_engine_options(job: Job) -> None:
             )
 
 
+def check_schedule(job: Job) -> None:
+    """Raises a UserError for a floor of the learning rate that is above it, or that it never falls to."""
+    if job.min_learning_rate > job.learning_rate:
+        raise UserError(
+            f"--min_learning_rate {job.min_learning_rate}: it is above --learning_rate {job.learning_rate}; lower it"
+        )
+    if job.min_learning_rate and job.lr_schedule == "constant":
+        raise UserError(
+            f"--min_learning_rate {job.min_learning_rate}: a constant learning rate does not fall; leave it out, or "
+            "choose --lr_schedule linear or cosine"
+        )
+
+
 def check_rehearsal(job: Job) -> None:
     """Raises a UserError for a rehearsal of no rank, or by an engine or a launcher that can't do one."""
     if job.run_mode != "rehearse":
@@ -217,6 +230,7 @@ def check_folders(job: Job) -> None:
 CHECKS = (
     check_name,
     check_engine_options,
+    check_schedule,
     check_rehearsal,
     check_attention,
     nnscaler.check_policy,

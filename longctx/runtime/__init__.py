@@ -3,7 +3,8 @@
 collectives.py      the reshards between placements, which generated code calls
 parallel.py         ranks, their mesh, FSDP2 over the generated module, weights read by slices
 determinism.py      the same bits in every run
-trainer.py          the training loop: learning rate, gradients, clipping, a loss that is not finite
+schedule.py         the learning rate of every step
+trainer.py          the training loop: gradients, clipping, a loss that is not finite
 metrics.py          progress bar, TensorBoard, metrics.jsonl; throughput and MFU
 checkpoint.py       sharded checkpoints, whole or not at all; resume.py: what a run goes on from; merge.py: one file
 """

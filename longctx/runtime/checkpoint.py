@@ -33,6 +33,7 @@ from longctx.atomic import publish_folder
 from longctx.data.order import Position
 from longctx.errors import CheckpointError, CheckpointFolderError, one_line
 from longctx.runtime.parallel import ParallelModel, load_slice
+from longctx.runtime.schedule import Schedule
 
 VERSION = 1  # of what checkpoint.json holds
 LAST = "last"
@@ -51,6 +52,7 @@ class State:
     world_size: int
     plan_ngpus: int | None  # None in checkpoints that did not record it yet
     parameters: dict[str, list[int]]  # name -> shape: the model it is of
+    schedule: Schedule | None = None  # of the learning rate; None in checkpoints that did not record it yet
 
     def to_json(self) -> dict[str, Any]:
         return {"format": VERSION, **asdict(self)}
@@ -59,7 +61,8 @@ class State:
     def from_json(value: dict[str, Any]) -> "State":
         position = Position(**value["position"])
         ranks = value["world_size"], value.get("plan_ngpus")
-        return State(position, value["seed"], value["n_rows"], *ranks, value["parameters"])
+        schedule = Schedule(**value["schedule"]) if value.get("schedule") else None
+        return State(position, value["seed"], value["n_rows"], *ranks, value["parameters"], schedule)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from longctx.job import Job
 from longctx.runtime import checkpoint
 from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
 from longctx.runtime.parallel import ParallelModel, local, reduce_plan_sharded_gradients
+from longctx.runtime.schedule import Schedule, describe_change, learning_rate, schedule_of
 
 BETAS = (0.9, 0.95)
 
@@ -54,17 +55,18 @@ def train(
     if resume:
         checkpoint.load(resume, model, optimizer)
     total_steps = count_steps(len(rows), start, job)
+    schedule = schedule_of(job, total_steps)
 
     position = start
     is_rank_zero = dist.get_rank() == 0
     with metrics_log(job.log_folder, start.step, total_steps) if is_rank_zero else nullcontext() as log:
         while position.step < total_steps:
-            step = take_step(model, optimizer, rows, position, total_steps, job)
+            step = take_step(model, optimizer, rows, position, schedule, job)
             position = advance(position, step.rows, len(rows))
             if log:
                 log.write(step_metrics(step, job, flops))
             if is_saved(position.step, total_steps, job):
-                path = save_checkpoint(model, optimizer, position, job, len(rows), save_hf_files)
+                path = save_checkpoint(model, optimizer, position, schedule, job, len(rows), save_hf_files)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
     return start.step, position.step
@@ -82,6 +84,16 @@ def announce(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> Non
         f"run: logs in {job.log_folder} (metrics.jsonl, TensorBoard), checkpoints in {job.checkpoint_dir}",
         flush=True,
     )
+    if resume and resume.state.schedule:
+        say_if_rescheduled(resume.state.schedule, resume.state.position, job, n_rows)
+
+
+def say_if_rescheduled(old: Schedule, start: Position, job: Job, n_rows: int) -> None:
+    """Prints how the learning rate goes on where it is not as it would have in the run before."""
+    new = schedule_of(job, count_steps(n_rows, start, job))
+    change = describe_change(old, new, start.step)
+    if change and start.step < new.total_steps:
+        print(f"run: the schedule has changed: {change}", flush=True)
 
 
 def seed_dropout(job: Job, data_parallel_rank: int) -> None:
@@ -97,13 +109,13 @@ def take_step(
     optimizer: torch.optim.Optimizer,
     rows: Rows,
     position: Position,
-    total_steps: int,
+    schedule: Schedule,
     job: Job,
 ) -> Step:
     """The optimizer step after `position`, by all ranks together."""
     started = time.perf_counter()
     chosen = step_rows(epoch_order(len(rows), job.seed, position.epoch), position, job.rows_per_step)
-    lr = learning_rate(position.step, total_steps, job)
+    lr = learning_rate(position.step, schedule)
     loss, grad_norm, n_tokens = compute_gradients(model, rows, chosen)
     check_finite(position.step + 1, chosen, loss, grad_norm)
     update_weights(model, optimizer, lr, clip_factor(grad_norm, job) / n_tokens)
@@ -182,12 +194,14 @@ def save_checkpoint(
     model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     position: Position,
+    schedule: Schedule,
     job: Job,
     n_rows: int,
     save_hf_files: Callable[[Path], None],
 ) -> Path:
     shapes = checkpoint.parameter_shapes(model)
-    state = checkpoint.State(position, job.seed, n_rows, dist.get_world_size(), model.plan_size, shapes)
+    ranks = dist.get_world_size(), model.plan_size
+    state = checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule)
     return checkpoint.save(job.checkpoint_dir, model, optimizer, state, save_hf_files)
 
 
@@ -206,7 +220,7 @@ def total_norm(model: ParallelModel) -> torch.Tensor:
     return squares.sqrt()
 
 
-# --- optimizer and schedule ------------------------------------------------------------------------------------------
+# --- optimizer and steps ------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model: ParallelModel, job: Job) -> torch.optim.AdamW:
@@ -255,16 +269,3 @@ def check_checkpoint_places(job: Job, n_rows: int, resume: checkpoint.Checkpoint
     steps = (step for step in range(start.step + 1, total_steps + 1) if is_saved(step, total_steps, job))
     positions = (position_after(step, n_rows, job.rows_per_step, start) for step in steps)
     checkpoint.check_places(job.checkpoint_dir, positions)
-
-
-def learning_rate(step: int, total_steps: int, job: Job) -> float:
-    """The learning rate of the step after `step` steps: a linear warm-up, then the schedule, down to 0 if it falls."""
-    if step < job.warmup_steps:
-        return job.learning_rate * (step + 1) / (job.warmup_steps + 1)
-    progress = (step - job.warmup_steps) / max(1, total_steps - job.warmup_steps)
-    factor = {
-        "constant": 1.0,
-        "linear": 1 - progress,
-        "cosine": 0.5 * (1 + math.cos(math.pi * progress)),
-    }[job.lr_schedule]
-    return job.learning_rate * factor

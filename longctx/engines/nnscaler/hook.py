@@ -24,7 +24,8 @@ from longctx.huggingface.weights import save_hf_files, trained_config
 from longctx.job import Job
 from longctx.runtime import checkpoint, merge
 from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
-from longctx.runtime.trainer import check_finite, learning_rate, seed_dropout
+from longctx.runtime.schedule import learning_rate, schedule_of
+from longctx.runtime.trainer import check_finite, seed_dropout
 
 
 def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> AggregatedOutputs:
@@ -63,6 +64,7 @@ class StepHook(TrainHook):
         seed_dropout(self.job, trainer.rank // self.job.plan_ngpus)
         steps = trainer.train_status.finished_train_steps
         self.position = order.position_after(steps, self.n_rows, self.job.rows_per_step)
+        self.schedule = schedule_of(self.job, trainer.max_train_steps)
         if trainer.rank == 0:
             self.flops = count_flops(self.job, self.config)
             files = metrics_log(self.job.log_folder, self.position.step, trainer.max_train_steps)
@@ -83,7 +85,7 @@ class StepHook(TrainHook):
         check_finite(self.position.step + 1, self.rows, self.loss, self.grad_norm)
 
     def before_optimizer_step(self, trainer: Trainer) -> None:
-        self.lr = learning_rate(self.position.step, trainer.max_train_steps, self.job)
+        self.lr = learning_rate(self.position.step, self.schedule)
         for group in trainer.optimizer.param_groups:
             group["lr"] = self.lr
 
@@ -96,7 +98,7 @@ class StepHook(TrainHook):
 
     def on_save_checkpoint(self, trainer: Trainer, state_dict: dict[str, Any]) -> None:
         ranks = trainer.world_size, self.job.plan_ngpus
-        state = checkpoint.State(self.position, self.job.seed, self.n_rows, *ranks, self.parameters)
+        state = checkpoint.State(self.position, self.job.seed, self.n_rows, *ranks, self.parameters, self.schedule)
         state_dict[checkpoint.STATE_ENTRY] = json.dumps(state.to_json())
         if trainer.rank == 0:
             write_hf_files = functools.partial(save_hf_files, self.job.model_id, self.config)
