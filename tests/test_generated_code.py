@@ -33,7 +33,6 @@ from longctx.compiler.plan import Fixed, Plan, Setting
 from longctx.compiler.recompute import Recompute
 from longctx.compiler.statements import statement_of
 from longctx.compiler.trace import sample_row, trace
-from longctx.engines.builtin import cache
 from longctx.errors import UserError
 from longctx.huggingface import build
 from longctx.huggingface.attention import make_no_masks
@@ -41,6 +40,7 @@ from longctx.huggingface.weights import find_weights
 from longctx.kernels.rms_norm import rms_norm
 from longctx.proof import gradients_of
 from longctx.runtime import parallel
+from longctx.runtime.rendezvous import fresh_store
 
 LENGTH = 48
 SIX_FAMILIES = ["llama", "qwen3", "phi3", "gemma2", "gpt_neox", "opt"]
@@ -379,7 +379,7 @@ def _compile_on_ranks(folder: Path, options: list[list[str]]) -> None:
     except UserError as error:
         said = f"error: {error}"
     (folder / str(rank)).write_text(said)
-    store = cache.rendezvous_store()
+    store = fresh_store()
     store.set(f"done {rank}", "")
     store.wait([f"done {other}" for other in range(len(options))])  # rank 0 holds the store of all
 

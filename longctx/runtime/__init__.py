@@ -1,6 +1,7 @@
 """What a rank does with generated code. Nothing here imports the compiler: what a run has to know is in compiled.py.
 
 collectives.py      the reshards between placements, which generated code calls
+rendezvous.py       the store by which ranks find each other, new at every start
 parallel.py         ranks, their mesh, FSDP2 over the generated module, weights read by slices
 determinism.py      the same bits in every run
 schedule.py         the learning rate of every step

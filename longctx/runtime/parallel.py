@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from longctx import compiled, devices, torchrun
 from longctx.errors import ModelError
 from longctx.runtime import collectives
+from longctx.runtime.rendezvous import fresh_store
 
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than a slow disk takes to write a checkpoint of 8B parameters
 
@@ -47,7 +48,10 @@ def process_group(kind: str = "auto") -> Iterator[torch.device]:
     if devices.are_shared(device):
         torchrun.say(devices.describe_sharing())
     if torchrun.started_this():
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        store = fresh_store()
+        store.set_timeout(COLLECTIVE_TIMEOUT)
+        ranks = {"rank": torchrun.rank(), "world_size": torchrun.world_size()}
+        dist.init_process_group(backend, store=store, timeout=COLLECTIVE_TIMEOUT, **ranks)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     succeeded = False

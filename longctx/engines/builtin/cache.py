@@ -4,14 +4,12 @@ Under torchrun the first rank of each node compiles and the others wait for it; 
 """
 
 import dataclasses
-import functools
 import json
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import transformers
 
 from longctx import compiled, flops, proof, sources, torchrun
@@ -23,6 +21,7 @@ from longctx.errors import CompiledError, CompiledFolderError
 from longctx.huggingface.weights import trained_config
 from longctx.job import Job
 from longctx.runtime import collectives
+from longctx.runtime.rendezvous import fresh_store
 
 COMPILE_TIMEOUT = timedelta(hours=1)  # far beyond what any model takes
 
@@ -38,7 +37,7 @@ def ensure_compiled(job: Job) -> Path:
     if torchrun.world_size() == 1:
         compile_unless_up_to_date(job, inputs)
         return job.compiled_folder
-    store = rendezvous_store()
+    store = fresh_store()
     key = f"{job.compiled_folder.resolve()} of node {torchrun.node()}"
     if torchrun.local_rank() == 0:
         try:
@@ -86,12 +85,6 @@ def check_first_rank(job: Job, theirs: str, ours: str) -> None:
             f"this node's first rank compiled {job.compiled_folder} from other options, code or devices than this "
             "rank has; start all ranks alike"
         )
-
-
-@functools.cache  # where it is rank 0's own, it ends with the object
-def rendezvous_store() -> dist.Store:
-    """What the ranks tell each other before there is a process group: torchrun's key-value store, or rank 0's."""
-    return next(dist.rendezvous("env://"))[0]
 
 
 # --- what a compiled folder depends on -------------------------------------------------------------------------------
