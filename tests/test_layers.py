@@ -17,7 +17,7 @@ OPS = PACKAGE / "compiler" / "ops"
 
 # A room of the package -> the modules of the repository that it may import.
 MAY_IMPORT = {
-    "compiler": ("longctx.compiler", "longctx.errors", "longctx.flops"),
+    "compiler": ("longctx.compiler", "longctx.errors", "longctx.flops", "longctx.schema"),
     "compiler/ops": (
         "longctx.compiler.ops",
         "longctx.compiler.annotation",
@@ -39,9 +39,10 @@ MAY_IMPORT = {
         "longctx.kernels",
         "longctx.data.rows",
         "longctx.errors",
+        "longctx.schema",
         "chunk_linear_cross_entropy",
     ),
-    "data": ("longctx.data", "longctx.errors"),
+    "data": ("longctx.data", "longctx.errors", "longctx.schema"),
     "runtime": (
         "longctx.runtime",
         "longctx.devices",
@@ -51,6 +52,7 @@ MAY_IMPORT = {
         "longctx.flops",
         "longctx.errors",
         "longctx.atomic",
+        "longctx.schema",
         "longctx.torchrun",
     ),
 }
