@@ -7,6 +7,7 @@ import resource
 import signal
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from ranks import run_ranks
 from torch import nn
 
 import ckpt_merger
-from longctx import atomic
+from longctx import atomic, seal
 from longctx.data.order import Position
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import CheckpointError, CheckpointFolderError, NoRoom, UserError
@@ -37,7 +38,8 @@ def write_checkpoint(folder: Path, name: str, engine: str = "torch") -> Path:
             torch.save({"state": json.dumps(state)}, path / f"{rank}.ckpt")
     else:
         (path / "shard").write_text("whole")
-        (path / "checkpoint.json").write_text(json.dumps({**state, "files": {"shard": {"bytes": 5}}}))
+        seals = {name: asdict(of) for name, of in seal.seal(path, ["shard"]).items()}
+        (path / "checkpoint.json").write_bytes(seal.sealed_json({"format": 2, **state, "files": seals}))
     return path
 
 
@@ -122,15 +124,19 @@ def test_checkpoints_of_two_engines_do_not_get_into_one_folder(tmp_path):
     [
         ("{", "its file checkpoint.json is damaged"),
         ("[]", "its file checkpoint.json is damaged"),
-        ("{}", "its file checkpoint.json is damaged .it lacks 'position'"),
-        (None, "its file checkpoint.json is damaged .it lacks 'files'"),
+        (
+            "{}",
+            "its file checkpoint.json is damaged .its format is None, and this version of the program knows 1 and 2",
+        ),
+        ('{"format": 3}', "its file checkpoint.json is damaged .its format is 3, and this version"),
+        ('{"format": 2}', "its file checkpoint.json is damaged .its digest is missing"),
+        ('{"format": 1, "files": {}}', "its file checkpoint.json is damaged .it lacks 'position'"),
+        ('{"format": 1}', "its file checkpoint.json is damaged .it lacks 'files'"),
     ],
 )
 def test_a_damaged_manifest_is_named_as_such(tmp_path, content, reason):
     path = write_checkpoint(tmp_path, "0000-000001")
-    facts = json.loads((path / "checkpoint.json").read_text())
-    del facts["files"]
-    (path / "checkpoint.json").write_text(json.dumps(facts) if content is None else content)
+    (path / "checkpoint.json").write_text(content)
     sentence = f"the checkpoint 0000-000001 is not whole: {reason}.*; name another checkpoint"
     with pytest.raises(CheckpointError, match=f"^{sentence}"):
         checkpoint.read(path, FORMATS)

@@ -53,6 +53,7 @@ MAY_IMPORT = {
         "longctx.errors",
         "longctx.atomic",
         "longctx.schema",
+        "longctx.seal",
         "longctx.torchrun",
     ),
 }

@@ -1,15 +1,16 @@
 """Checkpoints: sharded by torch.distributed.checkpoint, whole or not there at all, and loaded by slices.
 
-A checkpoint is a folder `checkpoints/<epoch>-<step>` of one `.distcp` file a rank and DCP's `.metadata`, with
-`checkpoint.json` (what it is of, how far training had come, and the size of every file) and `hf/` (configuration and
-tokenizer). `checkpoints/last` links to the newest. Its tensors have flat names: `model/<parameter>`,
-`optimizer/<parameter>/exp_avg`, `random/<rank>/cpu`.
+A checkpoint is a folder `checkpoints/<epoch>-<step>` of one `.distcp` file a rank and DCP's `.metadata`, with `hf/`
+(configuration and tokenizer) and `checkpoint.json`: what it is of, how far training had come, and the size and digest
+of every file, its own included. `checkpoints/last` links to the newest. Its tensors have flat names:
+`model/<parameter>`, `optimizer/<parameter>/exp_avg`, `random/<rank>/cpu`.
 
 A process that is killed while it saves leaves at most a folder half written, `.<epoch>-<step>.writing`, and, where a
 checkpoint was being replaced, the whole one that it replaces, `.<epoch>-<step>.old-*`; the next save removes them.
 
-A merged file (merge.py makes it) is one for torch.load: {'model': {parameter: tensor}, 'optimizer':
-{'<parameter>/exp_avg': tensor}, 'state': what checkpoint.json holds, as JSON, 'hf': {path in hf/: bytes, uint8}}.
+A merged file (merge.py makes it) is one for torch.load, followed by its digest: {'model': {parameter: tensor},
+'optimizer': {'<parameter>/exp_avg': tensor}, 'state': what checkpoint.json holds but for the files, as JSON, 'hf':
+{path in hf/: bytes, uint8}}.
 
 Other engines may store checkpoints and merged files in another form: a `CheckpointFormat` says how to read theirs.
 """
@@ -17,25 +18,31 @@ Other engines may store checkpoints and merged files in another form: a `Checkpo
 import json
 import os
 import re
+import secrets
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint import FileSystemReader
 
+from longctx import seal
 from longctx.atomic import publish_folder
 from longctx.data.order import Position
 from longctx.errors import CheckpointError, CheckpointFolderError, one_line
 from longctx.runtime.parallel import ParallelModel, load_slice
 from longctx.runtime.schedule import Schedule
+from longctx.runtime.storage import SealedWriter
 
-VERSION = 1  # of what checkpoint.json holds
+FORMAT = 2  # of checkpoint.json and of merged files: sealed
+UNSEALED = 1  # the format before, which had no digests
 LAST = "last"
 STATE = "checkpoint.json"
 STATE_ENTRY, HF_ENTRY = "state", "hf"  # of a merged file
@@ -44,25 +51,39 @@ FILES = re.compile(rf"__\d+_\d+\.distcp|\.metadata|{re.escape(STATE)}|hf")  # al
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint is of, besides its tensors."""
+    """What a checkpoint is of, besides its tensors.
+
+    Attributes:
+        seed: of the order of the rows.
+        plan_ngpus: None in checkpoints that did not record it yet, as they did not what follows the parameters.
+        parameters: name -> shape: the model it is of.
+        schedule: of the learning rate.
+        serial: which save to its folder it was, counted from 1: of two, the greater is the newer, whatever their steps.
+        id: of this checkpoint and the merged files that are made of it; random.
+        origin: the id of the checkpoint that its run was told to start from, which may be of another folder.
+    """
 
     position: Position
-    seed: int  # of the order of the rows
+    seed: int
     n_rows: int
     world_size: int
-    plan_ngpus: int | None  # None in checkpoints that did not record it yet
-    parameters: dict[str, list[int]]  # name -> shape: the model it is of
-    schedule: Schedule | None = None  # of the learning rate; None in checkpoints that did not record it yet
+    plan_ngpus: int | None
+    parameters: dict[str, list[int]]
+    schedule: Schedule | None = None
+    serial: int | None = None
+    id: str | None = None
+    origin: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        return {"format": VERSION, **asdict(self)}
+        return asdict(self)
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "State":
         position = Position(**value["position"])
         ranks = value["world_size"], value.get("plan_ngpus")
         schedule = Schedule(**value["schedule"]) if value.get("schedule") else None
-        return State(position, value["seed"], value["n_rows"], *ranks, value["parameters"], schedule)
+        run = value.get("serial"), value.get("id"), value.get("origin")
+        return State(position, value["seed"], value["n_rows"], *ranks, value["parameters"], schedule, *run)
 
 
 @dataclass(frozen=True)
@@ -139,30 +160,75 @@ def save(
         CheckpointFolderError: something that this program did not write has come into the place of the checkpoint or
             of `last`. The checkpoint is whole then too, and the error says where.
     """
-    path = checkpoint_dir / folder_name(state.position)
-    aside = checkpoint_dir / f".{path.name}.writing"
+    name = folder_name(state.position)
+    writer = make_writer(checkpoint_dir, state)
     if dist.get_rank() == 0:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        begin(checkpoint_dir, name, save_hf_files)
     dist.barrier()
-    tensors = _named_tensors(model, optimizer) | _random_state(model.mesh.device_type)
-    dcp.save(tensors, storage_writer=FileSystemWriter(aside), planner=dcp.DefaultSavePlanner(flatten_state_dict=False))
+    dcp.save(tensors_of(model, optimizer), storage_writer=writer, planner=make_save_planner())
     if dist.get_rank() == 0:
-        save_hf_files(aside / "hf")
-        files = {str(f.relative_to(aside)): f.stat().st_size for f in sorted(aside.rglob("*")) if f.is_file()}
-        manifest = {**state.to_json(), "files": {name: {"bytes": size} for name, size in files.items()}}
-        (aside / STATE).write_text(json.dumps(manifest))
-        if not _is_replaceable(path):
-            raise CheckpointFolderError(
-                f"{path} is in the way, which this program did not write; the checkpoint that was to be there is whole "
-                f"in {aside}: move what is in the way, and rename {aside.name} to {path.name}"
-            )
-        publish_folder(aside, path)
-        check_last(checkpoint_dir)
-        _point_last(checkpoint_dir, path.name)
-        _remove_leftovers(checkpoint_dir)
+        publish(checkpoint_dir, name)
     dist.barrier()
-    return path
+    return checkpoint_dir / name
+
+
+def make_writer(checkpoint_dir: Path, state: State) -> SealedWriter:
+    """What writes a checkpoint aside, and its manifest last of all."""
+    aside = _aside(checkpoint_dir, folder_name(state.position))
+    return SealedWriter(aside, STATE, partial(_manifest_facts, checkpoint_dir, state))
+
+
+def _manifest_facts(checkpoint_dir: Path, state: State) -> dict[str, Any]:
+    numbered = replace(state, serial=last_serial(checkpoint_dir) + 1, id=secrets.token_hex(8))
+    return {"format": FORMAT, **numbered.to_json()}
+
+
+def make_save_planner() -> dcp.DefaultSavePlanner:
+    return dcp.DefaultSavePlanner(flatten_state_dict=False)
+
+
+def tensors_of(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All tensors that are saved, on every rank its own part, by their flat names; they share the model's memory."""
+    return _named_tensors(model, optimizer) | _random_state(model.mesh.device_type)
+
+
+def last_serial(checkpoint_dir: Path) -> int:
+    """The greatest serial number of a checkpoint in the folder; 0 if there is none."""
+    serials = [0]
+    for manifest in checkpoint_dir.glob(f"*/{STATE}"):
+        with suppress(OSError, ValueError):
+            serials.append(read_manifest(manifest.parent)[0].serial or 0)
+    return max(serials)
+
+
+def begin(checkpoint_dir: Path, name: str, save_hf_files: Callable[[Path], None]) -> None:
+    """Makes the folder that a checkpoint is written to. Rank 0 calls it, before any rank writes."""
+    aside = _aside(checkpoint_dir, name)
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    save_hf_files(aside / "hf")
+
+
+def publish(checkpoint_dir: Path, name: str) -> None:
+    """Gives a checkpoint that is written, manifest and all, its name, and points `last` at it. Rank 0 calls it.
+
+    Raises:
+        CheckpointFolderError: as `save` does.
+    """
+    aside, path = _aside(checkpoint_dir, name), checkpoint_dir / name
+    if not _is_replaceable(path):
+        raise CheckpointFolderError(
+            f"{path} is in the way, which this program did not write; the checkpoint that was to be there is whole "
+            f"in {aside}: move what is in the way, and rename {aside.name} to {path.name}"
+        )
+    publish_folder(aside, path)
+    check_last(checkpoint_dir)
+    _point_last(checkpoint_dir, name)
+    _remove_leftovers(checkpoint_dir)
+
+
+def _aside(checkpoint_dir: Path, name: str) -> Path:
+    return checkpoint_dir / f".{name}.writing"
 
 
 def _named_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -242,21 +308,44 @@ def read_state(path: Path) -> State:
     """The state of a checkpoint folder.
 
     Raises:
-        ValueError: it is not whole; the message says why.
+        ValueError: it is not whole, as far as the sizes of its files tell; the message says why.
+    """
+    state, seals = read_manifest(path)
+    seal.check_sizes(path, seals)
+    return state
+
+
+def verify(path: Path) -> None:
+    """Raises a ValueError, which names a file, unless all files of a checkpoint folder are what was written."""
+    seal.verify(path, read_manifest(path)[1])
+
+
+def verify_merged(path: Path) -> None:
+    """Raises a ValueError unless a merged file is what was written."""
+    seal.verify(path.parent, {path.name: seal.appended_seal(path) or seal.Seal(path.stat().st_size)})
+
+
+def read_manifest(path: Path) -> tuple[State, dict[str, seal.Seal]]:
+    """What checkpoint.json says: the state, and the seal of every other file by its name.
+
+    Raises:
+        ValueError: it is missing or damaged, or of a format that is not known here.
     """
     try:
-        manifest = json.loads((path / STATE).read_text())
-        state = State.from_json(manifest)
-        sizes = {name: facts["bytes"] for name, facts in manifest["files"].items()}
+        facts, is_sealed = seal.read_sealed_json((path / STATE).read_bytes())
+        check_format(facts.get("format"), is_sealed)
+        seals = {name: seal.Seal.from_json(of) for name, of in facts["files"].items()}
+        return State.from_json(facts), seals
     except Exception as error:  # whatever a damaged file makes json or the lookups raise
         raise ValueError(f"its file {STATE} is damaged ({reason(error)})") from error
-    for name, expected in sizes.items():
-        size = (path / name).stat().st_size if (path / name).is_file() else None
-        if size is None:
-            raise ValueError(f"its file {name} is missing")
-        if size != expected:
-            raise ValueError(f"its file {name} has {size} bytes instead of {expected}")
-    return state
+
+
+def check_format(number: Any, is_sealed: bool) -> None:
+    """Raises a ValueError unless a format is known, and what is of the one that is sealed has its digest."""
+    if number not in (UNSEALED, FORMAT):
+        raise ValueError(f"its format is {number!r:.20}, and this version of the program knows {UNSEALED} and {FORMAT}")
+    if number == FORMAT and not is_sealed:
+        raise ValueError("its digest is missing")
 
 
 def _read_merged(path: Path, formats: Formats) -> Checkpoint:
@@ -264,7 +353,9 @@ def _read_merged(path: Path, formats: Formats) -> Checkpoint:
         merged = map_file(path)
         for form in formats.values():
             merged = form.as_builtin(merged)
-        return Checkpoint(path, State.from_json(json.loads(merged[STATE_ENTRY])), merged=merged)
+        facts = json.loads(merged[STATE_ENTRY])
+        check_format(facts.get("format", UNSEALED), seal.appended_seal(path) is not None)
+        return Checkpoint(path, State.from_json(facts), merged=merged)
     except Exception as error:  # whatever a foreign or damaged file makes torch or json raise
         raise CheckpointError(f"it is no merged checkpoint ({reason(error)}); make one with ckpt_merger.py") from error
 

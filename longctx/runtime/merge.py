@@ -23,7 +23,8 @@ from tqdm import tqdm
 
 from longctx.atomic import whole_file, whole_folder
 from longctx.errors import NoRoom, one_line
-from longctx.runtime.checkpoint import HF_ENTRY, STATE_ENTRY, Checkpoint, read_shards
+from longctx.runtime.checkpoint import FORMAT, HF_ENTRY, STATE_ENTRY, Checkpoint, read_shards
+from longctx.seal import append_seal
 
 # --- one file --------------------------------------------------------------------------------------------------------
 
@@ -40,7 +41,7 @@ def merge(checkpoint: Checkpoint, output: Path) -> None:
     with whole_file(output) as aside:
         with FakeTensorMode():
             hf = {name: torch.empty(len(content), dtype=torch.uint8) for name, content in _hf_bytes(path / "hf")}
-            state = json.dumps(checkpoint.state.to_json())
+            state = json.dumps({"format": FORMAT, **checkpoint.state.to_json()})
             entries = {"model": {}, "optimizer": {}, STATE_ENTRY: state, HF_ENTRY: hf}
             for kind, name, size, dtype in _stored_tensors(path, ("model", "optimizer")):
                 entries[kind][name] = torch.empty(size, dtype=dtype)
@@ -57,6 +58,8 @@ def merge(checkpoint: Checkpoint, output: Path) -> None:
         for kind in ("model", "optimizer"):
             for name, tensor in tqdm(mapped[kind].items(), desc=f"merging {kind}", unit="tensor"):
                 read_shards(path, {f"{kind}/{name}": tensor}, no_dist=True)
+        del mapped, tensor  # and with them the map, so that all of it is in the file
+        append_seal(aside)
 
 
 @contextmanager
