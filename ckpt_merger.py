@@ -24,15 +24,16 @@ from longctx.runtime.resume import find_stored
 class Merge:
     """What ckpt_merger.py is asked to do."""
 
-    ckpt_dir: Path = option(help="a checkpoint, a folder of them (the last is taken), or a merged file")
+    ckpt_dir: Path = option(help="a checkpoint, a folder of them (the newest is taken), or a merged file")
     output_fname: Path | None = option(None, "the merged file to write: weights, optimizer and step, for torch.load")
     hf_dir: Path | None = option(None, "the folder to write for AutoModelForCausalLM.from_pretrained")
+    no_verify: bool = option(False, "merge without comparing bytes with their digests")
 
 
 def main(argv: list[str] | None = None) -> None:
     asked = parse(Merge, argv, (__doc__ or "").splitlines()[0])
     with naming_options(asked, {CheckpointError: Cause("ckpt_dir"), NoRoom: Cause("output_fname")}):
-        found = read(find_stored(asked.ckpt_dir, FORMATS), FORMATS)
+        found = read(find_stored(asked.ckpt_dir, FORMATS, verify=not asked.no_verify), FORMATS)
         check_outputs(asked, found)
         state = found.state
         print(

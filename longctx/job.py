@@ -42,8 +42,9 @@ class Options:
     checkpoint_dir: Path = option(Path("checkpoints"), "where checkpoints go")
     log_dir: Path = option(Path("runs"), "where TensorBoard events and metrics.jsonl go")
     resume_path: Path | None = option(
-        None, "a checkpoint folder or a merged file to go on from (default: the last in --checkpoint_dir)"
+        None, "a checkpoint folder or a merged file to go on from (default: the newest in --checkpoint_dir)"
     )
+    no_verify: bool = option(False, "use checkpoints and rows without comparing their bytes with their digests")
 
     # The plan.
     hardware: str | None = option(

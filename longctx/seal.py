@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from longctx import torchrun
 from longctx.errors import one_line
+from longctx.schema import Count
 
 try:
     import xxhash
@@ -55,18 +56,8 @@ def fastest() -> str:
 class Seal:
     """What is recorded of a file. `digest` is None of files that were written before digests were."""
 
-    bytes: int
+    bytes: Count
     digest: str | None = None
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> "Seal":
-        """Raises whatever a value of another form makes Python raise."""
-        size, digest = value["bytes"], value.get("digest")
-        if type(size) is not int or size < 0 or not isinstance(digest, str | None):
-            raise TypeError(f"{value!r:.50} is no size and digest of a file")
-        if digest is not None and digest.partition(":")[0] not in _KNOWN:
-            raise ValueError(f"{digest!r:.50} is no digest")
-        return Seal(size, digest)
 
 
 # --- making --------------------------------------------------------------------------------------------------------

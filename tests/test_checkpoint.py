@@ -27,12 +27,12 @@ from longctx.runtime import checkpoint, merge, parallel, resume, trainer
 ROOT = Path(__file__).parent.parent
 
 
-def write_checkpoint(folder: Path, name: str, engine: str = "torch") -> Path:
-    """A whole checkpoint as far as its files tell, of two ranks."""
+def write_checkpoint(folder: Path, name: str, engine: str = "torch", **recorded) -> Path:
+    """A whole checkpoint as far as its files tell, of two ranks; `recorded` is what its state says of the save."""
     path = folder / name
     path.mkdir(parents=True)
     epoch, step = name.split("-")
-    state = checkpoint.State(Position(int(step), int(epoch), 0), 0, 8, 2, 1, {}).to_json()
+    state = checkpoint.State(Position(int(step), int(epoch), 0), 0, 8, 2, 1, {}, **recorded).to_json()
     if engine == "nnscaler":
         for rank in range(2):
             torch.save({"state": json.dumps(state)}, path / f"{rank}.ckpt")
@@ -56,26 +56,91 @@ def point_last(folder: Path, name: str, engine: str = "torch") -> None:
 
 
 @pytest.mark.parametrize("engine", ["torch", "nnscaler"])
-@pytest.mark.parametrize("last", [None, "0000-000003", "0000-000009"])
-def test_where_last_is_missing_damaged_or_names_nothing_the_newest_whole_one_is_taken(tmp_path, capsys, engine, last):
+@pytest.mark.parametrize("last", [None, "0000-000003"])
+def test_where_the_newest_is_damaged_the_newest_whole_one_is_taken_and_nothing_is_deleted(
+    tmp_path, capsys, engine, last
+):
     for name in ("0000-000001", "0001-000002", "0000-000003"):
         write_checkpoint(tmp_path, name, engine)
-    next((tmp_path / "0000-000003").glob("shard" if engine == "torch" else "1.ckpt")).write_text("cut")
+    [file] = (tmp_path / "0000-000003").glob("shard" if engine == "torch" else "1.ckpt")
+    file.write_text("cut")
     if last:
         point_last(tmp_path, last, engine)
     assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0001-000002"
-    assert f"checkpoint: {tmp_path}/last is missing or damaged, taking 0001-000002" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"checkpoint: 0000-000003 is not whole (its file {file.name} " in said
+    assert said.endswith("; taking 0001-000002, the newest that is whole\n")
     assert resume.find_stored(tmp_path, FORMATS) == tmp_path / "0001-000002"
     assert resume.find(Path("none"), tmp_path, engine, FORMATS) == tmp_path / "0001-000002"
+    assert file.read_text() == "cut"
 
 
 @pytest.mark.parametrize("engine", ["torch", "nnscaler"])
-def test_last_is_taken_even_if_it_is_not_the_one_of_most_steps(tmp_path, capsys, engine):
+def test_damage_that_leaves_the_size_as_it_was_is_noticed_unless_nothing_is_to_be_verified(tmp_path, capsys, engine):
+    for name in ("0000-000001", "0000-000002"):
+        write_checkpoint(tmp_path, name, engine)
+    [file] = (tmp_path / "0000-000002").glob("shard" if engine == "torch" else "1.ckpt")
+    content = bytearray(file.read_bytes())
+    content[content.index(b"position" if engine == "nnscaler" else b"whole")] ^= 1
+    file.write_bytes(content)
+    assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0000-000001"
+    assert f"0000-000002 is not whole (its file {file.name} is damaged" in capsys.readouterr().out
+    assert resume.find(tmp_path, None, engine, FORMATS, verify=False) == tmp_path / "0000-000002"
+    with pytest.raises(CheckpointError, match=f"^the checkpoint 0000-000002 is not whole: its file {file.name} is dam"):
+        resume.find(tmp_path, tmp_path / "0000-000002", engine, FORMATS)
+
+
+@pytest.mark.parametrize("engine", ["torch", "nnscaler"])
+def test_where_last_names_nothing_the_newest_is_taken_and_that_is_said(tmp_path, capsys, engine):
+    write_checkpoint(tmp_path, "0000-000001", engine)
+    point_last(tmp_path, "0000-000009", engine)
+    assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0000-000001"
+    said = f"checkpoint: {tmp_path}/last names 0000-000009, which is gone; taking 0000-000001, the newest that is whole"
+    assert said in capsys.readouterr().out
+
+
+def test_the_newest_is_the_one_that_was_saved_last_whatever_last_names_and_whatever_its_steps(tmp_path, capsys):
+    """A kill between the two renames that end a save leaves `last` at the one before; and a run that went back to step
+    1 has saved its step 2 after the step 3 of the run before."""
+    for name, serial in (("0000-000001", 1), ("0000-000003", 2), ("0000-000002", 3)):
+        write_checkpoint(tmp_path, name, serial=serial)
+    point_last(tmp_path, "0000-000003")
+    assert resume.find(tmp_path, None, "torch", FORMATS) == tmp_path / "0000-000002"
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("engine", ["torch", "nnscaler"])
+def test_of_checkpoints_that_do_not_tell_which_is_newer_the_one_that_last_names_is_taken(tmp_path, capsys, engine):
     for name in ("0000-000001", "0000-000002"):
         write_checkpoint(tmp_path, name, engine)
     point_last(tmp_path, "0000-000001", engine)
     assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0000-000001"
     assert capsys.readouterr().out == ""
+
+
+def test_a_command_that_names_where_to_start_goes_on_from_what_it_has_saved_since(tmp_path, capsys):
+    source = write_checkpoint(tmp_path / "elsewhere", "0000-000005", id="source")
+    folder = tmp_path / "checkpoints"
+    assert resume.find(folder, source, "torch", FORMATS) == source
+    assert capsys.readouterr().out == ""
+    write_checkpoint(folder, "0000-000009", serial=1, id="other")
+    assert resume.find(folder, source, "torch", FORMATS) == source
+    said = f"checkpoint: starting from {source}, from which no checkpoint in {folder} comes"
+    assert said in capsys.readouterr().out
+    for serial, name in ((2, "0000-000006"), (3, "0000-000007")):
+        write_checkpoint(folder, name, serial=serial, id=name, origin="source")
+    assert resume.find(folder, source, "torch", FORMATS) == folder / "0000-000007"
+    assert f"checkpoint: going on from 0000-000007, which a run from {source} has saved" in capsys.readouterr().out
+    (folder / "0000-000007" / "shard").write_text("cut")
+    assert resume.find(folder, source, "torch", FORMATS) == folder / "0000-000006"
+
+
+def test_a_run_that_went_back_in_its_own_folder_goes_on_from_what_it_has_saved_since(tmp_path):
+    first = write_checkpoint(tmp_path, "0000-000001", serial=1, id="first")
+    write_checkpoint(tmp_path, "0000-000002", serial=2)
+    assert resume.find(tmp_path, first, "torch", FORMATS) == first
+    write_checkpoint(tmp_path, "0000-000003", serial=3, origin="first")
+    assert resume.find(tmp_path, first, "torch", FORMATS) == tmp_path / "0000-000003"
 
 
 def test_a_checkpoint_that_was_being_replaced_by_a_killed_run_is_found(tmp_path, monkeypatch):
@@ -130,8 +195,7 @@ def test_checkpoints_of_two_engines_do_not_get_into_one_folder(tmp_path):
         ),
         ('{"format": 3}', "its file checkpoint.json is damaged .its format is 3, and this version"),
         ('{"format": 2}', "its file checkpoint.json is damaged .its digest is missing"),
-        ('{"format": 1, "files": {}}', "its file checkpoint.json is damaged .it lacks 'position'"),
-        ('{"format": 1}', "its file checkpoint.json is damaged .it lacks 'files'"),
+        ('{"format": 1, "files": {}}', "its file checkpoint.json is damaged .position is missing"),
     ],
 )
 def test_a_damaged_manifest_is_named_as_such(tmp_path, content, reason):

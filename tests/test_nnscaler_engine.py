@@ -29,7 +29,7 @@ from longctx.engines.checkpoints import FORMATS
 from longctx.engines.nnscaler.checkpoints import as_builtin
 from longctx.engines.nnscaler.engine import check_generated
 from longctx.engines.nnscaler.options import check_policy, choose_engine
-from longctx.errors import CheckpointFolderError, CompiledError, UserError
+from longctx.errors import CheckpointError, CheckpointFolderError, CompiledError, UserError
 from longctx.job import Job, Options
 from longctx.options import causes, check_engine_options
 from longctx.runtime import checkpoint, merge, resume
@@ -197,7 +197,8 @@ def test_a_checkpoint_of_the_other_engine_is_named_as_such(tmp_path):
     job = job_of("torch", "--checkpoint_dir", str(tmp_path))
     with pytest.raises(UserError, match=sentence), naming_options(job, causes(job)):
         resume.find_resume(job, ROWS, FORMATS)
-    assert resume.find(tmp_path, None, "nnscaler", FORMATS) == tmp_path / "last"
+    with pytest.raises(CheckpointError, match="^the checkpoint last is not whole: its file 0.ckpt is damaged"):
+        resume.find(tmp_path, None, "nnscaler", FORMATS)  # it is its own
 
 
 @pytest.mark.parametrize("place", ["last", "best", "last/0.ckpt", "best/1.ckpt"])

@@ -10,6 +10,8 @@ from functools import lru_cache
 
 import torch
 
+from longctx.schema import Count
+
 
 @dataclass(frozen=True)
 class Position:
@@ -18,9 +20,9 @@ class Position:
     `step` optimizer steps are done in all; of the current epoch, number `epoch` from 0, the first `row` rows are done.
     """
 
-    step: int = 0
-    epoch: int = 0
-    row: int = 0
+    step: Count = 0
+    epoch: Count = 0
+    row: Count = 0
 
 
 def rows_per_step(data_parallel_size: int, accumulation_steps: int) -> int:

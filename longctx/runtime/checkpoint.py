@@ -26,7 +26,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
@@ -40,6 +40,7 @@ from longctx.errors import CheckpointError, CheckpointFolderError, one_line
 from longctx.runtime.parallel import ParallelModel, load_slice
 from longctx.runtime.schedule import Schedule
 from longctx.runtime.storage import SealedWriter
+from longctx.schema import Count, Range, decode
 
 FORMAT = 2  # of checkpoint.json and of merged files: sealed
 UNSEALED = 1  # the format before, which had no digests
@@ -65,12 +66,12 @@ class State:
 
     position: Position
     seed: int
-    n_rows: int
-    world_size: int
-    plan_ngpus: int | None
-    parameters: dict[str, list[int]]
+    n_rows: Count
+    world_size: Annotated[int, Range(at_least=1)]
+    plan_ngpus: Annotated[int, Range(at_least=1)] | None
+    parameters: dict[str, list[Count]]
     schedule: Schedule | None = None
-    serial: int | None = None
+    serial: Count | None = None
     id: str | None = None
     origin: str | None = None
 
@@ -79,21 +80,28 @@ class State:
 
     @staticmethod
     def from_json(value: dict[str, Any]) -> "State":
-        position = Position(**value["position"])
-        ranks = value["world_size"], value.get("plan_ngpus")
-        schedule = Schedule(**value["schedule"]) if value.get("schedule") else None
-        run = value.get("serial"), value.get("id"), value.get("origin")
-        return State(position, value["seed"], value["n_rows"], *ranks, value["parameters"], schedule, *run)
+        """Raises a ValueError for what no checkpoint can be of."""
+        state = decode(State, {"plan_ngpus": None, **value})
+        if state.position.row > state.n_rows:
+            raise ValueError(f"position.row: {state.position.row}, where there are {state.n_rows} rows")
+        return state
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A whole checkpoint folder, or a merged file, that is there. `merged` has a file's entries, tensors mapped."""
+    """A whole checkpoint folder, or a merged file, that is there.
+
+    Attributes:
+        engine: whose folder it is; None of a merged file, which all engines read.
+        merged: a file's entries, tensors mapped.
+        origin: what the checkpoints of a run that goes on from here record as theirs.
+    """
 
     path: Path
     state: State
-    engine: str | None = None  # whose folder it is; None of a merged file, which all engines read
+    engine: str | None = None
     merged: dict[str, Any] | None = None
+    origin: str | None = None
 
 
 @dataclass(frozen=True)
@@ -103,6 +111,7 @@ class CheckpointFormat:
     Attributes:
         mark: the file that a checkpoint folder of this engine has, and of no other.
         read_state: a folder -> its State. It raises a ValueError that says why the folder is not whole.
+        verify: raises a ValueError that names a file of a folder whose bytes are not those that were written.
         check_folder: raises a CheckpointFolderError for what saving to a folder of checkpoints would destroy.
         merge: (checkpoint, output) -> the merged file of a folder's shards.
         as_builtin: a merged file's entries -> the same as this module has them; entries of another form as they are.
@@ -111,6 +120,7 @@ class CheckpointFormat:
 
     mark: str
     read_state: Callable[[Path], State]
+    verify: Callable[[Path], None]
     check_folder: Callable[[Path], None]
     merge: Callable[[Checkpoint, Path], None]
     as_builtin: Callable[[dict[str, Any]], dict[str, Any]]
@@ -297,11 +307,17 @@ def read(path: Path, formats: Formats) -> Checkpoint:
     """
     if path.is_file():
         return _read_merged(path, formats)
-    engine, form = next((name, form) for name, form in formats.items() if (path / form.mark).is_file())
-    try:
-        return Checkpoint(path, form.read_state(path), engine)
-    except ValueError as error:
-        raise CheckpointError(f"the checkpoint {path.name} is not whole: {error}; name another checkpoint") from error
+    for engine, form in formats.items():
+        if (path / form.mark).is_file():
+            try:
+                return Checkpoint(path, form.read_state(path), engine)
+            except ValueError as error:
+                raise not_whole(path, str(error)) from error
+    raise CheckpointError(f"{path} is not there; all nodes have to see the folder of checkpoints")
+
+
+def not_whole(path: Path, problem: str) -> CheckpointError:
+    return CheckpointError(f"the checkpoint {path.name} is not whole: {problem}; name another checkpoint")
 
 
 def read_state(path: Path) -> State:
@@ -334,8 +350,7 @@ def read_manifest(path: Path) -> tuple[State, dict[str, seal.Seal]]:
     try:
         facts, is_sealed = seal.read_sealed_json((path / STATE).read_bytes())
         check_format(facts.get("format"), is_sealed)
-        seals = {name: seal.Seal.from_json(of) for name, of in facts["files"].items()}
-        return State.from_json(facts), seals
+        return State.from_json(facts), decode(dict[str, seal.Seal], facts["files"])
     except Exception as error:  # whatever a damaged file makes json or the lookups raise
         raise ValueError(f"its file {STATE} is damaged ({reason(error)})") from error
 

@@ -66,7 +66,8 @@ def train(
             if log:
                 log.write(step_metrics(step, job, flops))
             if is_saved(position.step, total_steps, job):
-                path = save_checkpoint(model, optimizer, position, schedule, job, len(rows), save_hf_files)
+                origin = resume.origin if resume else None
+                path = save_checkpoint(model, optimizer, position, schedule, job, len(rows), save_hf_files, origin)
                 if log:
                     log.bar.write(f"step {position.step}: saved {path}")
     return start.step, position.step
@@ -198,10 +199,11 @@ def save_checkpoint(
     job: Job,
     n_rows: int,
     save_hf_files: Callable[[Path], None],
+    origin: str | None,
 ) -> Path:
     shapes = checkpoint.parameter_shapes(model)
     ranks = dist.get_world_size(), model.plan_size
-    state = checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule)
+    state = checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule, origin=origin)
     return checkpoint.save(job.checkpoint_dir, model, optimizer, state, save_hf_files)
 
 

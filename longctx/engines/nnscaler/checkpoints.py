@@ -26,6 +26,7 @@ from longctx.runtime.checkpoint import (
     map_file,
     reason,
 )
+from longctx.seal import append_seal
 
 Parameters = dict[str, list[int]]  # name -> shape, in the order in which nnScaler counts them
 
@@ -50,6 +51,18 @@ def read_state(path: Path) -> State:
         if not zipfile.is_zipfile(path / name):  # nnScaler writes no sizes down; a zip file ends in its list of files
             raise ValueError(f"its file {name} is cut short")
     return state
+
+
+def verify(path: Path) -> None:
+    """Raises a ValueError for a shard whose bytes are not those that torch.save has written, by its own checksums."""
+    for file in sorted(path.glob("*.ckpt")):
+        try:
+            with zipfile.ZipFile(file) as shard:
+                damaged = shard.testzip()
+        except (OSError, zipfile.BadZipFile) as error:
+            raise ValueError(f"its file {file.name} is damaged ({one_line(error)})") from error
+        if damaged:
+            raise ValueError(f"its file {file.name} is damaged, in {damaged}")
 
 
 def stored_precision(path: Path) -> str:
@@ -92,6 +105,7 @@ def merge(checkpoint: Checkpoint, output: Path) -> None:
     shards = [str(checkpoint.path / f"{rank}.ckpt") for rank in range(checkpoint.state.world_size)]
     with whole_file(output) as aside:
         Trainer.merge_checkpoint(shards, str(aside))
+        append_seal(aside)
 
 
 def as_builtin(merged: dict[str, Any]) -> dict[str, Any]:
@@ -137,6 +151,7 @@ def as_nnscaler(merged: dict[str, Any], names: list[str], precision: str, versio
 FORMAT = CheckpointFormat(
     mark=FIRST_SHARD,
     read_state=read_state,
+    verify=verify,
     check_folder=check_folder,
     merge=merge,
     as_builtin=as_builtin,
