@@ -3,18 +3,22 @@
 import errno
 import json
 import os
+import pickle
+import re
 import resource
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+import warnings
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
 from torch import nn
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
 import ckpt_merger
 from longctx import atomic, seal
@@ -22,25 +26,42 @@ from longctx.data.order import Position
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import CheckpointError, CheckpointFolderError, NoRoom, UserError
 from longctx.job import Job
-from longctx.runtime import checkpoint, merge, parallel, resume, trainer
+from longctx.runtime import checkpoint, merge, parallel, resume, storage, trainer
 
 ROOT = Path(__file__).parent.parent
 
 
 def write_checkpoint(folder: Path, name: str, engine: str = "torch", **recorded) -> Path:
-    """A whole checkpoint as far as its files tell, of two ranks; `recorded` is what its state says of the save."""
+    """A checkpoint of a model of one weight, by two ranks; `recorded` is what its state says of the save."""
     path = folder / name
     path.mkdir(parents=True)
     epoch, step = name.split("-")
-    state = checkpoint.State(Position(int(step), int(epoch), 0), 0, 8, 2, 1, {}, **recorded).to_json()
+    state = checkpoint.State(Position(int(step), int(epoch), 0), 0, 8, 2, 1, {"w": [3]}, **recorded).to_json()
     if engine == "nnscaler":
         for rank in range(2):
             torch.save({"state": json.dumps(state)}, path / f"{rank}.ckpt")
     else:
-        (path / "shard").write_text("whole")
-        seals = {name: asdict(of) for name, of in seal.seal(path, ["shard"]).items()}
-        (path / "checkpoint.json").write_bytes(seal.sealed_json({"format": 2, **state, "files": seals}))
+        write_shards(path, {"format": 2, **state}, tensors_of_one_weight())
     return path
+
+
+def tensors_of_one_weight() -> dict[str, torch.Tensor]:
+    moments = {f"optimizer/w/{key}": torch.arange(3.0) for key in ("exp_avg", "exp_avg_sq")}
+    random = {f"random/{rank}/cpu": torch.get_rng_state() for rank in range(2)}
+    return {"model/w": torch.arange(3.0), "optimizer/w/step": torch.tensor(1.0), **moments, **random}
+
+
+def write_shards(path: Path, facts: dict, tensors: dict[str, torch.Tensor]) -> None:
+    """What a save by one process writes."""
+    writer = storage.SealedWriter(path, "checkpoint.json", lambda: facts)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.save(tensors, storage_writer=writer, planner=checkpoint.make_save_planner(), no_dist=True)
+
+
+def file_of(path: Path) -> Path:
+    """A file of a checkpoint, of either engine, beside the one by which it is known."""
+    return path / "__0_0.distcp" if (path / "__0_0.distcp").exists() else path / "1.ckpt"
 
 
 def point_last(folder: Path, name: str, engine: str = "torch") -> None:
@@ -62,7 +83,7 @@ def test_where_the_newest_is_damaged_the_newest_whole_one_is_taken_and_nothing_i
 ):
     for name in ("0000-000001", "0001-000002", "0000-000003"):
         write_checkpoint(tmp_path, name, engine)
-    [file] = (tmp_path / "0000-000003").glob("shard" if engine == "torch" else "1.ckpt")
+    file = file_of(tmp_path / "0000-000003")
     file.write_text("cut")
     if last:
         point_last(tmp_path, last, engine)
@@ -79,9 +100,9 @@ def test_where_the_newest_is_damaged_the_newest_whole_one_is_taken_and_nothing_i
 def test_damage_that_leaves_the_size_as_it_was_is_noticed_unless_nothing_is_to_be_verified(tmp_path, capsys, engine):
     for name in ("0000-000001", "0000-000002"):
         write_checkpoint(tmp_path, name, engine)
-    [file] = (tmp_path / "0000-000002").glob("shard" if engine == "torch" else "1.ckpt")
+    file = file_of(tmp_path / "0000-000002")
     content = bytearray(file.read_bytes())
-    content[content.index(b"position" if engine == "nnscaler" else b"whole")] ^= 1
+    content[content.index(b"position" if engine == "nnscaler" else b"storage")] ^= 1
     file.write_bytes(content)
     assert resume.find(tmp_path, None, engine, FORMATS) == tmp_path / "0000-000001"
     assert f"0000-000002 is not whole (its file {file.name} is damaged" in capsys.readouterr().out
@@ -131,7 +152,7 @@ def test_a_command_that_names_where_to_start_goes_on_from_what_it_has_saved_sinc
         write_checkpoint(folder, name, serial=serial, id=name, origin="source")
     assert resume.find(folder, source, "torch", FORMATS) == folder / "0000-000007"
     assert f"checkpoint: going on from 0000-000007, which a run from {source} has saved" in capsys.readouterr().out
-    (folder / "0000-000007" / "shard").write_text("cut")
+    file_of(folder / "0000-000007").write_text("cut")
     assert resume.find(folder, source, "torch", FORMATS) == folder / "0000-000006"
 
 
@@ -206,6 +227,103 @@ def test_a_damaged_manifest_is_named_as_such(tmp_path, content, reason):
         checkpoint.read(path, FORMATS)
     with pytest.raises(UserError, match=f"^--ckpt_dir {tmp_path}: {sentence}"):
         ckpt_merger.main(["--ckpt_dir", str(tmp_path), "--output_fname", str(tmp_path / "merged.ckpt")])
+
+
+class Runs:
+    """What unpickling it would run."""
+
+    def __init__(self, trace: Path):
+        self.trace = trace
+
+    def __reduce__(self):
+        return os.system, (f"touch {self.trace}",)
+
+
+def bend(tensors, storage_data):
+    """Ways in which `.metadata` may be wrong, each by what it does to DCP's description of the tensors."""
+    first = tensors["model/w"]
+    [index] = [index for index in storage_data if index.fqn == "model/w"]
+    return {
+        "it asks for posix.system": lambda trace: tensors.update(extra=Runs(trace)),
+        "it asks for torch.distributed.checkpoint.metadata.BytesStorageMetadata": lambda _: tensors.update(
+            x=BytesStorageMetadata()
+        ),
+        "it asks for torch.serialization.save": lambda _: tensors.update(extra=torch.save),
+        "a part of model/w is nowhere": lambda _: storage_data.pop(index),
+        "a part of a tensor is in '../x.distcp'": lambda _: setattr(
+            storage_data[index], "relative_path", "../x.distcp"
+        ),
+        "a part of a tensor lies behind the end": lambda _: setattr(storage_data[index], "offset", 10**9),
+        "a part of a tensor lies outside of it": lambda _: setattr(first.chunks[0], "offsets", torch.Size([1])),
+        "the parts of a tensor are not all of it": lambda _: setattr(first, "size", torch.Size([5])),
+        "a tensor has no dtype": lambda _: setattr(first.properties, "dtype", "float32"),
+        "it has something else, where whole numbers": lambda _: setattr(first, "size", (3.0,)),
+    }
+
+
+WAYS = list(bend({"model/w": None}, {MetadataIndex("model/w"): None}))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_metadata_that_is_not_ours_is_refused_before_anything_in_it_runs(tmp_path, way):
+    path = write_checkpoint(tmp_path, "0000-000001")
+    metadata = dcp.FileSystemReader(path).read_metadata()
+    bend(metadata.state_dict_metadata, metadata.storage_data)[way](tmp_path / "ran")
+    (path / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(ValueError, match=f"^its file .metadata is damaged .*{re.escape(way)}"):
+        storage.ClosedReader(path).read_metadata()
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_flipped_byte_in_metadata_is_an_error_or_describes_tensors_that_may_be(tmp_path):
+    """Without digests, as of an older version, a flip that leaves names and numbers possible is not noticed."""
+    path = write_checkpoint(tmp_path, "0000-000001")
+    content = (path / ".metadata").read_bytes()
+    noticed = 0
+    for place in range(0, len(content), 3):
+        (path / ".metadata").write_bytes(content[:place] + bytes([content[place] ^ 0x15]) + content[place + 1 :])
+        try:
+            storage.ClosedReader(path).read_metadata()
+        except ValueError:
+            noticed += 1
+    assert noticed > len(content) / 3 / 2
+
+
+def test_metadata_of_the_library_itself_is_read_as_it_reads_it(tmp_path):
+    path = write_checkpoint(tmp_path, "0000-000001")
+    expected, found = dcp.FileSystemReader(path).read_metadata(), storage.ClosedReader(path).read_metadata()
+    assert found.state_dict_metadata == expected.state_dict_metadata
+    assert found.storage_data == expected.storage_data
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "problem"),
+    [
+        ("model/w", None, "its tensor model/w is missing"),
+        ("optimizer/w/exp_avg_sq", None, "its tensor optimizer/w/exp_avg_sq is missing"),
+        ("optimizer/w/step", torch.ones(2), "its tensor optimizer/w/step has the shape .2. instead of "),
+        ("model/w", torch.ones(4), "its tensor model/w has the shape .4. instead of .3."),
+        ("model/w", torch.ones(3, dtype=torch.int64), "its tensor model/w is of torch.int64"),
+        ("random/1/cpu", None, "its tensor random/1/cpu is missing"),
+    ],
+)
+def test_a_checkpoint_without_all_its_tensors_is_not_whole(tmp_path, name, tensor, problem):
+    facts = checkpoint.read_state(write_checkpoint(tmp_path, "0000-000001")).to_json()
+    tensors = {**tensors_of_one_weight(), name: tensor}
+    path = tmp_path / "0000-000002"
+    write_shards(path, {"format": 2, **facts}, {name: each for name, each in tensors.items() if each is not None})
+    with pytest.raises(CheckpointError, match=f"^the checkpoint 0000-000002 is not whole: {problem}"):
+        resume.find(Path("none"), path, "torch", FORMATS, verify=False)
+
+
+@pytest.mark.parametrize("number", ["-1", "1.5", '"1"', "NaN", "9"])
+def test_a_position_that_no_run_can_be_at_is_damage(tmp_path, number):
+    path = write_checkpoint(tmp_path, "0000-000001")
+    text = (path / "checkpoint.json").read_text()
+    facts = json.loads(text.replace('"row": 0', f'"row": {number}'))
+    (path / "checkpoint.json").write_bytes(seal.sealed_json({name: facts[name] for name in facts if name != "digest"}))
+    with pytest.raises(ValueError, match="^its file checkpoint.json is damaged .position.row: "):
+        checkpoint.read_state(path)
 
 
 @pytest.mark.parametrize("entries", [3, {"model": {}}, {"state": 3}, {"state": []}, {"state": "{}"}])

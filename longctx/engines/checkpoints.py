@@ -8,7 +8,7 @@ FORMATS: checkpoint.Formats = {
     TORCH: checkpoint.CheckpointFormat(
         mark=checkpoint.STATE,
         read_state=checkpoint.read_state,
-        verify=checkpoint.verify,
+        check=checkpoint.check,
         check_folder=checkpoint.check_last,
         merge=merge.merge,
         as_builtin=lambda merged: merged,

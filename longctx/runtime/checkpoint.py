@@ -31,7 +31,7 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.api import CheckpointException
 
 from longctx import seal
 from longctx.atomic import publish_folder
@@ -39,7 +39,7 @@ from longctx.data.order import Position
 from longctx.errors import CheckpointError, CheckpointFolderError, one_line
 from longctx.runtime.parallel import ParallelModel, load_slice
 from longctx.runtime.schedule import Schedule
-from longctx.runtime.storage import SealedWriter
+from longctx.runtime.storage import SHARD, ClosedReader, SealedWriter
 from longctx.schema import Count, Range, decode
 
 FORMAT = 2  # of checkpoint.json and of merged files: sealed
@@ -47,7 +47,8 @@ UNSEALED = 1  # the format before, which had no digests
 LAST = "last"
 STATE = "checkpoint.json"
 STATE_ENTRY, HF_ENTRY = "state", "hf"  # of a merged file
-FILES = re.compile(rf"__\d+_\d+\.distcp|\.metadata|{re.escape(STATE)}|hf")  # all that a checkpoint folder holds
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of a parameter's own shape; it also counts its `step`
+FILES = re.compile(rf"{SHARD.pattern}|\.metadata|{re.escape(STATE)}|hf")  # all that a checkpoint folder holds
 
 
 @dataclass(frozen=True)
@@ -110,8 +111,8 @@ class CheckpointFormat:
 
     Attributes:
         mark: the file that a checkpoint folder of this engine has, and of no other.
-        read_state: a folder -> its State. It raises a ValueError that says why the folder is not whole.
-        verify: raises a ValueError that names a file of a folder whose bytes are not those that were written.
+        read_state: a folder -> its State. It raises a ValueError for a folder that files tell is not whole.
+        check: (folder, whether to compare digests) raises a ValueError for a folder that is not what was written.
         check_folder: raises a CheckpointFolderError for what saving to a folder of checkpoints would destroy.
         merge: (checkpoint, output) -> the merged file of a folder's shards.
         as_builtin: a merged file's entries -> the same as this module has them; entries of another form as they are.
@@ -120,7 +121,7 @@ class CheckpointFormat:
 
     mark: str
     read_state: Callable[[Path], State]
-    verify: Callable[[Path], None]
+    check: Callable[[Path, bool], None]
     check_folder: Callable[[Path], None]
     merge: Callable[[Checkpoint, Path], None]
     as_builtin: Callable[[dict[str, Any]], dict[str, Any]]
@@ -331,9 +332,42 @@ def read_state(path: Path) -> State:
     return state
 
 
-def verify(path: Path) -> None:
-    """Raises a ValueError, which names a file, unless all files of a checkpoint folder are what was written."""
-    seal.verify(path, read_manifest(path)[1])
+def check(path: Path, compare_digests: bool) -> None:
+    """Raises a ValueError, which names a file, unless a checkpoint folder is what was written and holds all it should.
+
+    Args:
+        compare_digests: whether every byte is read.
+    """
+    state, seals = read_manifest(path)
+    seal.check_sizes(path, seals)
+    if compare_digests:
+        seal.verify(path, seals)
+    stored = ClosedReader(path).read_metadata().state_dict_metadata
+    sizes = {name: (list(tensor.size), tensor.properties.dtype) for name, tensor in stored.items()}
+    check_tensors(sizes, state.parameters, state.world_size)
+
+
+def check_tensors(
+    stored: Mapping[str, tuple[list[int], torch.dtype]], parameters: dict[str, list[int]], n_ranks: int
+) -> None:
+    """Raises a ValueError unless a checkpoint has all its tensors, each of its shape and a dtype that fits.
+
+    Args:
+        stored: the shapes and dtypes of the tensors that are there, by their flat names.
+        n_ranks: of how many there is random state.
+    """
+    shapes = {f"model/{name}": shape for name, shape in parameters.items()}
+    shapes |= {f"optimizer/{name}/{key}": shape for name, shape in parameters.items() for key in MOMENTS}
+    shapes |= {f"optimizer/{name}/step": [] for name in parameters}
+    shapes |= {f"random/{rank}/cpu": list(torch.get_rng_state().shape) for rank in range(n_ranks)}
+    for name, expected in shapes.items():
+        if name not in stored:
+            raise ValueError(f"its tensor {name} is missing")
+        shape, dtype = stored[name]
+        if shape != expected:
+            raise ValueError(f"its tensor {name} has the shape {shape} instead of {expected}")
+        if not (dtype == torch.uint8 if name.startswith("random/") else dtype.is_floating_point):
+            raise ValueError(f"its tensor {name} is of {dtype}")
 
 
 def verify_merged(path: Path) -> None:
@@ -370,9 +404,24 @@ def _read_merged(path: Path, formats: Formats) -> Checkpoint:
             merged = form.as_builtin(merged)
         facts = json.loads(merged[STATE_ENTRY])
         check_format(facts.get("format", UNSEALED), seal.appended_seal(path) is not None)
-        return Checkpoint(path, State.from_json(facts), merged=merged)
+        state = State.from_json(facts)
+        tensors = {f"{kind}/{name}": tensor for kind in ("model", "optimizer") for name, tensor in merged[kind].items()}
+        stored = {name: (list(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+        check_tensors(stored, state.parameters, n_ranks=0)
+        for name, content in merged[HF_ENTRY].items():
+            check_hf_file(name, content)
     except Exception as error:  # whatever a foreign or damaged file makes torch or json raise
         raise CheckpointError(f"it is no merged checkpoint ({reason(error)}); make one with ckpt_merger.py") from error
+    return Checkpoint(path, state, merged=merged)
+
+
+def check_hf_file(name: Any, content: Any) -> None:
+    """Raises a ValueError unless a file in 'hf' of a merged file has bytes, and a name that stays in its folder."""
+    parts = name.split("/") if type(name) is str else []
+    if not parts or any(part in ("", ".", "..") or set(part) & set("\\:\0") for part in parts):
+        raise ValueError(f"it has a file named {name!r:.60}, which would not stay in its folder")
+    if not isinstance(content, torch.Tensor) or content.dtype != torch.uint8 or content.dim() != 1:
+        raise ValueError(f"its file {name} has no bytes")
 
 
 def map_file(path: Path) -> dict[str, Any]:
@@ -401,7 +450,7 @@ def load(checkpoint: Checkpoint, model: ParallelModel, optimizer: torch.optim.Op
             load_slice(tensor, checkpoint.merged[kind][own_name].__getitem__)
         return
     same_ranks = (state.world_size, state.plan_ngpus) == (dist.get_world_size(), model.plan_size)
-    stored = FileSystemReader(checkpoint.path).read_metadata().state_dict_metadata
+    stored = ClosedReader(checkpoint.path).read_metadata().state_dict_metadata
     random = _random_state(model.mesh.device_type) if same_ranks else {}
     random = {name: value for name, value in random.items() if name in stored}  # a run on CPUs has none of a GPU
     read_shards(checkpoint.path, tensors | random)
@@ -410,8 +459,16 @@ def load(checkpoint: Checkpoint, model: ParallelModel, optimizer: torch.optim.Op
 
 
 def read_shards(path: Path, tensors: dict[str, torch.Tensor], no_dist: bool = False) -> None:
-    """Fills tensors, by their flat names, from a checkpoint folder; `no_dist`: by this process alone."""
+    """Fills tensors, by their flat names, from a checkpoint folder; `no_dist`: by this process alone.
+
+    Raises:
+        CheckpointError: they can't be read, on some rank.
+    """
     planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
     with warnings.catch_warnings():  # that no_dist means one process is no news
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=FileSystemReader(path), planner=planner, no_dist=no_dist)
+        try:
+            dcp.load(tensors, storage_reader=ClosedReader(path), planner=planner, no_dist=no_dist)
+        except CheckpointException as error:
+            rank, (problem, _) = next(iter(error.failures.items()))
+            raise not_whole(path, f"its tensors can't be read on rank {rank} ({one_line(problem)})") from error

@@ -17,13 +17,13 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
-from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
 from longctx.atomic import whole_file, whole_folder
 from longctx.errors import NoRoom, one_line
 from longctx.runtime.checkpoint import FORMAT, HF_ENTRY, STATE_ENTRY, Checkpoint, read_shards
+from longctx.runtime.storage import ClosedReader
 from longctx.seal import append_seal
 
 # --- one file --------------------------------------------------------------------------------------------------------
@@ -150,7 +150,7 @@ def _config_dtype(config: Path) -> str:
 
 def _stored_tensors(path: Path, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, torch.Size, torch.dtype]]:
     """(kind, name, size, dtype) of every tensor of these kinds in a checkpoint folder."""
-    for key, facts in FileSystemReader(path).read_metadata().state_dict_metadata.items():
+    for key, facts in ClosedReader(path).read_metadata().state_dict_metadata.items():
         kind, name = key.split("/", 1)
         if kind in kinds and isinstance(facts, TensorStorageMetadata):
             yield kind, name, facts.size, facts.properties.dtype

@@ -209,9 +209,7 @@ def _newest_whole(folder: Path, newest_first: list[Path], form: CheckpointFormat
 def _problem(path: Path, form: CheckpointFormat, verify: bool) -> str | None:
     """Why a checkpoint is not whole; None if it is."""
     try:
-        form.read_state(path)
-        if verify:
-            form.verify(path)
+        form.check(path, verify)
     except ValueError as error:
         return str(error)
     return None

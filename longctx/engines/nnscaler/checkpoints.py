@@ -53,16 +53,17 @@ def read_state(path: Path) -> State:
     return state
 
 
-def verify(path: Path) -> None:
-    """Raises a ValueError for a shard whose bytes are not those that torch.save has written, by its own checksums."""
-    for file in sorted(path.glob("*.ckpt")):
+def check(path: Path, compare_digests: bool) -> None:
+    """Raises a ValueError unless all shards of a checkpoint are there, and by torch.save's own checksums undamaged."""
+    state = read_state(path)
+    for rank in range(state.world_size if compare_digests else 0):
         try:
-            with zipfile.ZipFile(file) as shard:
+            with zipfile.ZipFile(path / f"{rank}.ckpt") as shard:
                 damaged = shard.testzip()
         except (OSError, zipfile.BadZipFile) as error:
-            raise ValueError(f"its file {file.name} is damaged ({one_line(error)})") from error
+            raise ValueError(f"its file {rank}.ckpt is damaged ({one_line(error)})") from error
         if damaged:
-            raise ValueError(f"its file {file.name} is damaged, in {damaged}")
+            raise ValueError(f"its file {rank}.ckpt is damaged, in {damaged}")
 
 
 def stored_precision(path: Path) -> str:
@@ -151,7 +152,7 @@ def as_nnscaler(merged: dict[str, Any], names: list[str], precision: str, versio
 FORMAT = CheckpointFormat(
     mark=FIRST_SHARD,
     read_state=read_state,
-    verify=verify,
+    check=check,
     check_folder=check_folder,
     merge=merge,
     as_builtin=as_builtin,
