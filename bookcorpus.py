@@ -15,7 +15,6 @@ A document that can't be read ends the script before any is tokenized, since all
 be; with --skip_bad_documents it is left out instead and counted.
 """
 
-import argparse
 import io
 import itertools
 import json
@@ -25,6 +24,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,8 +35,8 @@ import pyarrow as pa
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from longctx.atomic import whole_folder, why_not_writable
-from longctx.command_line import Cause, naming_options
+from longctx.atomic import whole_folder, why_not_new
+from longctx.command_line import Cause, naming_options, option, parse
 from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.documents import Documents
 from longctx.data.tokens import Tokens, tokenize
@@ -54,6 +54,8 @@ from longctx.errors import (
 
 BLOCK = 2**22  # tokens that are packed and written at a time (16 MiB)
 BLOCKS_PER_SHARD = 32  # blocks of one .arrow file (512 MiB)
+CORES = (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()) or 1
+MOST_PROCESSES = 1024  # each starts at once, and takes memory of its own
 CAUSES = {
     DocumentsError: Cause("data_path_or_name"),
     ColumnError: Cause("data_path_or_name", "name a column of text with --text_key"),
@@ -63,29 +65,44 @@ CAUSES = {
 }
 
 
-def main() -> None:
-    args = parse_args()
-    check(args)
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What bookcorpus.py is asked to make."""
+
+    data_path_or_name: str = option(help="dataset of the hub, or local file or folder")
+    tokenizer_path_or_name: str = option(help="model of the hub, or local folder")
+    save_path: Path = option(help="folder to write, which must not exist")
+    sequence_length: int = option(help="tokens in a row", at_least=2)  # it takes two to predict one
+    split: str | None = option(None, "split of the data to read, or all (default: train)")
+    config_name: str | None = option(None, "configuration of the data, where its README has several")
+    text_key: str = option("text", "column that holds the text")
+    num_proc: int = option(CORES, "processes that tokenize; one for each core", at_least=1, at_most=MOST_PROCESSES)
+    skip_bad_documents: bool = option(False, "leave out and count what can't be read")
+
+
+def main(argv: list[str] | None = None) -> None:
+    asked = parse(Asked, argv, "Tokenize text and pack it into rows of equal length.")
+    check(asked)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have what the terminal can't show
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this script has processes, and threads don't survive a fork
     huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
-    tokenizer = load_tokenizer(args.tokenizer_path_or_name)
+    tokenizer = load_tokenizer(asked.tokenizer_path_or_name)
     began = time.monotonic()
     try:
-        with naming_options(args, CAUSES):
-            corpus = write_corpus(args, tokenizer)
+        with naming_options(asked, CAUSES):
+            corpus = write_corpus(asked, tokenizer)
     except BrokenProcessPool as error:
         raise UserError("a process was killed, probably for want of memory: give a smaller --num_proc") from error
-    print(summary(corpus, args, time.monotonic() - began))
+    print(summary(corpus, asked, time.monotonic() - began))
 
 
-def summary(corpus: dict, args: argparse.Namespace, seconds: float) -> str:
+def summary(corpus: dict, asked: Asked, seconds: float) -> str:
     """What was made of what, and what was left out and why; `corpus` is what corpus.json records."""
     marks = {"begins with": corpus["bos_token"], "ends with": corpus["eos_token"]}
     lines = [
         f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens -> {corpus['rows']:,} rows of"
-        f" {args.sequence_length:,} tokens in {args.save_path}",
+        f" {asked.sequence_length:,} tokens in {asked.save_path}",
         f"each document {' and '.join(f'{place} {token}' for place, token in marks.items() if token is not None)}",
     ]
     if corpus["files"]:
@@ -95,7 +112,7 @@ def summary(corpus: dict, args: argparse.Namespace, seconds: float) -> str:
     lines.append(f"left out: a tail of {tail:,} tokens, {empty:,} empty documents")
     lines += [f"left out: {named(names, reason)}" for reason, names in left_out.items()]
     speed = corpus["tokens"] / seconds
-    lines.append(f"took {seconds:.1f} s: {speed:,.0f} tokens/s on {args.num_proc} processes")
+    lines.append(f"took {seconds:.1f} s: {speed:,.0f} tokens/s on {asked.num_proc} processes")
     return "\n".join(lines)
 
 
@@ -104,40 +121,19 @@ def named(names: list[str], what: str) -> str:
     return f"{len(names):,} {what} ({some_of(names)})"
 
 
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Tokenize text and pack it into rows of equal length.")
-    parser.add_argument("--data_path_or_name", required=True, help="dataset of the hub, or local file or folder")
-    parser.add_argument("--tokenizer_path_or_name", required=True, help="model of the hub, or local folder")
-    parser.add_argument("--save_path", type=Path, required=True, help="folder to write, which must not exist")
-    parser.add_argument("--sequence_length", type=int, required=True, help="tokens in a row")
-    parser.add_argument("--split", help="split of the data to read, or all (default: train)")
-    parser.add_argument("--config_name", help="configuration of the data, where its README has several")
-    parser.add_argument("--text_key", default="text", help="column that holds the text (default: text)")
-    cores = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    parser.add_argument("--num_proc", type=int, default=cores, help="processes that tokenize (default: all cores)")
-    parser.add_argument("--skip_bad_documents", action="store_true", help="leave out and count what can't be read")
-    return parser.parse_args()
-
-
-def check(args: argparse.Namespace) -> None:
+def check(asked: Asked) -> None:
     """Raises UserError for what can be seen to be wrong before anything is loaded."""
     if find_spec("datasets") is None:  # training does without, so it may be missing where train.py runs
         raise UserError("the package datasets, which rows are saved with, is not installed; pip install datasets")
-    if args.sequence_length < 2:
-        raise UserError(f"--sequence_length {args.sequence_length}: a row needs 2 tokens or more to predict one")
-    if args.num_proc < 1:
-        raise UserError(f"--num_proc {args.num_proc}: at least 1 process is needed")
-    if args.save_path.exists():
-        raise UserError(f"--save_path {args.save_path} exists already: remove it or name another folder")
-    if problem := why_not_writable(args.save_path):
-        raise UserError(f"--save_path {args.save_path}: {problem}; name another folder")
-    for option in ("data_path_or_name", "tokenizer_path_or_name"):
-        name = getattr(args, option)
+    if problem := why_not_new(asked.save_path):
+        raise UserError(f"--save_path {asked.save_path}: {problem}; name another folder")
+    for option_name in ("data_path_or_name", "tokenizer_path_or_name"):
+        name = getattr(asked, option_name)
         try:
             if not os.path.exists(name):
                 huggingface_hub.utils.validate_repo_id(name)
         except huggingface_hub.errors.HFValidationError as error:
-            raise UserError(f"--{option} {name}: there is no such file or folder") from error
+            raise UserError(f"--{option_name} {name}: there is no such file or folder") from error
 
 
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
@@ -153,24 +149,24 @@ def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def write_corpus(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict:
+def write_corpus(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
     """Writes the rows, and corpus.json beside them, to --save_path, whole or not at all; returns corpus.json's facts.
 
     Raises:
         DocumentsError: the data can't be read.
         UserError: its tokens don't fill a row.
     """
-    corpus = open_corpus(args.data_path_or_name, args.text_key, args.split, args.config_name)
-    if not args.skip_bad_documents:
+    corpus = open_corpus(asked.data_path_or_name, asked.text_key, asked.split, asked.config_name)
+    if not asked.skip_bad_documents:
         check_documents(corpus)
     bad: list[str] = []
     documents = good_documents(corpus, bad)
-    with whole_folder(args.save_path) as folder:
-        counts = write_rows(folder, tokenize(documents, tokenizer, args.num_proc), corpus.size, args.sequence_length)
+    with whole_folder(asked.save_path) as folder:
+        counts = write_rows(folder, tokenize(documents, tokenizer, asked.num_proc), corpus.size, asked.sequence_length)
         if not counts["rows"]:
-            raise UserError(too_short(counts["tokens"], args.sequence_length, bad))
+            raise UserError(too_short(counts["tokens"], asked.sequence_length, bad))
         sources = {"files": corpus.read, "left_out": corpus.left_out, "bad_documents": bad}
-        facts = provenance(args, tokenizer) | counts | sources
+        facts = provenance(asked, tokenizer) | counts | sources
         (folder / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
     return facts
 
@@ -198,18 +194,18 @@ def good_documents(corpus: Corpus, bad: list[str]) -> Documents:
             yield document, share
 
 
-def provenance(args: argparse.Namespace, tokenizer: PreTrainedTokenizerFast) -> dict:
+def provenance(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the rows are made from and with, to be recorded beside them."""
     return {
-        "data": args.data_path_or_name,
-        "text_key": args.text_key,
-        "split": args.split,
-        "config_name": args.config_name,
-        "tokenizer": args.tokenizer_path_or_name,
+        "data": asked.data_path_or_name,
+        "text_key": asked.text_key,
+        "split": asked.split,
+        "config_name": asked.config_name,
+        "tokenizer": asked.tokenizer_path_or_name,
         "vocab_size": len(tokenizer),
         "bos_token": tokenizer.bos_token,
         "eos_token": tokenizer.eos_token,
-        "sequence_length": args.sequence_length,
+        "sequence_length": asked.sequence_length,
         "made_with": {library: version(library) for library in ("datasets", "pyarrow", "tokenizers", "transformers")},
     }
 

@@ -6,8 +6,9 @@ The source is a model of the Hugging Face hub or a local folder. It must have a 
 generation_config.json are copied if it has them, and its weights are never read.
 """
 
-import argparse
+import os
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub
@@ -15,75 +16,61 @@ import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
-    AutoModelForCausalLM,
     PreTrainedConfig,
     PreTrainedModel,
 )
 
-from longctx.atomic import whole_folder, why_not_writable
-from longctx.errors import UserError, one_line, run_script
+from longctx.atomic import whole_folder, why_not_new
+from longctx.command_line import Cause, naming_options, option, parse
+from longctx.errors import ModelError, UserError, one_line, run_script
+from longctx.huggingface.build import from_config, parameters_on_meta
+from longctx.huggingface.configuration import check_file, check_numbers
+from longctx.huggingface.weights import TOKENIZER_FILES
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
+MOST_LAYERS, LARGEST_SIZE = 1000, 2**20  # a small model has fewer, and transformers builds these in a minute
 # What the width of the MLP may be called: transformers' attribute_map knows the other names of every size but this.
 MLP_WIDTHS = ("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size")
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tekken.json",
-    "*.model",
-    "*.tiktoken",
-    "chat_template*",
-    "additional_chat_templates/*",
-)
 
 
-def main() -> None:
-    args = parse_args()
-    sizes = {name: getattr(args, name) for name in SIZES if getattr(args, name) is not None}
-    check(args, sizes)
+@dataclass(frozen=True, kw_only=True)
+class Mini:
+    """What create_mini_model.py is asked to make. Sizes that are None are the source's."""
+
+    model_id: str = option(help="model of the hub, or local folder with a config.json")
+    output_id: Path = option(help="folder to write, which must not exist")
+    num_hidden_layers: int = option(4, "decoder layers", at_least=1, at_most=MOST_LAYERS)
+    hidden_size: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
+    intermediate_size: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
+    num_attention_heads: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
+    num_key_value_heads: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
+    seed: int = option(0, "of the random weights", at_least=0, at_most=2**32 - 1)
+    dtype: str = option("bfloat16", choices=("bfloat16", "float32", "float16"))
+
+
+def main(argv: list[str] | None = None) -> None:
+    asked = parse(Mini, argv, "Make a small model of the same architecture with random weights.")
+    sizes = {name: getattr(asked, name) for name in SIZES if getattr(asked, name) is not None}
+    if problem := why_not_new(asked.output_id):
+        raise UserError(f"--output_id {asked.output_id}: {problem}; name another folder")
     huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
-    source = source_folder(args.model_id)
-    full_config = causal_lm_config(source, args.model_id)
+    source = source_folder(asked.model_id)
+    with naming_options(asked, {ModelError: Cause("model_id")}):
+        full_config = causal_lm_config(source, asked.model_id)
     config = mini_config(full_config, sizes)
-    with whole_folder(args.output_id) as folder:
-        model = random_model(config, args.seed, getattr(torch, args.dtype))
+    model = random_model(config, asked.seed, getattr(torch, asked.dtype))
+    with whole_folder(asked.output_id) as folder:
         model.save_pretrained(folder, max_shard_size="5GB")
         has_tokenizer = copy_files(source, folder)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    stored = sum(file.stat().st_size for file in args.output_id.iterdir() if file.suffix == ".safetensors")
+    stored = sum(file.stat().st_size for file in asked.output_id.iterdir() if file.suffix == ".safetensors")
     shape = ", ".join(f"{name} {getattr(config, name)}" for name in SIZES if hasattr(config, name))
     print(f"{type(model).__name__} with {parameters:,} random parameters: {shape}")
-    print(f"{stored:,} bytes of {args.dtype} {'with' if has_tokenizer else 'without'} a tokenizer in {args.output_id}")
+    print(
+        f"{stored:,} bytes of {asked.dtype} {'with' if has_tokenizer else 'without'} a tokenizer in {asked.output_id}"
+    )
     if hint := lost_layer_types(full_config, config):
         print(hint)
-
-
-def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Make a small model of the same architecture with random weights.")
-    parser.add_argument("--model_id", required=True, help="model of the hub, or local folder with a config.json")
-    parser.add_argument("--output_id", type=Path, required=True, help="folder to write, which must not exist")
-    parser.add_argument("--num_hidden_layers", type=int, default=4, help="decoder layers (default: 4)")
-    for name in SIZES[1:]:
-        parser.add_argument(f"--{name}", type=int, help="default: the source's")
-    parser.add_argument("--seed", type=int, default=0, help="of the random weights (default: 0)")
-    parser.add_argument("--dtype", choices=["bfloat16", "float32", "float16"], default="bfloat16")
-    return parser.parse_args()
-
-
-def check(args: argparse.Namespace, sizes: dict[str, int]) -> None:
-    """Raises UserError for what can be seen to be wrong before anything is loaded."""
-    for name, size in sizes.items():
-        if size < 1:
-            raise UserError(f"--{name} {size}: it must be 1 or more")
-    if args.output_id.exists():
-        raise UserError(f"--output_id {args.output_id} exists already: remove it or name another folder")
-    if problem := why_not_writable(args.output_id):
-        raise UserError(f"--output_id {args.output_id}: {problem}; name another folder")
 
 
 # The source
@@ -107,11 +94,17 @@ def source_folder(model_id: str) -> Path:
 
 
 def causal_lm_config(source: Path, model_id: str) -> PreTrainedConfig:
-    """The source's configuration, or of its text part; raises UserError if it is of no causal language model."""
+    """The source's configuration, or of its text part; raises UserError if it is of no causal language model.
+
+    Raises:
+        ModelError: it can't be of any model.
+    """
+    check_file(source / "config.json")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # not JSON, no model type, values of wrong types, code of its own
         raise UserError(f"--model_id {model_id}: its config.json can't be used: {one_line(error)}") from error
+    check_numbers(config)
     text_config = config.get_text_config()
     made_for = [] if text_config is not config else config.architectures or []
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for) or not made_for
@@ -218,12 +211,27 @@ def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> Pre
     """Builds the model and runs it on two tokens, so that sizes that don't fit each other raise UserError here."""
     torch.manual_seed(seed)
     try:
-        model = AutoModelForCausalLM.from_config(config, dtype=dtype, trust_remote_code=False).eval()
+        check_memory(config, dtype)
+        model = from_config(config, dtype).eval()
         with torch.no_grad():
             model(torch.arange(2).unsqueeze(0), use_cache=False)
+    except UserError:
+        raise
     except Exception as error:  # shapes that don't fit each other, or a package or kernel that is missing
         raise UserError(f"{config.model_type} doesn't run with these sizes: {one_line(error)}") from error
     return model
+
+
+def check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    """Raises UserError if the weights are larger than this machine's memory, in which it would be killed."""
+    with parameters_on_meta():
+        parameters = sum(parameter.numel() for parameter in from_config(config, dtype).parameters())
+    needed, here = parameters * dtype.itemsize, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if needed > here:
+        raise UserError(
+            f"{config.model_type} of these sizes takes {needed / 1e9:,.1f} GB, and this machine has {here / 1e9:,.1f}; "
+            "give smaller sizes"
+        )
 
 
 def lost_layer_types(full_config: PreTrainedConfig, config: PreTrainedConfig) -> str | None:

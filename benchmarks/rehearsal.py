@@ -39,7 +39,7 @@ import train
 from longctx import compiled, torchrun
 from longctx.engines import builtin
 from longctx.engines.builtin.run import build_on_rank
-from longctx.huggingface.build import load_config
+from longctx.huggingface.configuration import load_config
 from longctx.options import parse_job
 from longctx.runtime.rehearsal import measure_step, random_row, random_values
 from longctx.runtime.stand_in import StandInGroup

@@ -16,16 +16,16 @@ HOST = socket.gethostname()  # several may share a file system, and a process id
 def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success it replaces `path`, on any exception it is removed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     aside = _aside(path)
-    try:
-        yield aside
-        sync(aside)
-        os.replace(aside, path)
-        sync(path.parent)
-    except BaseException:
-        aside.unlink(missing_ok=True)
-        raise
+    with _parents(path):
+        try:
+            yield aside
+            sync(aside)
+            os.replace(aside, path)
+            sync(path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
 
 
 @contextmanager
@@ -44,15 +44,30 @@ def whole_folder(path: str | os.PathLike, ours: Sequence[str] = ()) -> Iterator[
         raise FileExistsError(errno.EEXIST, problem, str(path))
     aside = _aside(path)
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
     before = _inode(path)
+    with _parents(path):
+        aside.mkdir()
+        try:
+            yield aside
+            if _inode(path) == before:
+                with suppress(FileExistsError):
+                    publish_folder(aside, path)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+
+@contextmanager
+def _parents(path: Path) -> Iterator[None]:
+    """Makes the folders that lead to `path`; on any exception removes again those that were not there before."""
+    made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        yield aside
-        if _inode(path) == before:
-            with suppress(FileExistsError):
-                publish_folder(aside, path)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        yield
+    except BaseException:
+        for folder in made:
+            with suppress(OSError):  # another process has put something there
+                folder.rmdir()
+        raise
 
 
 def publish_folder(aside: Path, path: Path) -> None:
@@ -68,7 +83,7 @@ def publish_folder(aside: Path, path: Path) -> None:
         for name in names:
             sync(Path(folder) / name)
         sync(Path(folder))
-    old = path.with_name(f".{path.name}.old-{HOST}-{os.getpid()}")
+    old = path.with_name(f".{_short(path.name)}.old-{HOST}-{os.getpid()}")
     with suppress(FileNotFoundError):
         os.rename(path, old)
     try:
@@ -78,7 +93,7 @@ def publish_folder(aside: Path, path: Path) -> None:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(path)) from error
         raise
     sync(path.parent)
-    for left in path.parent.glob(f".{glob.escape(path.name)}.old-*"):
+    for left in path.parent.glob(f".{glob.escape(_short(path.name))}.old-*"):
         shutil.rmtree(left, ignore_errors=True)
 
 
@@ -123,12 +138,17 @@ def sync(path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     """Where `path` is written first. What this host's processes that are gone have left of earlier tries is removed."""
-    prefix = f".{path.name}.writing-{HOST}-"
+    prefix = f".{_short(path.name)}.writing-{HOST}-"
     if path.parent.is_dir():
         for left in path.parent.glob(f"{glob.escape(prefix)}*"):
             if not _is_running(left.name.removeprefix(prefix)):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
     return path.with_name(f"{prefix}{os.getpid()}")
+
+
+def _short(name: str) -> str:
+    """As much of a name as leaves room for what is added to it: a name has 255 bytes at most, and a host's 64."""
+    return os.fsdecode(os.fsencode(name)[:128])
 
 
 def _inode(path: Path) -> int | None:

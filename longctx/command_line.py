@@ -1,35 +1,34 @@
 """A script's options, declared as the fields of a dataclass; and errors that name the option that they are about.
 
-    @dataclass(frozen=True, kw_only=True)
-    class Job:
-        model_id: str = option(help="a model's folder")
-        max_epochs: int = option(2, "passes over the rows", at_least=1)
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    model_id: str = option(help="a model's folder")
+    max_epochs: int = option(2, "passes over the rows", at_least=1)
 
-    job = parse(Job, argv, "Trains a model.")
-    with naming_options(job, {ModelError: Cause("model_id")}):
-        load_config(job.model_id)  # ModelError("no config.json there") -> "--model_id ./llama: no config.json there"
-
-`naming_options` takes an argparse.Namespace as well.
+job = parse(Job, argv, "Trains a model.")
+with naming_options(job, {ModelError: Cause("model_id")}):
+    load_config(job.model_id)  # ModelError("no config.json there") -> "--model_id ./llama: no config.json there"
 """
 
 import argparse
 import dataclasses
+import os
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, NoReturn
 
 from longctx.errors import UserError
+from longctx.schema import Range, describe
+
+QUOTED = 300  # characters of an option's value at most
+# What Linux takes, in bytes: of one name, which is what stands between two slashes, and of a whole path.
+LONGEST_NAME, LONGEST_PATH = 255, 4095
+LARGEST_INT = 2**31 - 1  # far more than anything is counted to, and within what PyTorch, NumPy and Arrow take
 
 # --- options -------------------------------------------------------------------------------------------------------
-
-_FROM_TEXT = {
-    tuple[str, ...]: lambda text: tuple(name for name in text.split(",") if name),  # names separated by commas
-    **{kind: kind for kind in (int, float, str, Path)},
-}
 
 
 def option(
@@ -39,14 +38,15 @@ def option(
     choices: tuple[str, ...] | None = None,
     at_least: float | None = None,
     above: float | None = None,
+    at_most: float | None = None,
 ) -> Any:
     """A field that is an option of the same name, required if it has no default; its annotation says its type.
 
     Args:
-        at_least: the least number that is allowed.
-        above: the number that it has to be greater than.
+        at_least, above, at_most: the range of a number. Every number has to be finite, and a whole one has to be
+            LARGEST_INT or less where nothing else is said.
     """
-    facts = {"help": help, "choices": choices, "at_least": at_least, "above": above}
+    facts = {"help": help, "choices": choices, "range": Range(at_least, above, at_most)}
     return dataclasses.field(default=default, metadata=facts)
 
 
@@ -56,12 +56,18 @@ def parse(job_type: type, argv: list[str] | None, description: str) -> Any:
     A field whose type is such a dataclass too is a group of options. Fields that are no options keep their defaults.
 
     Raises:
-        UserError: a number is out of its range.
-        SystemExit: argparse refuses the arguments.
+        UserError: an option is unknown, missing, or has a value that it can't have.
     """
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    parser = _Parser(description=description, allow_abbrev=False)
     _add_options(parser, job_type)
     return _build(job_type, parser.parse_args(argv))
+
+
+class _Parser(argparse.ArgumentParser):
+    """Takes a command line apart. What it refuses is one sentence, as all other refusals are, and not its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; --help lists the options")
 
 
 def _add_options(parser: Any, job_type: type) -> None:
@@ -71,40 +77,33 @@ def _add_options(parser: Any, job_type: type) -> None:
         elif kind is bool:
             parser.add_argument(f"--{field.name}", action="store_true", help=field.metadata["help"])
         elif field.metadata:
+            choices = field.metadata["choices"]
             parser.add_argument(
                 f"--{field.name}",
-                type=_reader(field, kind),
-                choices=field.metadata["choices"],
-                help=_help(field),
-                **({"required": True} if field.default is dataclasses.MISSING else {"default": field.default}),
+                metavar=f"{{{','.join(choices)}}}" if choices else None,
+                help=_help(field, kind),
+                required=field.default is dataclasses.MISSING,
             )
 
 
-def _help(field: dataclasses.Field) -> str:
-    if field.default in (None, dataclasses.MISSING):
-        return field.metadata["help"]
-    return f"{field.metadata['help']} (default: {field.default})".strip()
+def _help(field: dataclasses.Field, kind: Any) -> str:
+    """What an option is, its range, and its default."""
+    facts = [str(_range(field, kind))] if kind in (int, float) else []
+    if field.default not in (None, dataclasses.MISSING):
+        facts.append(f"default: {field.default}")
+    return f"{field.metadata['help']} ({'; '.join(facts)})".strip() if facts else field.metadata["help"]
 
 
-def _build(job_type: type, values: argparse.Namespace) -> Any:
+def _build(job_type: type, texts: argparse.Namespace) -> Any:
     given = {}
     for field, kind in _fields(job_type):
         if dataclasses.is_dataclass(kind):
-            given[field.name] = _build(kind, values)
+            given[field.name] = _build(kind, texts)
         elif field.metadata:
-            given[field.name] = getattr(values, field.name)
-            _check_range(field, given[field.name])
+            text = getattr(texts, field.name)
+            text = "--" if text == [] else text  # of --name=-- argparse takes the dashes away
+            given[field.name] = _read(field, kind, text) if isinstance(text, str) else text or field.default
     return job_type(**given)
-
-
-def _check_range(field: dataclasses.Field, value: Any) -> None:
-    at_least, above = field.metadata["at_least"], field.metadata["above"]
-    if value is None:
-        return
-    if at_least is not None and not value >= at_least:  # NaN is neither
-        raise UserError(f"--{field.name} {value}: it has to be {at_least} or more")
-    if above is not None and not value > above:
-        raise UserError(f"--{field.name} {value}: it has to be above {above}")
 
 
 def _fields(job_type: type) -> list[tuple[dataclasses.Field, type]]:
@@ -113,21 +112,75 @@ def _fields(job_type: type) -> list[tuple[dataclasses.Field, type]]:
     return [(field, _without_none(hints[field.name])) for field in dataclasses.fields(job_type)]
 
 
-def _reader(field: dataclasses.Field, kind: Any) -> Callable[[str], Any]:
-    """What makes the option's value of its text. '', as of a shell variable that is not set, gives no path or string.
-
-    A tuple of no names is another thing than none given.
-    """
-    read = _FROM_TEXT[kind]
-    if field.default is None and kind in (str, Path):
-        return lambda text: read(text) if text else None
-    return read
-
-
 def _without_none(kind: Any) -> Any:
     if isinstance(kind, types.UnionType):
         (kind,) = (part for part in typing.get_args(kind) if part is not type(None))
     return kind
+
+
+# --- values --------------------------------------------------------------------------------------------------------
+
+
+def _read(field: dataclasses.Field, kind: Any, text: str) -> Any:
+    """An option's value. Empty text, as of a shell variable that is not set, counts as not given.
+
+    A tuple of no names is another thing than none given.
+
+    Raises:
+        UserError: the text is no such value.
+    """
+    if kind in (int, float):
+        return _read_number(field, kind, text)
+    if problem := _why_no_text(text):
+        raise UserError(f"--{field.name} {on_one_line(text)}: {problem}")
+    if kind == tuple[str, ...]:
+        return tuple(name for name in text.split(",") if name)
+    if not text and field.default is dataclasses.MISSING:
+        raise UserError(f"--{field.name}: it is empty")
+    if not text:
+        return field.default
+    choices = field.metadata["choices"]
+    if choices and text not in choices:
+        raise UserError(f"--{field.name} {on_one_line(text)}: it has to be one of {', '.join(choices)}")
+    return kind(text)
+
+
+def _read_number(field: dataclasses.Field, kind: Any, text: str) -> Any:
+    allowed = _range(field, kind)
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or value not in allowed:
+        belongs = describe(Annotated[kind, allowed])
+        raise UserError(f"--{field.name} {on_one_line(text)}: it has to be {belongs}")
+    return value
+
+
+def _range(field: dataclasses.Field, kind: Any) -> Range:
+    allowed = field.metadata["range"]
+    if kind is int and allowed.at_most is None:
+        return dataclasses.replace(allowed, at_most=LARGEST_INT)
+    return allowed
+
+
+def _why_no_text(text: str) -> str | None:
+    """What keeps a text from being a path or a name; None if nothing does."""
+    if any(character < " " or character == "\x7f" for character in text):
+        return "it has a control character in it"
+    try:
+        path = os.fsencode(text)
+    except UnicodeEncodeError:
+        return "it has a character in it that no name of a file can have"
+    if len(path) > LONGEST_PATH or any(len(name) > LONGEST_NAME for name in path.split(b"/")):
+        return f"it is too long: {LONGEST_NAME} bytes are the most for a name, and {LONGEST_PATH} for a path"
+    return None
+
+
+def on_one_line(text: str) -> str:
+    """A value as it can stand within a sentence: what can't be printed is escaped, and what is long is cut."""
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return shown if len(shown) <= QUOTED else f"{shown[:QUOTED]}..."
 
 
 # --- errors --------------------------------------------------------------------------------------------------------
@@ -149,7 +202,7 @@ def naming_options(options: Any, causes: Mapping[type[UserError], Cause]) -> Ite
     """An error raised inside whose kind (or nearest base) is in `causes` comes out as a UserError that says its option.
 
     Args:
-        options: an object whose attributes are the options' values.
+        options: the object that `parse` made of them.
     """
     try:
         yield
@@ -174,7 +227,7 @@ def value_as_text(options: Any, name: str) -> str:
     value = _value(options, name)
     if isinstance(value, float):
         return f"{value:g}"
-    return ",".join(value) if isinstance(value, tuple) else "" if value is None else str(value)
+    return on_one_line(",".join(value) if isinstance(value, tuple) else "" if value is None else str(value))
 
 
 def _value(options: Any, name: str) -> Any:

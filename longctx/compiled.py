@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from longctx.errors import CompiledError, DecisionsError
+from longctx.schema import Count, decode, read_json
 
 PLAN, CODE, REPORT = "plan.json", "gencode.py", "report.md"
 REHEARSAL, REHEARSAL_TEXT = "rehearsal.json", "rehearsal.md"
@@ -24,12 +25,12 @@ class GeneratedModule:
 
     class_name: str
     layers_path: str  # the module's list of layers; "" if it has none
-    layer_results: int  # the values that a layer returns, at the most
-    plan_sharded: dict[str, int]  # plan-sharded weights, and the dimension that each is split along
-    parameters: dict[str, list[int]]  # every weight's whole shape
+    layer_results: Count  # the values that a layer returns, at the most
+    plan_sharded: dict[str, Count]  # plan-sharded weights, and the dimension that each is split along
+    parameters: dict[str, list[Count]]  # every weight's whole shape
     forward_flops: float  # of one row, attention counted whole
     forward_flops_causal: float  # of one row, of attention what its mask leaves
-    fused_attention: list[list[list[int]]]  # shapes of query, key, value of one rank's fused attentions, each once
+    fused_attention: list[list[list[Count]]]  # shapes of query, key, value of one rank's fused attentions, each once
 
 
 @dataclass(frozen=True)
@@ -88,29 +89,20 @@ def read_plan_file(folder: Path) -> PlanFile:
         CompiledError: there is none, or it is damaged.
     """
     try:
-        facts = json.loads((folder / PLAN).read_text())
-        return PlanFile(
-            facts["inputs"],
-            _decisions(facts["decisions"]),
-            GeneratedModule(**facts["module"]),
-            Predicted(**facts["predicted"]),
-        )
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CompiledError(f"{folder / PLAN} is missing or damaged; remove the folder {folder}") from error
-
-
-def _decisions(facts: dict[str, Any]) -> Decisions:
-    ops = {name: [(target, dim) for target, dim in ops] for name, ops in facts["ops"].items()}
-    return Decisions(facts["boundary"], ops, tuple(facts["recompute"]))
+        return decode(PlanFile, read_json(folder / PLAN))
+    except ValueError as error:
+        problem = f"{folder / PLAN} is missing or damaged ({error})"
+        raise CompiledError(f"{problem}; remove the folder {folder}") from error
 
 
 def read_fingerprint(folder: Path) -> str | None:
-    """The fingerprint of a compiled folder; None if its code is missing or its plan.json can't be read."""
+    """The fingerprint of a compiled folder; None if its code is missing or its plan.json is not whole."""
     if not (folder / CODE).is_file():
         return None
     try:
-        return json.loads((folder / PLAN).read_text())["fingerprint"]
-    except (OSError, ValueError, KeyError, TypeError):
+        found = fingerprint(read_plan_file(folder).inputs)
+        return found if read_json(folder / PLAN)["fingerprint"] == found else None
+    except (CompiledError, LookupError):
         return None
 
 
@@ -121,6 +113,13 @@ def read_decisions(path: Path) -> dict[str, Any]:
         DecisionsError: the file is not a plan.json.
     """
     try:
-        return json.loads(path.read_text())["decisions"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DecisionsError("it is no plan.json that compile wrote") from error
+        return asdict(decode(_PlanOfDecisions, read_json(path)).decisions)
+    except ValueError as error:
+        raise DecisionsError(f"it is no plan.json that compile wrote ({error})") from error
+
+
+@dataclass(frozen=True)
+class _PlanOfDecisions:
+    """What is read of another plan's plan.json."""
+
+    decisions: Decisions

@@ -11,6 +11,8 @@ from longctx.engines import ENGINE_NAMES
 from longctx.engines.nnscaler.options import NnscalerOptions
 from longctx.kernels.fused import KERNELS
 
+MOST_RANKS = 2**17  # more GPUs than any cluster has yet
+LARGEST_SEED = 2**32 - 1  # that NumPy takes; PyTorch takes more
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # that a model may compute in
 
 
@@ -27,9 +29,12 @@ class Options:
     model_id: str = option(help="a Hugging Face model: a name on the hub, or a folder")
     dataset_path: str | None = option(None, "rows of tokens that bookcorpus.py wrote")
     sequence_length: int | None = option(None, "tokens a row; stands in for --dataset_path in compile", at_least=2)
-    plan_ngpus: int = option(1, "GPUs that one copy of the plan spans", at_least=1)
+    plan_ngpus: int = option(1, "GPUs that one copy of the plan spans", at_least=1, at_most=MOST_RANKS)
     runtime_ngpus: int | None = option(
-        None, "all GPUs, a multiple of plan_ngpus (default: the processes there are)", at_least=1
+        None,
+        "all GPUs, a multiple of plan_ngpus (default: the processes there are)",
+        at_least=1,
+        at_most=MOST_RANKS,
     )
 
     device: str = option(
@@ -52,7 +57,7 @@ class Options:
         "to plan for: a device's name, such as h100 or cpu, or a file that python -m longctx.measure "
         "measured (default: what is here)",
     )
-    gpu_mem_constraint: float = option(72.0, "GB a GPU that the plan may need", above=0)
+    gpu_mem_constraint: float = option(72.0, "GB a GPU that the plan may need", above=0, at_most=1e6)
     recompute_modules: tuple[str, ...] | None = option(
         None, "class names, separated by commas, of the layers to recompute; '' for none (default: planned)"
     )
@@ -74,7 +79,7 @@ class Options:
     deterministic: bool = option(False, "the same bits in every run, on a GPU too; slower, and takes more memory")
 
     # Training. A step is one of the optimizer's.
-    learning_rate: float = option(2e-5, above=0)
+    learning_rate: float = option(2e-5, "of AdamW", above=0)
     min_learning_rate: float = option(0.0, "the floor that linear and cosine schedules fall to", at_least=0)
     lr_schedule: str = option("constant", "after the warm-up", choices=("constant", "linear", "cosine"))
     warmup_steps: int = option(0, at_least=0)
@@ -84,7 +89,7 @@ class Options:
     max_epochs: int = option(2, at_least=1)
     max_train_steps: int | None = option(None, "stop here even if epochs are left", at_least=1)
     checkpoint_interval: int = option(1000, "steps between checkpoints; the last step has one anyway", at_least=1)
-    seed: int = option(0, "of the order of the rows, of dropout and of --random_init")
+    seed: int = option(0, "of the order of the rows, of dropout and of --random_init", at_least=0, at_most=LARGEST_SEED)
 
     nnscaler: NnscalerOptions = NnscalerOptions()
 

@@ -8,14 +8,13 @@ process alone measures no collectives; its profile has the links of compiler/har
 profile says whether it was measured.
 """
 
-import argparse
 import json
 import os
 import platform
 import re
 import time
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +23,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+from longctx import torchrun
 from longctx.atomic import whole_file
+from longctx.command_line import option, parse
 from longctx.compiler.hardware import HARDWARE, Hardware, Link, Rate, Timing, identify, in_proportion
 from longctx.compiler.work import Work
 from longctx.errors import UserError, run_script
@@ -185,7 +186,7 @@ def _measured_hardware(device: torch.device, rates: dict[Work, float], timings: 
     known = identify(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     table = known or HARDWARE["h100" if device.type == "cuda" else "cpu"]
     peak = known.matrix_flops if known else rates[Work.PRODUCTS]
-    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+    ranks_here = torchrun.local_world_size()
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         name, memory_bytes, n_devices = properties.name, properties.total_memory, torch.cuda.device_count()
@@ -227,10 +228,17 @@ def _cpu_name() -> str:
     return found[1] if found else platform.machine()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser("python -m longctx.measure", description="Measures this machine's speeds.")
-    parser.add_argument("--output", type=Path, required=True, help="the profile to write, which --hardware takes")
-    output = parser.parse_args().output
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """What longctx.measure is asked to write."""
+
+    output: Path = option(help="the profile to write, which --hardware takes")
+
+
+def main(argv: list[str] | None = None) -> None:
+    output = parse(Asked, argv, "Measures this machine's speeds.").output
+    if problem := torchrun.why_not_usable():
+        raise UserError(problem)
     check_output(output)
     with process_group() as device:
         profile = measure(device)

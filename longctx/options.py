@@ -9,7 +9,7 @@ from pathlib import Path
 
 from longctx import devices, torchrun
 from longctx.atomic import why_not_writable
-from longctx.command_line import Cause, naming_options, parse, value_as_text
+from longctx.command_line import LONGEST_NAME, Cause, naming_options, parse, value_as_text
 from longctx.data import rows
 from longctx.engines import NNSCALER, TORCH
 from longctx.engines.nnscaler import options as nnscaler
@@ -39,7 +39,7 @@ from longctx.errors import (
     TrainingError,
     UserError,
 )
-from longctx.huggingface.build import load_config, vocab_size
+from longctx.huggingface.configuration import load_config, vocab_size
 from longctx.job import Job, Options
 from longctx.kernels.fused import KERNELS, why_not
 
@@ -53,11 +53,18 @@ def parse_job(argv: list[str] | None = None) -> Job:
         UserError: it can't be done as asked; the sentence names the option.
     """
     options = parse(Options, argv, DESCRIPTION)
+    check_environment(options)
     with naming_options(options, causes(options)):
         job = complete(options)
         for check in CHECKS:
             check(job)
     return job
+
+
+def check_environment(options: Options) -> None:
+    """Raises a UserError for variables of ranks that can't be, where ranks are to work together."""
+    if (options.run_mode == "run" or torchrun.started_this()) and (problem := torchrun.why_not_usable()):
+        raise UserError(problem)
 
 
 def complete(options: Options) -> Job:
@@ -145,6 +152,12 @@ def choose_sequence_length(options: Options) -> int:
 def check_name(job: Job) -> None:
     if job.name == ".." or Path(job.name).name != job.name:
         raise UserError(f"--name {job.name!r}: it has to be a plain name, of one folder; leave out slashes and dots")
+    if (
+        len(os.fsencode(job.name)) > LONGEST_NAME
+    ):  # made of the model's, since one that is given is checked as it is read
+        raise UserError(
+            f"--name: what is made of the model's name is longer than {LONGEST_NAME} bytes; give a shorter one"
+        )
 
 
 def check_engine_options(job: Job) -> None:

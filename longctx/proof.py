@@ -39,7 +39,8 @@ from longctx.compiler.recompute import Recompute
 from longctx.compiler.trace import sample_row, trace
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, ProofError, UserError, one_line
-from longctx.huggingface.build import build_model, vocab_size
+from longctx.huggingface.build import build_model
+from longctx.huggingface.configuration import vocab_size
 from longctx.huggingface.shrink import small_configs
 from longctx.runtime import parallel
 
@@ -234,6 +235,11 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
             f"{graph.class_name} can't be compared with transformers' own, which does not run with eager attention "
             f"({type(error).__name__}: {one_line(error)})"
         ) from error
+    if not expected.isfinite():
+        raise ModelError(
+            f"transformers' own {graph.class_name} gives a loss that is not finite at a small size; check the numbers "
+            "in its config.json"
+        )
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     try:
         module = _generated_module(graph, weights)

@@ -14,6 +14,8 @@ field's default is None, which is what an older version leaves out; keys that ar
 import dataclasses
 import enum
 import json
+import stat
+import sys
 import types
 import typing
 from collections.abc import Mapping
@@ -64,6 +66,8 @@ def read_json(file: Path) -> Any:
         ValueError: it can't be read or is something else; the message says why and leaves it to others to name it.
     """
     try:
+        if not stat.S_ISREG(file.stat().st_mode):  # to read a pipe would wait for whoever writes to it
+            raise ValueError("it is no file")
         return json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
@@ -99,9 +103,10 @@ def decode(kind: type[T], value: Any, path: str = "") -> T:
 
 
 def _decode_number(kind: Any, value: Any, path: str, allowed: Range) -> Any:
-    if type(value) not in ((int, float) if kind is float else (int,)) or value not in allowed:
+    kinds = (int, float) if kind is float else (int,)
+    if type(value) not in kinds or value not in allowed or (kind is float and abs(value) > sys.float_info.max):
         raise _wrong(Annotated[kind, allowed], value, path)
-    if type(value) is int and value.bit_length() >= INT_BITS:
+    if kind is int and value.bit_length() >= INT_BITS:
         raise ValueError(f"{_before(path)}{quote(value)}, where a number of at most {INT_BITS} bits belongs")
     return kind(value)
 

@@ -60,6 +60,7 @@ def _run_rank(
 def environment_of_rank(rank: int, world_size: int, port: int) -> dict[str, str]:
     """What torchrun tells the process of a rank on a machine that has all ranks."""
     return {
+        "TORCHELASTIC_RUN_ID": "none",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": str(world_size),

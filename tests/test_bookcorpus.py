@@ -616,7 +616,7 @@ def test_options_out_of_range_are_refused_before_any_work(run, tmp_path, monkeyp
     (tmp_path / "there").mkdir()
     assert "--sequence_length 1" in refused(run, tmp_path, sequence_length=1)
     assert "--num_proc 0" in refused(run, tmp_path, num_proc=0)
-    assert "there exists already" in refused(run, tmp_path, save_path=tmp_path / "there")
+    assert "there: it is there already" in refused(run, tmp_path, save_path=tmp_path / "there")
     assert "./absent: there is no such file or folder" in refused(run, "./absent")
     assert "a/b/c: there is no such file or folder" in refused(run, tmp_path, tokenizer_path_or_name="a/b/c")
 

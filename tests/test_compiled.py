@@ -54,17 +54,35 @@ def test_a_compiled_folder_has_a_fingerprint_only_with_its_code(tmp_path):
     assert read_fingerprint(tmp_path) != fingerprint({"sequence_length": 9})
 
 
-@pytest.mark.parametrize("content", ["", "{", "3", "{}", '{"fingerprint": "1", "inputs": {}, "decisions": {}}'])
-def test_a_damaged_plan_file_is_named_as_such(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("", "Expecting value"),
+        ("{", "Expecting property name"),
+        ("3", "3, where an object belongs"),
+        ("{}", "inputs is missing"),
+        ('{"fingerprint": "1", "inputs": {}, "decisions": {}}', "decisions.boundary is missing"),
+    ],
+)
+def test_a_damaged_plan_file_is_named_as_such_with_the_reason(tmp_path, content, reason):
     (tmp_path / PLAN).write_text(content)
-    with pytest.raises(CompiledError, match=f"{tmp_path}/plan.json is missing or damaged; remove the folder"):
+    sentence = f"^{tmp_path}/plan.json is missing or damaged \\({reason}.*; remove the folder"
+    with pytest.raises(CompiledError, match=sentence):
         read_plan_file(tmp_path)
 
 
-@pytest.mark.parametrize("content", ["{", "3", "{}"])
-def test_decisions_of_something_else_are_refused(tmp_path, content):
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ("{", "Expecting"),
+        ("3", "3, where an object belongs"),
+        ("{}", "decisions is missing"),
+        ('{"decisions": {}}', "decisions.boundary is missing"),
+    ],
+)
+def test_decisions_of_something_else_are_refused_with_the_reason(tmp_path, content, reason):
     (tmp_path / "plan.json").write_text(content)
-    with pytest.raises(DecisionsError, match="it is no plan.json that compile wrote"):
+    with pytest.raises(DecisionsError, match=f"^it is no plan.json that compile wrote \\({reason}"):
         read_decisions(tmp_path / "plan.json")
 
 

@@ -222,8 +222,8 @@ def test_sizes_are_refused_exactly_where_no_model_can_have_them(sizes):
         ({"hidden_size": 250}, "hidden_size 250 is not a multiple of num_attention_heads 32"),
         ({"num_key_value_heads": 3}, "num_attention_heads 32 is not a multiple of num_key_value_heads 3"),
         ({"hidden_size": 96}, "each head has 3 dimensions to turn, an odd number"),
-        ({"num_hidden_layers": 0}, "--num_hidden_layers 0: it must be 1 or more"),
-        ({"intermediate_size": -1}, "--intermediate_size -1: it must be 1 or more"),
+        ({"num_hidden_layers": 0}, "--num_hidden_layers 0: it has to be a whole number from 1 to 1000"),
+        ({"intermediate_size": -1}, "--intermediate_size -1: it has to be a whole number from 1 to 1048576"),
     ],
 )
 def test_sizes_that_no_model_can_have_are_refused_with_the_reason(make, tmp_path, sizes, reason):
@@ -254,7 +254,7 @@ def test_a_source_that_cannot_be_used_is_refused_with_the_reason(make, source, t
     assert "own_code: its config.json can't be used" in refused(make, tmp_path / "own_code")
     assert "encoder: BertForMaskedLM is not a causal language model" in refused(make, encoder)
     assert "t5: t5 is not a causal language model" in refused(make, t5)
-    assert "empty exists already" in refused(make, LLAMA3, output_id=tmp_path / "empty")
+    assert "empty: it is there already" in refused(make, LLAMA3, output_id=tmp_path / "empty")
     in_a_file = tmp_path / "broken" / "config.json" / "mini"
     assert f"--output_id {in_a_file}: {in_a_file.parent} is no folder" in refused(make, LLAMA3, output_id=in_a_file)
 

@@ -28,6 +28,7 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: n_gpus > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
         monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
         monkeypatch.setenv("LOCAL_RANK", str(local_rank))
         monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_on_node))
         for name in devices.ALLOCATOR_SETTINGS:
@@ -138,7 +139,8 @@ def test_a_rank_that_fails_ends_at_once_and_so_does_one_that_waits_for_it_in_a_c
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
-    shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "PYTHONPATH": str(ROOT)}
+    of_torchrun = {"TORCHELASTIC_RUN_ID": "none", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {**os.environ, **of_torchrun, "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     processes = [
         subprocess.Popen(

@@ -7,7 +7,8 @@ import torch
 from families import small_config
 
 from longctx.errors import ModelError
-from longctx.huggingface.build import build_model, load_config
+from longctx.huggingface.build import build_model
+from longctx.huggingface.configuration import load_config
 from longctx.huggingface.weights import random_weights
 
 

@@ -44,7 +44,8 @@ from longctx.compiler.resize import resize
 from longctx.compiler.trace import sample_row, trace
 from longctx.compiler.work import PRODUCT_KINDS, Work
 from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, SolverError
-from longctx.huggingface.build import build_model, load_config
+from longctx.huggingface.build import build_model
+from longctx.huggingface.configuration import load_config
 from longctx.kernels.attention import attention
 from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime.parts import PARTS

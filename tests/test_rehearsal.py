@@ -23,7 +23,7 @@ from longctx import compiled
 from longctx.engines import builtin
 from longctx.engines.builtin.run import build_on_rank
 from longctx.errors import UserError
-from longctx.huggingface.build import load_config
+from longctx.huggingface.configuration import load_config
 from longctx.kernels import fused
 from longctx.kernels.choice import Choice
 from longctx.options import parse_job
@@ -204,7 +204,7 @@ def test_bytes_allocated_are_counted_by_the_allocator_at_the_most_and_in_the_end
     "more, problem",
     [
         (["--rehearse_rank", "2"], "--rehearse_rank 2: it has to be below --runtime_ngpus 2"),
-        (["--rehearse_layers", "0"], "--rehearse_layers 0: it has to be 1 or more"),
+        (["--rehearse_layers", "0"], "--rehearse_layers 0: it has to be a whole number from 1 to 2147483647"),
     ],
 )
 def test_a_rehearsal_that_can_not_be_is_refused_in_a_sentence(more, problem, tmp_path):
@@ -214,7 +214,9 @@ def test_a_rehearsal_that_can_not_be_is_refused_in_a_sentence(more, problem, tmp
 
 
 def test_a_rehearsal_under_torchrun_is_refused_in_a_sentence(tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {"TORCHELASTIC_RUN_ID": "none", **ranks}.items():
+        monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match="--run_mode rehearse: it runs one rank in one process"):
         rehearse(tmp_path, arguments(tmp_path, "llama", "--runtime_ngpus", "2"))
 

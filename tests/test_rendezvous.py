@@ -14,7 +14,8 @@ from longctx.runtime import parallel, rendezvous
 
 def _rank(rank: int, port: int, heard, end) -> None:
     """A rank as torchrun starts it with a store of its own; it lives until `end` is set."""
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ |= {"TORCHELASTIC_RUN_ID": "none", "RANK": str(rank), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     with parallel.process_group("cpu"):
         total = torch.tensor([rank + 1])
@@ -45,6 +46,7 @@ def test_ranks_that_are_restarted_meet_whatever_those_before_left_in_torchruns_s
 def test_a_rank_that_never_starts_is_named_by_rank_zero(monkeypatch):
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(rendezvous, "_connect", lambda: server)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(TimeoutError, match="^rank 1 has not started within 0:00:00.1"):

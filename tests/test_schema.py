@@ -116,7 +116,7 @@ def test_a_file_that_is_not_json_is_refused_with_the_reason(tmp_path, content, s
 
 
 def test_what_is_no_file_is_refused_with_the_reason(tmp_path):
-    for path, reason in ((tmp_path, "Is a directory"), (tmp_path / "none", "No such file or directory")):
+    for path, reason in ((tmp_path, "it is no file"), (tmp_path / "none", "No such file or directory")):
         with pytest.raises(ValueError, match=f"^{reason}$"):
             read_json(path)
 

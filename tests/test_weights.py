@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import ckpt_merger
 import train
 from longctx.errors import ModelError, NoWeights
-from longctx.huggingface.build import load_config
+from longctx.huggingface.configuration import load_config
 from longctx.huggingface.weights import find_weights, remarks, save_hf_files, trained_config
 from longctx.runtime import merge
 

@@ -3,17 +3,18 @@
 A new device is one entry of HARDWARE. Every rate says whether it was measured, and where.
 """
 
-import json
 import re
-from dataclasses import asdict, dataclass
-from math import inf, isfinite
+from dataclasses import dataclass
+from math import inf
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 
 from longctx.compiler.work import PRODUCT_KINDS, Work
 from longctx.errors import HardwareError, MemoryLimitError
+from longctx.schema import Positive, Range, decode, read_json
 
 
 @dataclass(frozen=True)
@@ -24,27 +25,27 @@ class Link:
     efficiency: the fraction of them that large collectives reach; latency: seconds of one step of a collective.
     """
 
-    bandwidth: float
-    pair_bandwidth: float
-    efficiency: float
-    latency: float
+    bandwidth: Positive
+    pair_bandwidth: Positive
+    efficiency: Annotated[float, Range(above=0, at_most=1)]
+    latency: Positive
 
 
 @dataclass(frozen=True)
 class Timing:
     """Measured seconds of a collective over n_ranks, at whole tensors' bytes in ascending order."""
 
-    kind: str
-    n_ranks: int
-    whole_bytes: tuple[int, ...]
-    seconds: tuple[float, ...]
+    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    n_ranks: Annotated[int, Range(at_least=2)]
+    whole_bytes: tuple[Annotated[int, Range(at_least=1)], ...]
+    seconds: tuple[Positive, ...]
 
 
 @dataclass(frozen=True)
 class Rate:
     """What a kind of work reaches a second, and where the figure is from: 'measured, ...' or 'derived, ...'."""
 
-    a_second: float
+    a_second: Positive
     source: str
 
     @property
@@ -63,14 +64,14 @@ class Hardware:
     """
 
     name: str
-    matrix_flops: float
-    memory_bytes: float
+    matrix_flops: Positive
+    memory_bytes: Positive
     rates: dict[Work, Rate]
-    kernel_latency: float
-    launch_latency: float
+    kernel_latency: Positive
+    launch_latency: Positive
     node_link: Link
     network: Link
-    devices_per_node: int = 8
+    devices_per_node: Annotated[int, Range(at_least=1)] = 8
     published_peak: bool = True
     timings: tuple[Timing, ...] = ()
 
@@ -252,15 +253,10 @@ def load(name_or_path: str | None) -> Hardware:
     if not path.is_file():
         raise HardwareError(f"it is neither a profile's file nor one of {names}")
     try:
-        fields = json.loads(path.read_text())["hardware"]
-        if "matrix_efficiency" in fields:
-            raise HardwareError(
-                "it is an older profile, without rates by kind of work; write it anew with python -m longctx.measure"
-            )
-        return _from_json(fields)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return _read_profile(path)
+    except ValueError as error:
         written_by = "python -m longctx.measure"
-        raise HardwareError(f"it is no profile that {written_by} wrote, nor one of {names}") from error
+        raise HardwareError(f"it is no profile that {written_by} wrote ({error}), nor one of {names}") from error
 
 
 def collective_seconds(hardware: Hardware, kind: str, whole_bytes: float, n_ranks: int) -> float:
@@ -321,19 +317,27 @@ def _interpolate(timing: Timing, whole_bytes: float) -> float:
     return float(np.interp(whole_bytes, timing.whole_bytes, timing.seconds)) * beyond
 
 
-def _from_json(fields: dict) -> Hardware:
-    """Raises ValueError, KeyError or TypeError where these are not a Hardware's fields."""
-    timings = tuple(
-        Timing(entry["kind"], entry["n_ranks"], tuple(entry["whole_bytes"]), tuple(entry["seconds"]))
-        for entry in fields["timings"]
-    )
-    links = {name: Link(**fields[name]) for name in ("node_link", "network")}
-    rates = {Work(name): Rate(float(rate["a_second"]), str(rate["source"])) for name, rate in fields["rates"].items()}
-    others = ("name", "rates", "timings", "published_peak", *links)
-    numbers = [value for name, value in fields.items() if name not in others]
-    numbers += [value for link in links.values() for value in asdict(link).values()]
-    numbers += [rate.a_second for rate in rates.values()]
-    numbers += [value for timing in timings for value in (*timing.whole_bytes, *timing.seconds)]
-    if set(rates) != set(Work) or not all(isfinite(value) and value > 0 for value in numbers):
-        raise ValueError("a figure is missing, or is not a number above 0")
-    return Hardware(**{"published_peak": False, **fields, **links, "rates": rates, "timings": timings})
+@dataclass(frozen=True)
+class _Profile:
+    """What is read of a profile's file."""
+
+    hardware: Hardware
+
+
+def _read_profile(file: Path) -> Hardware:
+    """Raises a ValueError that says where the file is not as longctx/measure.py writes it."""
+    facts = read_json(file)
+    if isinstance(facts, dict) and "matrix_efficiency" in (facts.get("hardware") or ()):
+        raise HardwareError(
+            "it is an older profile, without rates by kind of work; write it anew with python -m longctx.measure"
+        )
+    hardware = decode(_Profile, facts).hardware
+    if missing := set(Work) - set(hardware.rates):
+        raise ValueError(f"hardware.rates.{min(missing)} is missing")
+    for timing in hardware.timings:
+        sizes = timing.whole_bytes
+        if not sizes or len(sizes) != len(timing.seconds) or list(sizes) != sorted(set(sizes)):
+            raise ValueError(
+                f"hardware.timings: {timing.kind} over {timing.n_ranks} has no seconds for ascending sizes"
+            )
+    return hardware

@@ -22,6 +22,7 @@ from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, PlanSizeE
 SOLVES = 4  # of a search for the fastest plan, at most
 LEAN_SOLVES = 5  # of a search for the leanest, which is made where nothing else is found
 CLOSE = 1e-3  # to the bound, of seconds or bytes: then a plan counts as the fastest or the leanest
+MOST_NAMED = 12  # of plan sizes that would work
 CLOSE_TO_LIMIT = 0.01  # of the memory limit: what fits so closely can hardly be made faster by what is left
 
 
@@ -136,8 +137,10 @@ def check_splittable(graph: Graph, plan_size: int) -> None:
     if plan_size == 1 or any(len(legal_partitions(op, plan_size)) > 1 for op in products):
         return
     length = graph.inputs[0].shape[-1]
-    works = [n for n in range(2, 2 * plan_size + 1) if any(len(legal_partitions(op, n)) > 1 for op in products)]
-    instead = f"choose one of {', '.join(map(str, works))}" if works else "choose 1"
+    sizes = {size for op in products for tensor in op.inputs for size in tensor.shape}
+    divisors = [n for n in range(2, min(2 * plan_size, max(sizes)) + 1) if any(size % n == 0 for size in sizes)]
+    works = [n for n in divisors if any(len(legal_partitions(op, n)) > 1 for op in products)]
+    instead = f"choose one of {', '.join(map(str, works[-MOST_NAMED:]))}" if works else "choose 1"
     raise PlanSizeError(
         f"it divides neither the rows' {length} tokens nor the heads nor any layer's width, so the ranks could share "
         f"no work; {instead}"

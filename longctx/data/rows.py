@@ -4,11 +4,10 @@ The label of a token is the id of the token after it, or IGNORE_INDEX where the 
 programs may bring labels of their own, or masks that say which tokens are to be learned.
 """
 
-import json
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -16,6 +15,7 @@ import torch
 from pyarrow import types
 
 from longctx.errors import RowsError, one_line
+from longctx.schema import Count, Range, decode, read_json
 
 IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch's default
 # Columns of 0 and 1, of which 0 leaves a token out of the loss, as transformers' apply_chat_template and TRL name them.
@@ -23,6 +23,20 @@ IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch
 MASKS = ("loss_mask", "assistant_masks", "completion_mask", "attention_mask")
 # What one value is called, of each column that is read.
 NAMES = {"input_ids": "token", "labels": "label"} | {mask: f"{mask} value" for mask in MASKS}
+
+
+@dataclass(frozen=True)
+class DataFile:
+    filename: str
+
+
+@dataclass(frozen=True)
+class SavedDataset:
+    """What is read of state.json, which the library `datasets` writes. Old versions of it wrote a file of indices
+    beside a dataset that was shuffled."""
+
+    _data_files: list[DataFile]
+    _indices_data_files: Any = None
 
 
 def open_dataset(path: str) -> pa.Table:
@@ -38,25 +52,36 @@ def open_dataset(path: str) -> pa.Table:
     Raises:
         RowsError: there is no such dataset, it holds something else, or its rows are not all of one length.
     """
-    folder = Path(path)
-    if not folder.is_dir():
-        raise RowsError("no such folder; make it with bookcorpus.py")
-    if (folder / "dataset_dict.json").exists():
-        raise RowsError("it holds several splits; name the folder of one of them, which is inside")
-    try:
-        state = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-        table = pa.concat_tables([_map_table(folder / file["filename"]) for file in state["_data_files"]])
-        table.validate()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, pa.ArrowException) as error:
-        raise RowsError(f"it is no dataset that bookcorpus.py wrote ({one_line(error)})") from error
-    if state.get("_indices_data_files"):  # old versions of `datasets` wrote one, of a dataset that was shuffled
-        raise RowsError("its rows are in the order of an indices file; save it again after Dataset.flatten_indices()")
+    table = _read_table(path)
     if "input_ids" not in table.column_names:
         raise RowsError("it has no rows of 'input_ids'; make it with bookcorpus.py")
     if len(table) == 0:
         raise RowsError("it has no rows; make it again with shorter rows")
     check_rows(table)
     return table.select([name for name in NAMES if name in table.column_names])
+
+
+def columns_left_out(path: str) -> list[str]:
+    """The columns of a saved dataset that training takes no notice of."""
+    return [name for name in _read_table(path).column_names if name not in NAMES]
+
+
+def _read_table(path: str) -> pa.Table:
+    """All that was saved in a dataset's folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise RowsError("no such folder; make it with bookcorpus.py")
+    if (folder / "dataset_dict.json").exists():
+        raise RowsError("it holds several splits; name the folder of one of them, which is inside")
+    try:
+        saved = decode(SavedDataset, read_json(folder / "state.json"))
+        table = pa.concat_tables([_map_table(folder / file.filename) for file in saved._data_files])
+        table.validate(full=True)
+    except (OSError, ValueError, pa.ArrowException) as error:
+        raise RowsError(f"it is no dataset that bookcorpus.py wrote ({one_line(error)})") from error
+    if saved._indices_data_files:
+        raise RowsError("its rows are in the order of an indices file; save it again after Dataset.flatten_indices()")
+    return table
 
 
 def _map_table(file: Path) -> pa.Table:
@@ -106,21 +131,33 @@ def first_other_than(length: int, lengths: pa.ChunkedArray) -> int | None:
     return None if row < 0 else row
 
 
-def corpus_facts(path: str) -> dict[str, Any]:
-    """What bookcorpus.py recorded of the rows it made in corpus.json; empty for a dataset without that file.
+@dataclass(frozen=True)
+class CorpusFacts:
+    """What is read of corpus.json, in which bookcorpus.py records what it made rows of; None of what it does not say.
+
+    Attributes:
+        vocab_size: entries of the tokenizer.
+        largest_token: -1 if there is none. Older versions of bookcorpus.py did not record it.
+    """
+
+    tokenizer: str | None = None
+    vocab_size: Count | None = None
+    largest_token: Annotated[int, Range(at_least=-1)] | None = None
+
+
+def corpus_facts(path: str) -> CorpusFacts:
+    """What bookcorpus.py recorded of the rows it made in corpus.json; nothing for a dataset without that file.
 
     Raises:
         RowsError: the file is damaged.
     """
     file = Path(path) / "corpus.json"
+    if not os.path.lexists(file):
+        return CorpusFacts()
     try:
-        facts = dict(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else {}
-        for name, kind in (("tokenizer", str), ("vocab_size", int), ("largest_token", int)):
-            if not isinstance(facts.get(name, kind()), kind):
-                raise TypeError(f"{name} is {facts[name]!r:.20}")
-    except (ValueError, TypeError, RecursionError) as error:
-        raise RowsError(f"its corpus.json is damaged ({one_line(error)}); make it again with bookcorpus.py") from error
-    return facts
+        return decode(CorpusFacts, read_json(file))
+    except ValueError as error:
+        raise RowsError(f"its corpus.json is damaged ({error}); make it again with bookcorpus.py") from error
 
 
 def check_tokenizer(path: str, vocab_size: int) -> None:
@@ -129,14 +166,13 @@ def check_tokenizer(path: str, vocab_size: int) -> None:
     A tokenizer may have more entries than the model, as Gemma 3's has one for images, as long as none of them occurs.
     """
     facts = corpus_facts(path)
-    if facts.get("vocab_size", 0) <= vocab_size:
+    if (facts.vocab_size or 0) <= vocab_size:
         return
-    if "largest_token" not in facts:  # older versions of bookcorpus.py did not record it
-        facts["largest_token"] = largest_token(open_dataset(path))
-    if facts["largest_token"] >= vocab_size:
+    largest = largest_token(open_dataset(path)) if facts.largest_token is None else facts.largest_token
+    if largest >= vocab_size:
         raise RowsError(
-            f"its tokenizer {facts.get('tokenizer', '')} has {facts['vocab_size']} entries and the model's vocabulary "
-            f"{vocab_size}, and token {facts['largest_token']} occurs; make the rows with the model's own tokenizer"
+            f"its tokenizer {facts.tokenizer or ''} has {facts.vocab_size} entries and the model's vocabulary "
+            f"{vocab_size}, and token {largest} occurs; make the rows with the model's own tokenizer"
         )
 
 

@@ -1,6 +1,7 @@
 """What this program needs of Hugging Face: models built to be traced, their weights, and the FLOPs they take.
 
-build.py        load_config, and build_model: a causal language model as it is trained, wrapped to return its loss
+configuration.py  load_config: a model's configuration, read and checked
+build.py        build_model: a causal language model as it is trained, wrapped to return its loss
 attention.py    what build_model puts in place of the model's attention, if that is to be had from a registry
 norms.py        ... of its RMSNorms
 recurrences.py  ... of its recurrences and the short convolutions before them

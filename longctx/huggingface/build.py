@@ -1,16 +1,14 @@
 """The causal language model as it is trained: built without memory for its weights, and wrapped to return its loss."""
 
 import copy
-import functools
-import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.data.rows import IGNORE_INDEX
@@ -57,43 +55,6 @@ class CausalLMLoss(nn.Module):
         return losses.sum()
 
 
-def load_config(model_id: str) -> PreTrainedConfig:
-    """The configuration of a model, which is a local folder or a name on the Hugging Face hub.
-
-    Raises:
-        ModelError: there is no configuration, or it is not of a causal language model.
-    """
-    if not _looks_local(model_id):
-        return copy.deepcopy(_hub_config(model_id))  # whoever asks may change what it is given
-    if not (Path(model_id) / "config.json").is_file():
-        raise ModelError("no config.json there; name a Hugging Face model folder or a hub model")
-    return _read_config(model_id)
-
-
-def vocab_size(config: PreTrainedConfig) -> int:
-    """How many tokens a model knows; one of several parts has the number in the configuration of its text part."""
-    return config.get_text_config().vocab_size
-
-
-@functools.cache  # each look at the hub is a request; a folder's file may change, and is read each time
-def _hub_config(model_id: str) -> PreTrainedConfig:
-    return _read_config(model_id)
-
-
-def _read_config(model_id: str) -> PreTrainedConfig:
-    try:
-        config = AutoConfig.from_pretrained(model_id)
-    except Exception as error:  # not JSON, no model type, values of a wrong type or that contradict each other
-        raise ModelError(f"its configuration can't be loaded: {one_line(error)}") from error
-    if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise ModelError(f"a {config.model_type!r} model is no causal language model")
-    return config
-
-
-def _looks_local(model_id: str) -> bool:
-    return os.path.exists(model_id) or model_id.startswith((".", "/", "~")) or model_id.count("/") > 1
-
-
 def build_model(
     config: PreTrainedConfig,
     dtype: torch.dtype,
@@ -116,6 +77,7 @@ def build_model(
     register_attention(options)
     make_no_masks()  # the head is read on meta tensors, on which transformers can make none
     model = _build_on_meta(config, dtype)
+    _refuse_empty_weights(model)
     _refuse_mixtures(model)
     route_rms_norms(model)
     route_recurrences(model)
@@ -129,33 +91,43 @@ def build_model(
 
 def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
     """The model of transformers with its parameters on meta, and with our attention if it takes any but its own."""
-
-    def build(attention: str) -> PreTrainedModel:
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, attn_implementation=attention)
-
     with building(config):
         try:
-            return build(REGISTERED_NAME)
+            return from_config(config, dtype, REGISTERED_NAME)
         except KeyError as error:
             if error.args != (REGISTERED_NAME,):
                 raise
-            return build("eager")  # it has a table of attention classes of its own
+            return from_config(config, dtype, "eager")  # it has a table of attention classes of its own
+
+
+def from_config(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+    """transformers' model of a configuration, of which it gets a copy, since it writes to what it builds from.
+
+    Args:
+        attention: the implementation by its name; transformers chooses if it is None.
+    """
+    chosen = {} if attention is None else {"attn_implementation": attention}
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **chosen)
 
 
 @contextmanager
 def building(config: PreTrainedConfig) -> Iterator[None]:
-    """Inside, models have their parameters on meta, and what transformers can't build is a ModelError.
-
-    transformers writes to the configuration that it builds a model from: give it a copy.
-    """
+    """Inside, models have their parameters on meta, and what transformers can't build is a ModelError."""
     try:
-        with parameters_on_meta():
+        with parameters_on_meta(), warnings.catch_warnings(action="ignore"):  # of PyTorch, at a size of 0
             yield
     except Exception as error:  # values that make no sense fail anywhere in the model's code
         raise ModelError(
             f"transformers can't build a {config.model_type} model from its configuration "
             f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
         ) from error
+
+
+def _refuse_empty_weights(model: PreTrainedModel) -> None:
+    """Raises a ModelError for a size of 0, which transformers takes."""
+    if empty := next((name for name, weight in model.named_parameters() if not weight.numel()), None):
+        shape = list(model.get_parameter(empty).shape)
+        raise ModelError(f"its config.json gives the weight {empty} the shape {shape}, which is empty; mend it")
 
 
 def _refuse_mixtures(model: PreTrainedModel) -> None:

@@ -5,10 +5,14 @@ functions, or as they do. What can't be trained as transformers would load it is
 """
 
 import copy
+import os
+import shutil
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,15 +21,21 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import safe_open
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key
 from transformers.modeling_utils import _get_resolved_checkpoint_files
+from transformers.utils.hub import cached_file
 
 from longctx.errors import ModelError, NoWeights, one_line, some_of
-from longctx.huggingface.build import building, load_config
+from longctx.huggingface.build import building, from_config
+from longctx.huggingface.configuration import load_config
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # what a stored number may be, and mean itself
+UNTIED = (
+    "weights: config.json ties the head to the embeddings, but both are stored and differ, so each is trained by "
+    "itself, as transformers does it"
+)
 SCALE = "_scale_inv"  # what the name of a quantized tensor's scales adds to its own
 
 
@@ -106,17 +116,17 @@ def find_weights(model_id: str) -> Weights:
 
 def remarks(weights: Weights) -> list[str]:
     """A line each on what a person may not expect of the weights."""
-    lines = []
-    if weights.untied:
-        lines.append(
-            "weights: config.json ties the head to the embeddings, but both are stored and differ, so each is trained "
-            "by itself, as transformers does it"
-        )
+    lines = [UNTIED] if weights.untied else []
     if names := weights.left_out:
         lines.append(
             f"weights: {len(names)} stored tensor(s) belong to no parameter and are left out: {some_of(names)}"
         )
     return lines
+
+
+def is_untied(model_id: str, config: PreTrainedConfig) -> bool:
+    """Whether `config`, of the model as it is trained, has its head apart from its embeddings against config.json."""
+    return _is_tied(load_config(model_id)) and not _is_tied(config)
 
 
 def trained_config(model_id: str, random_init: bool) -> PreTrainedConfig:
@@ -151,7 +161,12 @@ def _is_tied(config: PreTrainedConfig) -> bool:
 
 def _model_on_meta(config: PreTrainedConfig) -> PreTrainedModel:
     with building(config):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=torch.float32)
+        return from_config(config, torch.float32)
+
+
+def parameter_shapes(config: PreTrainedConfig) -> dict[str, list[int]]:
+    """The shape of every parameter of a model, by its name; of tied ones, by the first."""
+    return {name: list(parameter.shape) for name, parameter in _model_on_meta(config).named_parameters()}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
@@ -384,6 +399,39 @@ def random_weights(config: PreTrainedConfig, seed: int) -> Iterator[tuple[str, t
 # --- beside the weights ---------------------------------------------------------------------------------------------
 
 
+GENERATION = "generation_config.json"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tekken.json",
+    "*.model",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates/*",
+)
+
+
+def check_hf_files(model_id: str) -> None:
+    """Raises a ModelError if a folder's tokenizer or generation configuration can't be read, and so not be saved."""
+    names = sorted(os.listdir(model_id)) if os.path.isdir(model_id) else []
+    for kind, patterns in ((AutoTokenizer, TOKENIZER_FILES), (GenerationConfig, (GENERATION,))):
+        found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
+        what = f"its {' and '.join(found[:2])} can't be read"
+        advice = "download the model again, or remove what is damaged to train without"
+        if lost := [name for name in found if not os.path.isfile(os.path.join(model_id, name))]:
+            raise ModelError(f"its {lost[0]} is no file; {advice}")
+        try:
+            if found:
+                kind.from_pretrained(model_id)
+        except Exception as error:  # of whichever library reads it
+            raise ModelError(f"{what} ({one_line(error)}); {advice}") from error
+
+
 def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None:
     """Writes what from_pretrained reads beside the weights: the configuration and, where the model has them, its
     tokenizer and generation configuration. Weights are saved as plain numbers, however they were quantized."""
@@ -391,8 +439,8 @@ def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None
     if hasattr(config, "quantization_config"):
         delattr(config, "quantization_config")
     config.save_pretrained(folder)
-    for kind in (AutoTokenizer, GenerationConfig):
-        try:
-            kind.from_pretrained(model_id).save_pretrained(folder)
-        except Exception:  # the model has none, and can be trained without
-            continue
+    with suppress(Exception):  # the model has none, and can be trained without; check_hf_files refuses a damaged one
+        AutoTokenizer.from_pretrained(model_id).save_pretrained(folder)
+    with suppress(Exception):  # copied: transformers reads some that it refuses to write
+        if file := cached_file(model_id, GENERATION, _raise_exceptions_for_missing_entries=False):
+            shutil.copyfile(file, folder / GENERATION)

@@ -148,6 +148,12 @@ def name_when_saved(name: str) -> str | None:
     return match and (match[1] or match[2])
 
 
+def steps_in(checkpoint_dir: Path) -> list[int]:
+    """The steps of all that is called as a checkpoint in a folder, which may not be there."""
+    names = os.listdir(checkpoint_dir) if checkpoint_dir.is_dir() else []
+    return sorted({int(name.split("-")[1]) for name in map(name_when_saved, names) if name})
+
+
 # --- saving --------------------------------------------------------------------------------------------------------
 
 

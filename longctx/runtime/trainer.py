@@ -264,10 +264,18 @@ def is_saved(step: int, total_steps: int, job: Job) -> bool:
     return step % job.checkpoint_interval == 0 or step == total_steps
 
 
+def check_first_rows(rows: Rows, job: Job, resume: checkpoint.Checkpoint | None) -> None:
+    """Raises a RowsError if a row of the first step can't be trained on, as none can of another model's tokenizer."""
+    start = start_of(resume)
+    for row in step_rows(epoch_order(len(rows), job.seed, start.epoch), start, job.rows_per_step):
+        rows.load(row)
+
+
 def check_checkpoint_places(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> None:
     """Raises a CheckpointFolderError if a checkpoint that the run will save would replace somebody's files."""
     start = start_of(resume)
     total_steps = count_steps(n_rows, start, job)
-    steps = (step for step in range(start.step + 1, total_steps + 1) if is_saved(step, total_steps, job))
-    positions = (position_after(step, n_rows, job.rows_per_step, start) for step in steps)
+    steps = [step for step in checkpoint.steps_in(job.checkpoint_dir) if start.step < step <= total_steps]
+    saved = [step for step in steps if is_saved(step, total_steps, job)]
+    positions = (position_after(step, n_rows, job.rows_per_step, start) for step in saved)
     checkpoint.check_places(job.checkpoint_dir, positions)

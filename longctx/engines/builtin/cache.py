@@ -18,7 +18,7 @@ from longctx.compiler import hardware
 from longctx.compiler.plan import GB
 from longctx.engines.builtin import compile as pipeline
 from longctx.errors import CompiledError, CompiledFolderError
-from longctx.huggingface.weights import trained_config
+from longctx.huggingface.weights import UNTIED, is_untied, trained_config
 from longctx.job import Job
 from longctx.runtime import collectives
 from longctx.runtime.rendezvous import fresh_store
@@ -33,6 +33,9 @@ def ensure_compiled(job: Job) -> Path:
         UserError: the plan can't be made as asked, or this rank would make another one than its node's first.
     """
     hardware.check_memory_limit(job.hardware, job.gpu_mem_constraint * GB)
+    config = trained_config(job.model_id, job.random_init)
+    if job.run_mode == "compile" and is_untied(job.model_id, config):  # a run says it as it reads the weights
+        torchrun.say(UNTIED)
     inputs = plan_inputs(job)
     if torchrun.world_size() == 1:
         compile_unless_up_to_date(job, inputs)

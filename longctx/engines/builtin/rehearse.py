@@ -21,7 +21,7 @@ from longctx.engines.builtin.cache import ensure_compiled
 from longctx.engines.builtin.run import choose_attention, saying_what_was_predicted, take_attention
 from longctx.errors import RehearsalError
 from longctx.flops import step_flops
-from longctx.huggingface.build import load_config, vocab_size
+from longctx.huggingface.configuration import load_config, vocab_size
 from longctx.job import Job
 from longctx.runtime import parallel
 from longctx.runtime.determinism import be_deterministic

@@ -11,12 +11,20 @@ import torch.distributed as dist
 from longctx import compiled, devices, torchrun
 from longctx.compiler import hardware
 from longctx.compiler.plan import GB
-from longctx.data.rows import Rows, open_dataset
+from longctx.data.rows import Rows, columns_left_out, open_dataset
 from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled, plan_inputs
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import KernelError, OutOfMemory
-from longctx.huggingface.build import load_config, vocab_size
-from longctx.huggingface.weights import find_weights, random_weights, remarks, save_hf_files, trained_config
+from longctx.huggingface.configuration import load_config, vocab_size
+from longctx.huggingface.weights import (
+    check_hf_files,
+    find_weights,
+    parameter_shapes,
+    random_weights,
+    remarks,
+    save_hf_files,
+    trained_config,
+)
 from longctx.job import Job
 from longctx.kernels import choice, fused
 from longctx.runtime import parallel
@@ -24,7 +32,7 @@ from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
 from longctx.runtime.shared_folder import check_shared
-from longctx.runtime.trainer import announce, check_checkpoint_places, train
+from longctx.runtime.trainer import announce, check_checkpoint_places, check_first_rows, train
 
 
 def run(job: Job) -> tuple[int, int]:
@@ -37,20 +45,24 @@ def run(job: Job) -> tuple[int, int]:
     if job.deterministic:
         be_deterministic()
     devices.take(job.device)  # before all else that touches CUDA, as to ask for the GPU's name does
+    if names := columns_left_out(job.dataset_path):
+        torchrun.say(f"rows: columns that are not used: {', '.join(names)}; each row is taken as one text")
     rows = Rows(open_dataset(job.dataset_path), job.sequence_length, vocab_size(load_config(job.model_id)))
     resume = find_resume(job, len(rows), FORMATS)
+    check_first_rows(rows, job, resume)
     check_checkpoint_places(job, len(rows), resume)
     check_log(job.log_folder, resume is not None)
     check_compiled_folder(job, plan_inputs(job))
+    check_hf_files(job.model_id)
     weights = None if job.random_init or resume else find_weights(job.model_id)
     # Only after the weights, which it may depend on, are here.
     config = weights.config if weights else trained_config(job.model_id, job.random_init)
+    if resume:
+        check_same_model(resume, parameter_shapes(config))
     folder = ensure_compiled(job)
     plan_file = compiled.read_plan_file(folder)
     plan = plan_file.module
-    if resume:
-        check_same_model(resume, plan.parameters)
-    elif weights:
+    if weights:
         torchrun.say(*remarks(weights))
     with parallel.process_group(job.device) as device, saying_what_was_predicted(plan_file.predicted):
         if torchrun.has_several_nodes():

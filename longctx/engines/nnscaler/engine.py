@@ -17,7 +17,8 @@ from longctx.engines.nnscaler.model import WrappedModel
 from longctx.engines.nnscaler.options import GENERATED_FOLDER, PivotNameError, instance_name
 from longctx.errors import CheckpointMismatch, CompiledError, EngineError, LayerNameError, one_line
 from longctx.huggingface.attention import refuse_own_attention
-from longctx.huggingface.build import build_model, load_config, vocab_size
+from longctx.huggingface.build import build_model
+from longctx.huggingface.configuration import load_config, vocab_size
 from longctx.huggingface.weights import find_weights, remarks, trained_config
 from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
