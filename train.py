@@ -26,7 +26,8 @@ Where to look, in longctx/:
     compute dtypes and float32 masters         job.py: DTYPES; runtime/parallel.py: parallelize
     the training loop                          runtime/trainer.py: train
     the learning rate                          runtime/schedule.py: learning_rate
-    a loss that is not finite (NaN)            runtime/trainer.py: check_finite
+    a loss that is not finite (NaN)            runtime/trainer.py: check_finite, roll_back
+    signals, hangs, two runs on one folder     runtime/watch.py; runtime/lock.py: sole_run
     the order of the rows                      data/order.py: epoch_order
     checkpoints, and what a run resumes        runtime/checkpoint.py: save; runtime/resume.py: find_resume
     throughput and MFU                         runtime/metrics.py: step_metrics
@@ -42,6 +43,8 @@ from longctx.engines.table import ENGINES
 from longctx.errors import run_script
 from longctx.kernels import cross_entropy
 from longctx.options import causes, parse_job
+from longctx.runtime import watch
+from longctx.runtime.lock import sole_run
 
 
 def register_loss() -> None:
@@ -62,7 +65,8 @@ def main(argv: list[str] | None = None) -> None:
             assert engine.rehearse is not None, "parse_job refuses a rehearsal by an engine that has none"
             engine.rehearse(job)
         else:
-            say_if_complete(*engine.run(job))
+            with sole_run(job.checkpoint_dir):
+                say_if_complete(*engine.run(job))
 
 
 def say_if_complete(steps_before: int, steps: int) -> None:
@@ -72,4 +76,5 @@ def say_if_complete(steps_before: int, steps: int) -> None:
 
 
 if __name__ == "__main__":
+    watch.start()
     run_script(main)

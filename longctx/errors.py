@@ -6,6 +6,7 @@ options. A script knows which of its options named the thing at fault, and puts 
 """
 
 import os
+import signal
 import sys
 import time
 import traceback
@@ -126,6 +127,10 @@ class TrainingError(UserError):
     """Training can't go on."""
 
 
+class NotFinite(TrainingError):
+    """The loss or the gradient of a step is not finite, or its loss is above what is allowed."""
+
+
 class DeviceError(UserError):
     """A device that was asked for is not here."""
 
@@ -171,7 +176,7 @@ def one_line(error: Exception) -> str:
 
 def run_script(main: Callable[[], None]) -> None:
     """Runs a script's `main`; a UserError is printed as one line and becomes exit status 2, and so does an OSError: no
-    permission, no space left.
+    permission, no space left. A signal that raises KeyboardInterrupt, with its number, becomes 128 more than that.
 
     Under torchrun most errors meet every rank, so rank 0 speaks for all. A rank that torchrun has not ended after
     OTHER_RANKS_WAIT_S is alone with its error (a file missing on its node, say) and speaks for itself.
@@ -180,12 +185,13 @@ def run_script(main: Callable[[], None]) -> None:
         main()
     except (UserError, OSError) as error:
         if torchrun.rank() != 0:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends
             time.sleep(OTHER_RANKS_WAIT_S)
         sentence = error if isinstance(error, UserError) else one_line(error)
         print(f"{os.path.basename(sys.argv[0])}: error: {sentence}", file=sys.stderr, flush=True)
         leave(2)
-    except KeyboardInterrupt:
-        leave(130)
+    except KeyboardInterrupt as interrupt:
+        leave(128 + (interrupt.args[0] if interrupt.args else signal.SIGINT))
     except Exception:
         if not torchrun.started_this():
             raise

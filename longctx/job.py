@@ -89,6 +89,15 @@ class Options:
     max_epochs: int = option(2, at_least=1)
     max_train_steps: int | None = option(None, "stop here even if epochs are left", at_least=1)
     checkpoint_interval: int = option(1000, "steps between checkpoints; the last step has one anyway", at_least=1)
+    max_loss: float | None = option(None, "a loss above this is taken as one that is not finite", above=0)
+    on_nonfinite: str = option(
+        "stop",
+        "where a loss or gradient is not finite; rollback: go back to the last checkpoint and skip the step's rows",
+        choices=("stop", "rollback"),
+    )
+    hang_timeout: float = option(
+        30.0, "minutes without progress after which a rank writes its stacks and ends", above=0, at_most=1e5
+    )
     seed: int = option(0, "of the order of the rows, of dropout and of --random_init", at_least=0, at_most=LARGEST_SEED)
 
     nnscaler: NnscalerOptions = NnscalerOptions()

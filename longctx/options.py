@@ -219,6 +219,8 @@ def check_attention(job: Job) -> None:
         )
     if job.trust_model and job.engine == NNSCALER:
         raise UserError(f"--trust_model: {NNSCALER} proves no model; leave it out, or choose --engine {TORCH}")
+    if job.on_nonfinite == "rollback" and job.engine == NNSCALER:
+        raise UserError(f"--on_nonfinite rollback: {NNSCALER} can only stop; leave it out, or choose --engine {TORCH}")
     if job.deterministic and job.engine == NNSCALER:
         raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
 

@@ -8,6 +8,7 @@ from multiprocessing import get_context
 import pytest
 import torch
 import torch.distributed as dist
+from ranks import start_server
 
 from longctx.runtime import parallel, rendezvous
 
@@ -27,7 +28,8 @@ def _rank(rank: int, port: int, heard, end) -> None:
 @pytest.mark.parametrize("order", [(0, 1), (1, 0)], ids=["rank 0 first", "rank 1 first"])
 def test_ranks_that_are_restarted_meet_whatever_those_before_left_in_torchruns_store(order):
     """Who comes first finds the addresses of two ranks that are dead."""
-    context = get_context("fork")
+    start_server()
+    context = get_context("forkserver")
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for _ in range(2):
         heard, end = context.Queue(), context.Event()

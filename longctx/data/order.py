@@ -14,15 +14,25 @@ from longctx.schema import Count
 
 
 @dataclass(frozen=True)
+class Skipped:
+    """Rows of the dataset, by their numbers, that are left out of an epoch, since a step on them went wrong."""
+
+    epoch: Count
+    rows: tuple[Count, ...]
+
+
+@dataclass(frozen=True)
 class Position:
     """How far training has come.
 
     `step` optimizer steps are done in all; of the current epoch, number `epoch` from 0, the first `row` rows are done.
+    Rows that are skipped are counted as done, and a step that has no others as taken, so that steps keep their rows.
     """
 
     step: Count = 0
     epoch: Count = 0
     row: Count = 0
+    skipped: tuple[Skipped, ...] | None = None
 
 
 def rows_per_step(data_parallel_size: int, accumulation_steps: int) -> int:
@@ -48,12 +58,17 @@ def step_rows(order: torch.Tensor, position: Position, per_step: int) -> list[in
     return order[position.row : position.row + per_step].tolist()
 
 
+def without_skipped(rows: list[int], position: Position) -> list[int]:
+    """Those of a step's rows that are trained on."""
+    skipped = {row for each in position.skipped or () if each.epoch == position.epoch for row in each.rows}
+    return [row for row in rows if row not in skipped]
+
+
 def advance(position: Position, rows: list[int], n_rows: int) -> Position:
     """The position after the step that starts at `position` and takes `rows`."""
     row = position.row + len(rows)
-    if row == n_rows:
-        return Position(position.step + 1, position.epoch + 1, 0)
-    return Position(position.step + 1, position.epoch, row)
+    epoch, row = (position.epoch + 1, 0) if row == n_rows else (position.epoch, row)
+    return Position(position.step + 1, epoch, row, position.skipped)
 
 
 def position_after(step: int, n_rows: int, per_step: int, start: Position | None = None) -> Position:

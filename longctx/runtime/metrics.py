@@ -98,6 +98,14 @@ class MetricsLog:
     board: Any  # a SummaryWriter, which is slow to import
     lines: TextIO
 
+    def write_skipped(self, position: Position, rows: list[int]) -> None:
+        """Reports rows of the step from `position` that are left out."""
+        number = position.step + 1
+        self.lines.write(json.dumps({"step": number, "epoch": position.epoch, "skipped_rows": rows}) + "\n")
+        self.lines.flush()
+        self.bar.write(f"step {number}: rows {', '.join(map(str, rows))} of the dataset are left out")
+        self.bar.update(number - self.bar.n)
+
     def write(self, metrics: StepMetrics) -> None:
         self.lines.write(json.dumps(asdict(metrics)) + "\n")
         self.lines.flush()
@@ -113,7 +121,7 @@ class MetricsLog:
             "mem": f"{metrics.peak_memory_gb:.1f}GB",
         }
         self.bar.set_postfix(shown, refresh=False)
-        self.bar.update()
+        self.bar.update(metrics.step - self.bar.n)
 
 
 METRICS = "metrics.jsonl"

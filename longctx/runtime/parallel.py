@@ -24,14 +24,14 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from longctx import compiled, devices, torchrun
 from longctx.errors import ModelError
-from longctx.runtime import collectives
+from longctx.runtime import collectives, watch
 from longctx.runtime.rendezvous import fresh_store
 
-COLLECTIVE_TIMEOUT = timedelta(minutes=30)  # longer than a slow disk takes to write a checkpoint of 8B parameters
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
 
 @contextmanager
-def process_group(kind: str = "auto") -> Iterator[torch.device]:
+def process_group(kind: str = "auto", timeout: timedelta = COLLECTIVE_TIMEOUT) -> Iterator[torch.device]:
     """Joins the ranks that torchrun started, or makes a group of one without torchrun; yields this rank's device.
 
     After an error the group of several ranks is left as it is: to destroy it would wait for collectives under way, in
@@ -39,6 +39,7 @@ def process_group(kind: str = "auto") -> Iterator[torch.device]:
 
     Args:
         kind: of device: 'auto', 'cpu' or 'cuda'.
+        timeout: of a collective, after which it raises an error, or NCCL ends the process.
 
     Raises:
         DeviceError: there is no such device.
@@ -49,9 +50,9 @@ def process_group(kind: str = "auto") -> Iterator[torch.device]:
         torchrun.say(devices.describe_sharing())
     if torchrun.started_this():
         store = fresh_store()
-        store.set_timeout(COLLECTIVE_TIMEOUT)
+        store.set_timeout(timeout)
         ranks = {"rank": torchrun.rank(), "world_size": torchrun.world_size()}
-        dist.init_process_group(backend, store=store, timeout=COLLECTIVE_TIMEOUT, **ranks)
+        dist.init_process_group(backend, store=store, timeout=timeout, **ranks)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     succeeded = False
@@ -189,6 +190,7 @@ def load_stored(model: ParallelModel, readers: Mapping[str, Reader]) -> None:
     unusable = None
     for name, parameter in model.named_parameters():
         load_slice(parameter, readers[name])
+        watch.progress()
         if unusable is None and not local(parameter).isfinite().all():
             unusable = name
     found: list[str | None] = [None] * dist.get_world_size()
@@ -208,6 +210,7 @@ def load_tensors(model: ParallelModel, tensors: Iterable[tuple[str, torch.Tensor
     parameters = dict(model.named_parameters())
     for name, tensor in tensors:
         load_slice(parameters.pop(name), tensor.__getitem__)
+        watch.progress()
     assert not parameters, f"no weights for {list(parameters)}"
 
 

@@ -1,34 +1,49 @@
 """The training loop: AdamW on float32 masters under FSDP2, gradients averaged over the tokens that count."""
 
+import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DTensor
 
 from longctx import torchrun
 from longctx.data.order import (
     Position,
+    Skipped,
     advance,
     epoch_order,
     micro_batches,
     position_after,
     step_rows,
     steps_per_epoch,
+    without_skipped,
 )
 from longctx.data.rows import IGNORE_INDEX, Rows
-from longctx.errors import TrainingError
+from longctx.errors import NotFinite
 from longctx.job import Job
-from longctx.runtime import checkpoint
-from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
+from longctx.runtime import checkpoint, watch
+from longctx.runtime.metrics import FlopCount, MetricsLog, Step, metrics_log, step_metrics
 from longctx.runtime.parallel import ParallelModel, local, reduce_plan_sharded_gradients
 from longctx.runtime.schedule import Schedule, describe_change, learning_rate, schedule_of
 
 BETAS = (0.9, 0.95)
+MAX_ROLLBACKS = 3  # without a good step being saved; more go wrong for another reason than their rows
+
+
+@dataclass(frozen=True)
+class Reached:
+    """How far ranks have come since they last loaded: where they go on from, and the checkpoint they have to do so."""
+
+    position: Position
+    newest: checkpoint.Checkpoint | None  # None: the weights that the run started from
+    rollbacks: int = 0  # since a step that went well was saved
+    is_end: bool = False
 
 
 def train(
@@ -37,9 +52,15 @@ def train(
     job: Job,
     flops: FlopCount,
     resume: checkpoint.Checkpoint | None,
+    load_weights: Callable[[ParallelModel], None],
     save_hf_files: Callable[[Path], None],
 ) -> tuple[int, int]:
     """Trains `model` from its weights, or from `resume`, to the last step, and checkpoints it.
+
+    A signal ends it earlier, after a step that is checkpointed. A step that goes wrong may make it go back.
+
+    Args:
+        load_weights: fills the model with the weights that a run starts from which resumes nothing.
 
     Returns:
         The steps that were done before, and those that are now.
@@ -50,27 +71,103 @@ def train(
         CheckpointFolderError: something has come into the place of a checkpoint.
     """
     optimizer = make_optimizer(model, job)
-    seed_dropout(job, model.data_parallel_rank)
     start = start_of(resume)
-    if resume:
-        checkpoint.load(resume, model, optimizer)
-    total_steps = count_steps(len(rows), start, job)
-    schedule = schedule_of(job, total_steps)
+    schedule = schedule_of(job, count_steps(len(rows), start, job))
+    go_on = functools.partial(
+        take_steps, model, optimizer, rows, schedule=schedule, job=job, flops=flops, save_hf_files=save_hf_files
+    )
+    load(model, optimizer, resume, job, load_weights)
+    with watch.finishing_steps():
+        reached = go_on(Reached(start, resume))
+        while not reached.is_end:
+            load(model, optimizer, reached.newest, job, load_weights)
+            reached = go_on(reached)
+    return start.step, reached.position.step
 
-    position = start
-    is_rank_zero = dist.get_rank() == 0
-    with metrics_log(job.log_folder, start.step, total_steps) if is_rank_zero else nullcontext() as log:
-        while position.step < total_steps:
-            step = take_step(model, optimizer, rows, position, schedule, job)
-            position = advance(position, step.rows, len(rows))
-            if log:
-                log.write(step_metrics(step, job, flops))
-            if is_saved(position.step, total_steps, job):
-                origin = resume.origin if resume else None
-                path = save_checkpoint(model, optimizer, position, schedule, job, len(rows), save_hf_files, origin)
+
+def load(
+    model: ParallelModel,
+    optimizer: torch.optim.AdamW,
+    source: checkpoint.Checkpoint | None,
+    job: Job,
+    load_weights: Callable[[ParallelModel], None],
+) -> None:
+    """Puts a checkpoint into model, optimizer and random state, or what a run starts from that resumes nothing."""
+    optimizer.zero_grad()
+    if source is None:
+        load_weights(model)
+        for tensor in (tensor for state in optimizer.state.values() for tensor in state.values()):
+            tensor.zero_()
+    seed_dropout(job, model.data_parallel_rank)
+    if source is not None:
+        checkpoint.load(source, model, optimizer)
+    watch.progress()
+
+
+def take_steps(
+    model: ParallelModel,
+    optimizer: torch.optim.Optimizer,
+    rows: Rows,
+    reached: Reached,
+    schedule: Schedule,
+    job: Job,
+    flops: FlopCount,
+    save_hf_files: Callable[[Path], None],
+) -> Reached:
+    """Takes steps and checkpoints them, until the last one, one after which it was asked to stop, or one gone wrong.
+
+    Raises:
+        NotFinite: a loss or gradient is not finite, and the job is to stop then.
+    """
+    position, newest, rollbacks = reached.position, reached.newest, reached.rollbacks
+    stopped = has_trained = False
+    with open_log(job, position.step, schedule.total_steps) as log:
+        while position.step < schedule.total_steps and not stopped:
+            chosen = step_rows(epoch_order(len(rows), job.seed, position.epoch), position, job.rows_per_step)
+            kept = without_skipped(chosen, position)
+            if log and kept != chosen:
+                log.write_skipped(position, [row for row in chosen if row not in kept])
+            if kept:
+                try:
+                    step, stopped = take_step(model, optimizer, rows, kept, position, schedule, job)
+                except NotFinite as error:
+                    check_rollback(error, rollbacks, job)
+                    return Reached(roll_back(position, kept, start_of(newest), error), newest, rollbacks + 1)
+                has_trained = True
                 if log:
-                    log.bar.write(f"step {position.step}: saved {path}")
-    return start.step, position.step
+                    log.write(step_metrics(step, job, flops))
+            position = advance(position, chosen, len(rows))
+            watch.progress()
+            if is_saved(position.step, schedule.total_steps, job) or stopped:
+                origin = newest.origin if newest else None
+                newest = save_checkpoint(model, optimizer, position, schedule, job, len(rows), save_hf_files, origin)
+                rollbacks = 0 if has_trained else rollbacks
+                watch.progress()
+                if log:
+                    log.bar.write(f"step {position.step}: saved {newest.path}")
+    if stopped and position.step < schedule.total_steps:
+        by = watch.stop_asked() or "a signal to another rank"
+        torchrun.say(f"run: stopped by {by} after step {position.step}; the same command goes on from there")
+    return Reached(position, newest, is_end=True)
+
+
+def open_log(job: Job, first_step: int, total_steps: int) -> AbstractContextManager[MetricsLog | None]:
+    """The log on rank 0, and None on others."""
+    return metrics_log(job.log_folder, first_step, total_steps) if dist.get_rank() == 0 else nullcontext()
+
+
+def check_rollback(error: NotFinite, rollbacks: int, job: Job) -> None:
+    """Raises the error if the job is to stop then, or if it has gone back often enough in vain."""
+    if job.on_nonfinite == "stop":
+        raise error
+    if rollbacks == MAX_ROLLBACKS:
+        raise NotFinite(f"{error}; going back {rollbacks} times and leaving out the rows of other steps did not help")
+
+
+def roll_back(position: Position, rows: list[int], back: Position, error: NotFinite) -> Position:
+    """Where to go on from after the step from `position` on these rows went wrong: at `back`, without the rows."""
+    torchrun.say(f"run: {error}; going back to step {back.step}, from where these rows are left out")
+    return dataclasses.replace(back, skipped=(*(position.skipped or ()), Skipped(position.epoch, tuple(rows))))
 
 
 def announce(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> None:
@@ -109,30 +206,36 @@ def take_step(
     model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     rows: Rows,
+    chosen: list[int],
     position: Position,
     schedule: Schedule,
     job: Job,
-) -> Step:
-    """The optimizer step after `position`, by all ranks together."""
+) -> tuple[Step, bool]:
+    """The optimizer step after `position`, by all ranks together, and whether a rank was asked to stop after it.
+
+    Raises:
+        NotFinite: its loss or gradient is not finite, and nothing is updated. All ranks raise it.
+    """
     started = time.perf_counter()
-    chosen = step_rows(epoch_order(len(rows), job.seed, position.epoch), position, job.rows_per_step)
     lr = learning_rate(position.step, schedule)
-    loss, grad_norm, n_tokens = compute_gradients(model, rows, chosen)
-    check_finite(position.step + 1, chosen, loss, grad_norm)
+    loss, grad_norm, n_tokens, stopped = compute_gradients(model, rows, chosen)
+    check_finite(position.step + 1, chosen, loss, grad_norm, job.max_loss)
     update_weights(model, optimizer, lr, clip_factor(grad_norm, job) / n_tokens)
-    return Step(position, chosen, lr, loss, grad_norm, time.perf_counter() - started)
+    return Step(position, chosen, lr, loss, grad_norm, time.perf_counter() - started), stopped
 
 
-def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tuple[float, float, float]:
+def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tuple[float, float, float, bool]:
     """Forward and backward over the `chosen` rows, all ranks together. Gradients are summed over tokens, not averaged.
 
     Every micro-batch reduces its gradients at once: what accumulates is this rank's float32 shard, not a whole
     model's gradients.
 
-    The host issues the work of all micro-batches and then waits for a GPU once, for what it returns.
+    The host issues the work of all micro-batches and then waits for a GPU once, for what it returns. All of that is
+    summed by one reduction over all ranks, so that they agree on it to the last bit.
 
     Returns:
-        The loss per token whose label counts, the norm of the gradient of that, and the number of such tokens.
+        The loss per token whose label counts, the norm of the gradient of that, the number of such tokens, and whether
+        a rank was asked to stop.
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
     n_tokens = 0
@@ -141,11 +244,15 @@ def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tu
         loss_sum += micro_batch(model, tokens, labels)
         n_tokens += int((labels != IGNORE_INDEX).sum())  # on the host
     reduce_plan_sharded_gradients(model)
-    sums = torch.stack((loss_sum, torch.full_like(loss_sum, n_tokens)))
-    dist.all_reduce(sums, group=model.mesh.get_group("data_parallel"))
-    loss, n_tokens, norm = torch.cat((sums, total_norm(model).view(1))).tolist()
+    if model.mesh.get_local_rank("plan") != 0:  # all ranks of a copy of the plan have its loss
+        loss_sum, n_tokens = torch.zeros_like(loss_sum), 0
+    is_asked = watch.stop_asked() is not None
+    counts = (torch.full_like(loss_sum, number) for number in (n_tokens, is_asked))
+    sums = torch.stack((loss_sum, squared_norm(model), *counts))
+    dist.all_reduce(sums)
+    loss, squares, n_tokens, n_asked = sums.tolist()
     n_tokens = max(n_tokens, 1)  # rows that bring labels may have none that counts; loss and gradients are 0 then
-    return loss / n_tokens, norm / n_tokens, n_tokens
+    return loss / n_tokens, math.sqrt(squares) / n_tokens, n_tokens, n_asked > 0
 
 
 def micro_batch(model: ParallelModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -167,12 +274,18 @@ def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
-def check_finite(step: int, rows: list[int], loss: float, grad_norm: float) -> None:
-    """Raises a TrainingError that names the step and its rows if the loss or the gradient norm is not finite."""
+def check_finite(step: int, rows: list[int], loss: float, grad_norm: float, max_loss: float | None = None) -> None:
+    """Raises a NotFinite that names a step and its rows, if its loss or gradient norm is not, or the loss too high."""
+    named = ", ".join(map(str, rows))
     if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-        raise TrainingError(
-            f"step {step}: the loss ({loss:g}) or the gradient norm ({grad_norm:g}) is not finite, on "
-            f"rows {', '.join(map(str, rows))} of the dataset; the last checkpoint is kept"
+        raise NotFinite(
+            f"step {step}: the loss ({loss:g}) or the gradient norm ({grad_norm:g}) is not finite, on rows {named} of "
+            "the dataset; the last checkpoint is kept"
+        )
+    if max_loss is not None and loss > max_loss:
+        raise NotFinite(
+            f"step {step}: the loss ({loss:g}) is above {max_loss:g}, on rows {named} of the dataset; the last "
+            "checkpoint is kept"
         )
 
 
@@ -200,26 +313,33 @@ def save_checkpoint(
     n_rows: int,
     save_hf_files: Callable[[Path], None],
     origin: str | None,
-) -> Path:
+) -> checkpoint.Checkpoint:
     shapes = checkpoint.parameter_shapes(model)
     ranks = dist.get_world_size(), model.plan_size
     state = checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule, origin=origin)
-    return checkpoint.save(job.checkpoint_dir, model, optimizer, state, save_hf_files)
+    path = checkpoint.save(job.checkpoint_dir, model, optimizer, state, save_hf_files)
+    return checkpoint.Checkpoint(path, state, job.engine, origin=origin)
 
 
 def total_norm(model: ParallelModel) -> torch.Tensor:
     """The 2-norm [] of all gradients together, over all ranks, in float64, on the device."""
-    named = {name: p.grad for name, p in model.module.named_parameters() if p.grad is not None}
-    own = [gradient for name, gradient in named.items() if name in model.plan_sharded]
-    sharded = [gradient for name, gradient in named.items() if name not in model.plan_sharded]
-    squares = torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
-    if own:
-        squares += torch.nn.utils.get_total_norm(own).double() ** 2
-        dist.all_reduce(squares, group=model.mesh.get_group("plan"))
-    if sharded:
-        norm = torch.nn.utils.get_total_norm(sharded)
-        squares += (norm.full_tensor() if isinstance(norm, DTensor) else norm).double() ** 2
+    squares = squared_norm(model)
+    dist.all_reduce(squares)
     return squares.sqrt()
+
+
+def squared_norm(model: ParallelModel) -> torch.Tensor:
+    """What this rank adds to the square [] of the 2-norm of all gradients, in float64, on the device.
+
+    Of an FSDP-sharded weight each rank has a part of its own. A plan-sharded one has the same parts in every copy of
+    the plan, and those of the first copy are counted.
+    """
+    parameters = model.module.named_parameters()
+    counted = [p.grad for name, p in parameters if model.data_parallel_rank == 0 or name not in model.plan_sharded]
+    gradients = [local(gradient) for gradient in counted if gradient is not None]
+    if not gradients:
+        return torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
+    return torch.nn.utils.get_total_norm(gradients).double() ** 2
 
 
 # --- optimizer and steps ------------------------------------------------------------------------------------------

@@ -3,10 +3,12 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from transformers import PreTrainedConfig
 
 from longctx import compiled, devices, torchrun
 from longctx.compiler import hardware
@@ -17,6 +19,7 @@ from longctx.engines.checkpoints import FORMATS
 from longctx.errors import KernelError, OutOfMemory
 from longctx.huggingface.configuration import load_config, vocab_size
 from longctx.huggingface.weights import (
+    Weights,
     check_hf_files,
     find_weights,
     parameter_shapes,
@@ -27,7 +30,7 @@ from longctx.huggingface.weights import (
 )
 from longctx.job import Job
 from longctx.kernels import choice, fused
-from longctx.runtime import parallel
+from longctx.runtime import parallel, watch
 from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
@@ -64,19 +67,29 @@ def run(job: Job) -> tuple[int, int]:
     plan = plan_file.module
     if weights:
         torchrun.say(*remarks(weights))
-    with parallel.process_group(job.device) as device, saying_what_was_predicted(plan_file.predicted):
+    patience = timedelta(minutes=job.hang_timeout)
+    watch.expect_progress(patience, job.log_folder / f"stacks-rank{torchrun.rank()}.txt")
+    # Collectives give up later than the watch, which says where every rank waits.
+    ranks = parallel.process_group(job.device, patience + watch.MARGIN)
+    with ranks as device, saying_what_was_predicted(plan_file.predicted):
         if torchrun.has_several_nodes():
             check_shared(job.checkpoint_dir)
         take_attention(job, agree_on_attention(job, plan.fused_attention, device))
         model = build_on_rank(job, folder, plan, device)
-        if weights is not None:
-            parallel.load_stored(model, {name: stored.read for name, stored in weights.by_parameter.items()})
-        elif resume is None:
-            parallel.load_tensors(model, random_weights(config, job.seed))
         peak = hardware.peak_rate_here(job.dtype) if device.type == "cuda" else None
         flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, peak)
         announce(job, len(rows), resume)
-        return train(model, rows, job, flops, resume, functools.partial(save_hf_files, job.model_id, config))
+        load_weights = functools.partial(load_start, weights, config, job.seed)
+        write_hf_files = functools.partial(save_hf_files, job.model_id, config)
+        return train(model, rows, job, flops, resume, load_weights, write_hf_files)
+
+
+def load_start(weights: Weights | None, config: PreTrainedConfig, seed: int, model: parallel.ParallelModel) -> None:
+    """Fills the model with the stored weights, or with random ones where there are none."""
+    if weights is not None:
+        parallel.load_stored(model, {name: stored.read for name, stored in weights.by_parameter.items()})
+    else:
+        parallel.load_tensors(model, random_weights(config, seed))
 
 
 def agree_on_attention(job: Job, shapes: list[list[list[int]]], device: torch.device) -> choice.Choice | None:

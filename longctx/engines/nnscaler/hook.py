@@ -82,7 +82,7 @@ class StepHook(TrainHook):
 
     def after_gnorm_clip(self, trainer: Trainer, gnorm: torch.Tensor) -> None:
         self.grad_norm = float(gnorm)
-        check_finite(self.position.step + 1, self.rows, self.loss, self.grad_norm)
+        check_finite(self.position.step + 1, self.rows, self.loss, self.grad_norm, self.job.max_loss)
 
     def before_optimizer_step(self, trainer: Trainer) -> None:
         self.lr = learning_rate(self.position.step, self.schedule)
