@@ -15,7 +15,6 @@ A document that can't be read ends the script before any is tokenized, since all
 be; with --skip_bad_documents it is left out instead and counted.
 """
 
-import io
 import itertools
 import json
 import os
@@ -83,8 +82,6 @@ class Asked:
 def main(argv: list[str] | None = None) -> None:
     asked = parse(Asked, argv, "Tokenize text and pack it into rows of equal length.")
     check(asked)
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have what the terminal can't show
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # this script has processes, and threads don't survive a fork
     huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
     tokenizer = load_tokenizer(asked.tokenizer_path_or_name)

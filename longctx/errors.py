@@ -5,6 +5,7 @@ options. A script knows which of its options named the thing at fault, and puts 
 (`naming_options` of longctx/command_line.py; train.py's table is in longctx/options.py).
 """
 
+import io
 import os
 import signal
 import sys
@@ -181,6 +182,8 @@ def run_script(main: Callable[[], None]) -> None:
     Under torchrun most errors meet every rank, so rank 0 speaks for all. A rank that torchrun has not ended after
     OTHER_RANKS_WAIT_S is alone with its error (a file missing on its node, say) and speaks for itself.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have what the terminal can't show
     try:
         main()
     except (UserError, OSError) as error:

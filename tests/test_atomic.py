@@ -40,6 +40,21 @@ def test_a_folder_replaces_the_one_before_it_whole(tmp_path):
     assert os.listdir(tmp_path) == ["folder"]
 
 
+@pytest.mark.parametrize("whole", [whole_file, whole_folder])
+def test_what_fails_leaves_none_of_the_folders_that_were_made_for_it(tmp_path, whole):
+    (tmp_path / "there").mkdir()
+    with pytest.raises(RuntimeError), whole(tmp_path / "there" / "new" / "newer" / "name"):
+        raise RuntimeError
+    assert [path.name for path in tmp_path.rglob("*")] == ["there"]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path):
+    name = "é" * 127 + "x"
+    with whole_folder(tmp_path / name), whole_file(tmp_path / name[:-1]) as aside:
+        aside.write_text("")
+    assert sorted(os.listdir(tmp_path)) == [name[:-1], name]
+
+
 @pytest.mark.parametrize("names", [["theirs"], ["mark", "theirs"], ["ours"]])
 def test_a_folder_that_this_program_did_not_write_is_never_replaced(tmp_path, names):
     (tmp_path / "folder").mkdir()

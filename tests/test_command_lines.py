@@ -121,6 +121,14 @@ def test_a_folder_of_the_users_is_never_replaced_by_a_compiled_one(job, tmp_path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["data", "here"]
 
 
+def test_places_of_checkpoints_are_checked_in_no_time_however_many_there_will_be(job, tmp_path):
+    kept = tmp_path / "checkpoints" / "0002-000002" / "thesis.tex"
+    kept.parent.mkdir(parents=True)
+    kept.write_text("years of work")
+    ask = {"checkpoint_interval": 1, "max_epochs": 2_000_000_000, "checkpoint_dir": tmp_path / "checkpoints"}
+    refused(job, "--checkpoint_dir .*: .*/0002-000002 has the name of a checkpoint", **ask)
+
+
 def test_a_folder_of_the_users_is_never_replaced_by_a_checkpoint(job, tmp_path):
     kept = tmp_path / "checkpoints" / "0002-000002" / "thesis.tex"  # after the last of two steps, each of them an epoch
     kept.parent.mkdir(parents=True)
@@ -313,14 +321,18 @@ def test_rows_with_a_token_that_only_their_tokenizer_has_are_refused(job, tmp_pa
 
 def test_a_token_that_the_model_does_not_know_is_refused(job, tmp_path):
     path = save_random_rows(tmp_path / "rows", high=10_000)
-    refused(job, "row . has token .*vocabulary has 256", dataset_path=path, checkpoint_dir=tmp_path / "checkpoints")
+    places = {name: tmp_path / name for name in ("compiled_dir", "checkpoint_dir", "log_dir")}
+    refused(job, "row . has token .*vocabulary has 256", dataset_path=path, **places)
+    assert os.listdir(tmp_path) == ["rows"]
 
 
 @pytest.mark.parametrize("option", ["checkpoint_dir", "resume_path"])
 def test_a_checkpoint_of_another_model_is_refused(job, tmp_path, option):
     reference_model(small_config("llama", intermediate_size=96)).save_pretrained(tmp_path / "model")
     sentence = f"--{option} .*: it is a checkpoint of another model"
-    refused(job, sentence, model_id=tmp_path / "model", **{option: job / "checkpoints"})
+    places = {name: tmp_path / name for name in ("compiled_dir", "checkpoint_dir", "log_dir")}
+    refused(job, sentence, model_id=tmp_path / "model", **{**places, option: job / "checkpoints"})
+    assert os.listdir(tmp_path) == ["model"]
 
 
 def test_a_run_goes_on_only_with_its_own_order_of_rows(job, tmp_path):

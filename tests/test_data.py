@@ -157,6 +157,15 @@ def test_rows_are_read_from_a_folder_whose_name_is_no_text(tmp_path):
     assert len(stored.open_dataset(str(folder))) == 1
 
 
+def test_columns_that_training_does_not_read_are_told(tmp_path):
+    datasets = pytest.importorskip("datasets", reason="saves with the package datasets")
+    columns = {"input_ids": [[1, 2]], "position_ids": [[0, 1]], "labels": [[1, 2]], "seq_lengths": [[2]]}
+    datasets.Dataset.from_dict(columns).save_to_disk(tmp_path / "rows")
+    folder = str(tmp_path / "rows")
+    assert stored.columns_left_out(folder) == ["position_ids", "seq_lengths"]
+    assert sorted(stored.open_dataset(folder).column_names) == ["input_ids", "labels"]
+
+
 @pytest.mark.parametrize("recorded", [True, False])
 def test_a_tokenizer_may_have_more_entries_than_the_model_if_none_of_them_occurs(tmp_path, recorded):
     folder = save_rows(tmp_path / "rows", [[1, 2, 9], [3, 4, 5]])

@@ -345,13 +345,15 @@ def test_a_run_and_its_export_start_from_and_keep_the_head_that_config_json_says
     templates = save_tokenizer_with_two_chat_templates(tmp_path / "model")
     tokens, _ = random_rows(4, 16, 256)
     options = ["--model_id", "model", "--dataset_path", save_rows(tmp_path / "rows", tokens), "--precision", "fp32"]
-    train.main([*options, "--max_train_steps", "1", "--learning_rate", "1e-12", "--hardware", "cpu", "--name", "run"])
+    options += ["--hardware", "cpu", "--name", "run"]
+    for mode in (["--run_mode", "compile"], ["--max_train_steps", "1", "--learning_rate", "1e-12"]):
+        train.main([*options, *mode])
+        assert capsys.readouterr().out.count("weights: config.json ties the head to the embeddings") == 1
     model, _ = load_by_transformers(tmp_path / "model")
     labels = torch.cat((tokens[:, 1:], torch.full((4, 1), -100)), dim=1)
     expected = reference_loss(model, tokens, labels) / (labels != -100).sum()
     metrics = json.loads((tmp_path / "runs" / "run" / "metrics.jsonl").read_text())
     assert metrics["loss"] == pytest.approx(expected.item(), rel=1e-5)
-    assert capsys.readouterr().out.count("weights: config.json ties the head to the embeddings") == 1
     ckpt_merger.main(["--ckpt_dir", "checkpoints", "--output_fname", "merged.ckpt"])
     ckpt_merger.main(["--ckpt_dir", "merged.ckpt", "--hf_dir", "exported"])
     change_config(tmp_path / "exported", dtype="float32")
