@@ -3,8 +3,9 @@
 import itertools
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from math import prod
+from typing import Any
 
 import pytest
 import torch
@@ -151,11 +152,26 @@ class Prices:
 
     graph: Graph
     setting: Setting
+    known: dict[Any, Any] = field(default_factory=dict)  # what thousands of plans have in common is priced once
+
+    def layout(self, owner: Graph | LayerKind) -> Layout:
+        if owner not in self.known:
+            self.known[owner] = layout_of(owner)
+        return self.known[owner]
 
     def op(self, op: Op, partition: Partition, layout: Layout) -> Seconds:
-        return op_seconds(op, partition, layout, self.setting.plan_size, self.setting.hardware)
+        key = op, partition
+        if key not in self.known:
+            self.known[key] = op_seconds(op, partition, layout, self.setting.plan_size, self.setting.hardware)
+        return self.known[key]
 
     def move(self, tensor: Tensor, source: Placement, target: Placement, split: bool, layout: Layout) -> Seconds:
+        key = tensor, source, target, split
+        if key not in self.known:
+            self.known[key] = self.new_move(tensor, source, target, split, layout)
+        return self.known[key]
+
+    def new_move(self, tensor: Tensor, source: Placement, target: Placement, split: bool, layout: Layout) -> Seconds:
         move = find_reshard(source, target, split, tensor.requires_grad)
         op = reshard_op(tensor, move, source, target, self.setting.plan_size)
         if op is None:
@@ -220,7 +236,7 @@ class Prices:
         passed_on: dict[Tensor, Placement],
         times: int,
     ) -> float:
-        layout = layout_of(owner)
+        layout = self.layout(owner)
         costs = [self.op(op, partition, layout) for op, partition in partitions.items()]
         compute = times * sum(cost.forward + cost.backward for cost in costs)
         traffic, others = self.weights(owner, plan_sharded, times)
