@@ -50,7 +50,7 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     module.to("meta")  # so that everything is on one device; the values of the buffers are in `buffers`
     with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
         try:
-            with _without_logs(), _NumbersKept():
+            with _without_logs(), _AsTraced():
                 exported = torch.export.export(module, (), kwargs=sample, strict=False)
         except UserError:
             raise
@@ -82,11 +82,18 @@ def _without_logs() -> Iterator[None]:
         logging.disable(disabled)
 
 
-class _NumbersKept(TorchFunctionMode):
-    """Inside, tensors that are made of Python's numbers are traced as operators that make them.
+class _AsTraced(TorchFunctionMode):
+    """Inside, what torch.export would lose or refuse is written as it traces it.
 
-    torch.export would keep each as a constant, and one that a model makes on meta has no values.
+    - Tensors that are made of Python's numbers become operators that make them. It would keep each as a constant, and
+      one that a model makes on meta has no values.
+    - Whether a number that is drawn from [0, 1) is below 0 is known. Before transformers 5.23, models draw whether to
+      leave out a layer also where their configuration says never, and torch.export can't branch on what was drawn.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drawn: list[torch.Tensor] = []
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -94,7 +101,12 @@ class _NumbersKept(TorchFunctionMode):
             return _full(args[0], **kwargs)
         if func is torch.Tensor.__getitem__ and _is_one_of_a_list(args[1]):
             return args[0][tuple(slice(i[0], i[0] + 1 or None) if isinstance(i, list) else i for i in args[1])]
-        return func(*args, **kwargs)
+        if func in (torch.Tensor.__lt__, torch.Tensor.lt) and args[1] == 0 and any(args[0] is d for d in self.drawn):
+            return False
+        result = func(*args, **kwargs)
+        if func is torch.rand and result.dim() == 0:
+            self.drawn.append(result)
+        return result
 
 
 def _is_one_of_a_list(index: Any) -> bool:

@@ -84,7 +84,6 @@ def build_model(
     if sequence_length is not None:
         settle_rotary_tables(model, sequence_length)
     wrapped = CausalLMLoss(model, options).train()
-    _leave_out_no_layer(model)
     make_masks()
     return wrapped
 
@@ -137,17 +136,6 @@ def _refuse_mixtures(model: PreTrainedModel) -> None:
             f"{type(model).__name__} is a mixture of experts, and this program can't train those yet; "
             "choose a model whose layers are dense"
         )
-
-
-def _leave_out_no_layer(model: PreTrainedModel) -> None:
-    """Keeps OPT's decoder from drawing whether to leave out a layer, where its configuration says that it never does.
-
-    Before transformers 5.23 it draws all the same, and torch.export can't trace a branch on what was drawn. The decoder
-    asks for its train mode nowhere else; its layers, which have the dropout, stay in theirs.
-    """
-    decoder = model.get_decoder()
-    if type(decoder).__name__ == "OPTDecoder" and decoder.layerdrop == 0.0:
-        decoder.training = False
 
 
 @contextmanager
