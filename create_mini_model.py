@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from longctx.atomic import whole_folder, why_not_new
-from longctx.command_line import Cause, naming_options, option, parse
+from longctx.command_line import LARGEST_SEED, Cause, naming_options, option, parse
 from longctx.errors import ModelError, UserError, one_line, run_script
 from longctx.huggingface.build import from_config, parameters_on_meta
 from longctx.huggingface.configuration import check_file, check_numbers
@@ -44,7 +44,7 @@ class Mini:
     intermediate_size: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
     num_attention_heads: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
     num_key_value_heads: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
-    seed: int = option(0, "of the random weights", at_least=0, at_most=2**32 - 1)
+    seed: int = option(0, "of the random weights", at_least=0, at_most=LARGEST_SEED)
     dtype: str = option("bfloat16", choices=("bfloat16", "float32", "float16"))
 
 
@@ -54,11 +54,11 @@ def main(argv: list[str] | None = None) -> None:
     if problem := why_not_new(asked.output_id):
         raise UserError(f"--output_id {asked.output_id}: {problem}; name another folder")
     huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
-    source = source_folder(asked.model_id)
     with naming_options(asked, {ModelError: Cause("model_id")}):
-        full_config = causal_lm_config(source, asked.model_id)
-    config = mini_config(full_config, sizes)
-    model = random_model(config, asked.seed, getattr(torch, asked.dtype))
+        source = source_folder(asked.model_id)
+        full_config = causal_lm_config(source)
+        config = mini_config(full_config, sizes)
+        model = random_model(config, asked.seed, getattr(torch, asked.dtype))
     with whole_folder(asked.output_id) as folder:
         model.save_pretrained(folder, max_shard_size="5GB")
         has_tokenizer = copy_files(source, folder)
@@ -83,34 +83,28 @@ def source_folder(model_id: str) -> Path:
         try:
             folder = Path(huggingface_hub.snapshot_download(model_id, allow_patterns=["*.json", *TOKENIZER_FILES]))
         except huggingface_hub.errors.HFValidationError as error:
-            raise UserError(f"--model_id {model_id}: there is no such folder") from error
+            raise ModelError("there is no such folder") from error
         except Exception as error:  # the network, the hub and the disk each have their own
-            raise UserError(
-                f"--model_id {model_id}: no such folder, and no model from the hub: {one_line(error)}"
-            ) from error
+            raise ModelError(f"no such folder, and no model from the hub: {one_line(error)}") from error
     if not (folder / "config.json").is_file():
-        raise UserError(f"--model_id {model_id}: there is no config.json in it")
+        raise ModelError("there is no config.json in it")
     return folder
 
 
-def causal_lm_config(source: Path, model_id: str) -> PreTrainedConfig:
-    """The source's configuration, or of its text part; raises UserError if it is of no causal language model.
-
-    Raises:
-        ModelError: it can't be of any model.
-    """
+def causal_lm_config(source: Path) -> PreTrainedConfig:
+    """The source's configuration, or of its text part; raises ModelError if it is of no causal language model."""
     check_file(source / "config.json")
     try:
         config = AutoConfig.from_pretrained(source, trust_remote_code=False)
     except Exception as error:  # not JSON, no model type, values of wrong types, code of its own
-        raise UserError(f"--model_id {model_id}: its config.json can't be used: {one_line(error)}") from error
+        raise ModelError(f"its config.json can't be used: {one_line(error)}") from error
     check_numbers(config)
     text_config = config.get_text_config()
     made_for = [] if text_config is not config else config.architectures or []
     causal = any(name.endswith(("ForCausalLM", "LMHeadModel")) for name in made_for) or not made_for
     if config.is_encoder_decoder or not causal or type(text_config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         kind = ", ".join(made_for) or config.model_type
-        raise UserError(f"--model_id {model_id}: {kind} is not a causal language model")
+        raise ModelError(f"{kind} is not a causal language model")
     return text_config
 
 
@@ -130,7 +124,7 @@ def copy_files(source: Path, folder: Path) -> bool:
 
 
 def mini_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedConfig:
-    """Returns `config` with other `sizes` (keys of SIZES); raises UserError where no model can have them.
+    """Returns `config` with other `sizes` (keys of SIZES); raises ModelError where no model can have them.
 
     What depends on the sizes follows them: lists with an entry for each layer are cut to the first layers, the number
     of heads to a key-value head stays unless num_key_value_heads is given, and a head_dim that was hidden_size / heads
@@ -147,7 +141,7 @@ def mini_config(config: PreTrainedConfig, sizes: dict[str, int]) -> PreTrainedCo
         mini = type(config).from_dict(values)
         mini.validate()
     except Exception as error:  # each architecture checks its values itself, and raises exceptions of several kinds
-        raise UserError(f"{config.model_type} can't have these sizes: {one_line(error)}") from error
+        raise ModelError(f"{config.model_type} can't have these sizes: {one_line(error)}") from error
     check_heads(mini)
     return mini
 
@@ -189,46 +183,46 @@ def scale_heads(values: dict, config: PreTrainedConfig, sizes: dict[str, int]) -
     if head_dim and not independent and head_dim * config.num_attention_heads == config.hidden_size:
         hidden_size = sizes.get("hidden_size") or config.hidden_size
         if hidden_size % heads:
-            raise UserError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
+            raise ModelError(f"hidden_size {hidden_size} is not a multiple of num_attention_heads {heads}")
         values["head_dim"] = hidden_size // heads
 
 
 def check_heads(config: PreTrainedConfig) -> None:
-    """Raises UserError if heads don't share the hidden size or the key-value heads evenly, or can't be rotated."""
+    """Raises ModelError if heads don't share the hidden size or the key-value heads evenly, or can't be rotated."""
     heads, kv_heads = config.num_attention_heads, getattr(config, "num_key_value_heads", None)
     if kv_heads and heads % kv_heads:
-        raise UserError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
+        raise ModelError(f"num_attention_heads {heads} is not a multiple of num_key_value_heads {kv_heads}")
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     if not getattr(config, "head_dim", None) and config.hidden_size % heads:
-        raise UserError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
+        raise ModelError(f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {heads}")
     rope = getattr(config, "rope_parameters", None) or {}
     rotated = int(head_dim * (rope.get("partial_rotary_factor") or 1))
     if rope and rotated % 2:
-        raise UserError(f"rotary embeddings turn pairs, and each head has {rotated} dimensions to turn, an odd number")
+        raise ModelError(f"rotary embeddings turn pairs, and each head has {rotated} dimensions to turn, an odd number")
 
 
 def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> PreTrainedModel:
-    """Builds the model and runs it on two tokens, so that sizes that don't fit each other raise UserError here."""
+    """Builds the model and runs it on two tokens, so that sizes that don't fit each other raise ModelError here."""
     torch.manual_seed(seed)
     try:
         check_memory(config, dtype)
         model = from_config(config, dtype).eval()
         with torch.no_grad():
             model(torch.arange(2).unsqueeze(0), use_cache=False)
-    except UserError:
+    except ModelError:
         raise
     except Exception as error:  # shapes that don't fit each other, or a package or kernel that is missing
-        raise UserError(f"{config.model_type} doesn't run with these sizes: {one_line(error)}") from error
+        raise ModelError(f"{config.model_type} doesn't run with these sizes: {one_line(error)}") from error
     return model
 
 
 def check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
-    """Raises UserError if the weights are larger than this machine's memory, in which it would be killed."""
+    """Raises ModelError if the weights are larger than this machine's memory, in which it would be killed."""
     with parameters_on_meta():
         parameters = sum(parameter.numel() for parameter in from_config(config, dtype).parameters())
     needed, here = parameters * dtype.itemsize, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > here:
-        raise UserError(
+        raise ModelError(
             f"{config.model_type} of these sizes takes {needed / 1e9:,.1f} GB, and this machine has {here / 1e9:,.1f}; "
             "give smaller sizes"
         )

@@ -5,6 +5,7 @@ import glob
 import os
 import shutil
 import socket
+import zlib
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -147,8 +148,9 @@ def _aside(path: Path) -> Path:
 
 
 def _short(name: str) -> str:
-    """As much of a name as leaves room for what is added to it: a name has 255 bytes at most, and a host's 64."""
-    return os.fsdecode(os.fsencode(name)[:128])
+    """A name that leaves room for what is added to it: a name has 255 bytes at most, and a host's 64."""
+    whole = os.fsencode(name)
+    return name if len(whole) <= 128 else f"{os.fsdecode(whole[:100])}-{zlib.crc32(whole):08x}"
 
 
 def _inode(path: Path) -> int | None:

@@ -27,6 +27,7 @@ QUOTED = 300  # characters of an option's value at most
 # What Linux takes, in bytes: of one name, which is what stands between two slashes, and of a whole path.
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 LARGEST_INT = 2**31 - 1  # far more than anything is counted to, and within what PyTorch, NumPy and Arrow take
+LARGEST_SEED = 2**32 - 1  # that NumPy takes; PyTorch takes more
 
 # --- options -------------------------------------------------------------------------------------------------------
 
@@ -67,11 +68,11 @@ class _Parser(argparse.ArgumentParser):
     """Takes a command line apart. What it refuses is one sentence, as all other refusals are, and not its usage."""
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; --help lists the options")
+        raise UserError(f"{on_one_line(message)}; --help lists the options")
 
 
 def _add_options(parser: Any, job_type: type) -> None:
-    for field, kind in _fields(job_type):
+    for field, kind in fields_of(job_type):
         if dataclasses.is_dataclass(kind):
             _add_options(parser.add_argument_group((kind.__doc__ or kind.__name__).splitlines()[0].rstrip(".")), kind)
         elif kind is bool:
@@ -88,7 +89,7 @@ def _add_options(parser: Any, job_type: type) -> None:
 
 def _help(field: dataclasses.Field, kind: Any) -> str:
     """What an option is, its range, and its default."""
-    facts = [str(_range(field, kind))] if kind in (int, float) else []
+    facts = [str(range_of(field, kind))] if kind in (int, float) else []
     if field.default not in (None, dataclasses.MISSING):
         facts.append(f"default: {field.default}")
     return f"{field.metadata['help']} ({'; '.join(facts)})".strip() if facts else field.metadata["help"]
@@ -96,17 +97,16 @@ def _help(field: dataclasses.Field, kind: Any) -> str:
 
 def _build(job_type: type, texts: argparse.Namespace) -> Any:
     given = {}
-    for field, kind in _fields(job_type):
+    for field, kind in fields_of(job_type):
         if dataclasses.is_dataclass(kind):
             given[field.name] = _build(kind, texts)
         elif field.metadata:
             text = getattr(texts, field.name)
-            text = "--" if text == [] else text  # of --name=-- argparse takes the dashes away
-            given[field.name] = _read(field, kind, text) if isinstance(text, str) else text or field.default
+            given[field.name] = field.default if text is None else _read(field, kind, text)
     return job_type(**given)
 
 
-def _fields(job_type: type) -> list[tuple[dataclasses.Field, type]]:
+def fields_of(job_type: type) -> list[tuple[dataclasses.Field, type]]:
     """The fields of a dataclass, and their types: of `X | None` it is X."""
     hints = typing.get_type_hints(job_type)
     return [(field, _without_none(hints[field.name])) for field in dataclasses.fields(job_type)]
@@ -121,7 +121,7 @@ def _without_none(kind: Any) -> Any:
 # --- values --------------------------------------------------------------------------------------------------------
 
 
-def _read(field: dataclasses.Field, kind: Any, text: str) -> Any:
+def _read(field: dataclasses.Field, kind: Any, text: Any) -> Any:
     """An option's value. Empty text, as of a shell variable that is not set, counts as not given.
 
     A tuple of no names is another thing than none given.
@@ -129,6 +129,9 @@ def _read(field: dataclasses.Field, kind: Any, text: str) -> Any:
     Raises:
         UserError: the text is no such value.
     """
+    if kind is bool:
+        return text
+    text = "--" if text == [] else text  # of --name=-- argparse takes the dashes away
     if kind in (int, float):
         return _read_number(field, kind, text)
     if problem := _why_no_text(text):
@@ -146,7 +149,7 @@ def _read(field: dataclasses.Field, kind: Any, text: str) -> Any:
 
 
 def _read_number(field: dataclasses.Field, kind: Any, text: str) -> Any:
-    allowed = _range(field, kind)
+    allowed = range_of(field, kind)
     try:
         value = kind(text)
     except ValueError:
@@ -157,7 +160,7 @@ def _read_number(field: dataclasses.Field, kind: Any, text: str) -> Any:
     return value
 
 
-def _range(field: dataclasses.Field, kind: Any) -> Range:
+def range_of(field: dataclasses.Field, kind: Any) -> Range:
     allowed = field.metadata["range"]
     if kind is int and allowed.at_most is None:
         return dataclasses.replace(allowed, at_most=LARGEST_INT)

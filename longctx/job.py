@@ -5,14 +5,13 @@ from pathlib import Path
 
 import torch
 
-from longctx.command_line import option
+from longctx.command_line import LARGEST_SEED, option
 from longctx.data import order
 from longctx.engines import ENGINE_NAMES
 from longctx.engines.nnscaler.options import NnscalerOptions
 from longctx.kernels.fused import KERNELS
 
 MOST_RANKS = 2**17  # more GPUs than any cluster has yet
-LARGEST_SEED = 2**32 - 1  # that NumPy takes; PyTorch takes more
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}  # that a model may compute in
 
 

@@ -62,7 +62,7 @@ def refused(make, *args, **options) -> str:
 
 
 def test_the_configuration_differs_from_the_sources_only_in_the_sizes_asked_for():
-    full = create_mini_model.causal_lm_config(LLAMA3, "")
+    full = create_mini_model.causal_lm_config(LLAMA3)
     mini = create_mini_model.mini_config(full, {"num_hidden_layers": 4})
     assert mini.to_dict() == full.to_dict() | {"num_hidden_layers": 4}
 
@@ -147,14 +147,14 @@ def test_lists_with_an_entry_for_each_layer_are_cut_to_the_first_layers(
 )
 def test_head_dim_follows_hidden_size_unless_the_architecture_sets_it_apart(source, model_type, head_dim, expected):
     folder = source(model_type, head_dim=head_dim, hidden_size=4096, num_attention_heads=32)
-    full = create_mini_model.causal_lm_config(folder, "")
+    full = create_mini_model.causal_lm_config(folder)
     assert full.head_dim == (head_dim or 128)
     mini = create_mini_model.mini_config(full, {"num_hidden_layers": 4} | SMALL)
     assert mini.head_dim == expected
 
 
 def test_key_value_heads_keep_their_share_of_the_heads_unless_asked_for():
-    full = create_mini_model.causal_lm_config(LLAMA3, "")  # 32 heads, 8 of them key-value heads
+    full = create_mini_model.causal_lm_config(LLAMA3)  # 32 heads, 8 of them key-value heads
 
     def key_value_heads(**sizes):
         return create_mini_model.mini_config(full, {"num_hidden_layers": 4} | sizes).num_key_value_heads
@@ -250,7 +250,7 @@ def test_a_source_that_cannot_be_used_is_refused_with_the_reason(make, source, t
     (tmp_path / "own_code" / "config.json").write_text(json.dumps(own_code))
     assert "./absent: there is no such folder" in refused(make, "./absent")
     assert "empty: there is no config.json in it" in refused(make, tmp_path / "empty")
-    assert "broken: its config.json can't be used" in refused(make, tmp_path / "broken")
+    assert "broken: its config.json can't be read" in refused(make, tmp_path / "broken")
     assert "own_code: its config.json can't be used" in refused(make, tmp_path / "own_code")
     assert "encoder: BertForMaskedLM is not a causal language model" in refused(make, encoder)
     assert "t5: t5 is not a causal language model" in refused(make, t5)

@@ -29,8 +29,9 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.cuda, "device_count", lambda: n_gpus)
         monkeypatch.setattr(torch.cuda, "set_device", taken.append)
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-        monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks_on_node))
+        for of_node in ("", "LOCAL_"):
+            monkeypatch.setenv(f"{of_node}RANK", str(local_rank))
+            monkeypatch.setenv(f"{of_node}WORLD_SIZE", str(ranks_on_node))
         for name in devices.ALLOCATOR_SETTINGS:
             monkeypatch.delenv(name, raising=False)
         return taken

@@ -9,8 +9,6 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -22,6 +20,7 @@ from families import reference_model, small_config
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from saved_rows import save_rows
+from scripts import run_script as run_in_a_process
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -30,13 +29,11 @@ import ckpt_merger
 import create_mini_model
 import train
 from longctx import measure
-from longctx.command_line import _fields, _range
+from longctx.command_line import fields_of, range_of
 from longctx.compiler.hardware import HARDWARE
 from longctx.errors import run_script
 from longctx.job import Options
 from longctx.runtime import parallel
-
-ROOT = Path(__file__).parent.parent
 
 
 def examples(number: int) -> settings:
@@ -56,7 +53,7 @@ def place(tmp_path_factory) -> Iterator[Path]:
 
 
 def make_inputs(folder: Path) -> None:
-    reference_model(small_config("llama")).save_pretrained(folder / "model")
+    reference_model(small_config("llama", num_hidden_layers=1)).save_pretrained(folder / "model")
     backend = Tokenizer(models.WordLevel({"<s>": 0, "</s>": 1, "<unk>": 2, "to": 3, "be": 4}, "<unk>"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
@@ -149,7 +146,7 @@ def malformed(field: dataclasses.Field, kind: Any) -> st.SearchStrategy[str]:
     if kind not in (int, float):
         names = st.text(min_size=1, max_size=10).filter(lambda text: text not in (field.metadata["choices"] or (text,)))
         return names if field.metadata["choices"] else NO_NAMES
-    allowed = _range(field, kind)
+    allowed = range_of(field, kind)
     numbers = st.integers() if kind is int else st.one_of(st.floats(), st.integers())
     outside = numbers.filter(lambda number: number not in allowed).map(str)
     beside = [str(bound + step) for bound, step in ((allowed.at_least, -1), (allowed.at_most, 1)) if bound is not None]
@@ -157,7 +154,7 @@ def malformed(field: dataclasses.Field, kind: Any) -> st.SearchStrategy[str]:
 
 
 def options_of(job_type: type) -> Iterator[tuple[dataclasses.Field, Any]]:
-    for field, kind in _fields(job_type):
+    for field, kind in fields_of(job_type):
         if dataclasses.is_dataclass(kind):
             yield from options_of(kind)
         elif field.metadata:
@@ -165,7 +162,7 @@ def options_of(job_type: type) -> Iterator[tuple[dataclasses.Field, Any]]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-@examples(30)
+@examples(20)
 @given(data=st.data())
 def test_a_value_that_an_option_can_not_have_is_refused_by_the_options_name(place, script, data):
     main, job_type, valid = SCRIPTS[script]
@@ -192,12 +189,12 @@ class Reader:
     file: str
     script: str
     options: dict[str, Any]
-    examples: int = 12
+    examples: int = 6
     can_do_without: bool = False
 
 
 READERS = [
-    Reader("model/config.json", "train", COMPILE, 5),
+    Reader("model/config.json", "train", COMPILE, 3),
     Reader("model/config.json", "create_mini_model", {"model_id": "model", "output_id": "made"}),
     Reader("model/generation_config.json", "train", RUN | AS_PLANNED),
     Reader("model/tokenizer.json", "train", RUN | AS_PLANNED),
@@ -209,9 +206,9 @@ READERS = [
     Reader("rows/state.json", "train", COMPILE | AS_PLANNED),
     Reader("rows/corpus.json", "train", COMPILE | AS_PLANNED),
     Reader("rows/data-00000-of-00001.arrow", "train", COMPILE | AS_PLANNED),
-    Reader("profile.json", "train", COMPILE | {"hardware": "profile.json"}, 8),
-    Reader("plans/planned/plan.json", "train", COMPILE | OF_PLAN, 8),
-    Reader("plans/planned/plan.json", "train", RUN | AS_PLANNED, 4, can_do_without=True),
+    Reader("profile.json", "train", COMPILE | {"hardware": "profile.json"}, 3),
+    Reader("plans/planned/plan.json", "train", COMPILE | OF_PLAN, 3),
+    Reader("plans/planned/plan.json", "train", RUN | AS_PLANNED, 2, can_do_without=True),
 ]
 NUMBERS = [True, -1, 0, 3, 2**31, 2**70, 0.5, -0.5, 1e30, float("nan"), float("inf")]
 OTHER_VALUES = st.sampled_from([None, *NUMBERS, "", "x" * 500, [], [3], {}, [[[]]]])
@@ -312,10 +309,7 @@ def test_a_damaged_file_is_refused_by_its_name_if_it_can_not_be_read_or_what_is_
 @pytest.mark.parametrize("words", [["--seed", str(2**64)], ["--log_dir", "file/in"], ["--plan_ngpus=two"]])
 def test_a_process_that_is_refused_ends_with_status_2_and_one_line_and_leaves_nothing(place, words):
     before = listing(place)
-    given = [f"--{name}={value}" for name, value in TRAIN.items()]
-    result = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *given, *words], cwd=place, capture_output=True, text=True
-    )
+    result = run_in_a_process("train.py", *(f"--{name}={value}" for name, value in TRAIN.items()), *words, cwd=place)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr.startswith("train.py: error: --") and result.stderr.count("\n") == 1
     assert listing(place) == before

@@ -138,7 +138,9 @@ def check_splittable(graph: Graph, plan_size: int) -> None:
         return
     length = graph.inputs[0].shape[-1]
     sizes = {size for op in products for tensor in op.inputs for size in tensor.shape}
-    divisors = [n for n in range(2, min(2 * plan_size, max(sizes)) + 1) if any(size % n == 0 for size in sizes)]
+    divisors = [
+        n for n in range(2, min(2 * plan_size, max(sizes, default=1)) + 1) if any(size % n == 0 for size in sizes)
+    ]
     works = [n for n in divisors if any(len(legal_partitions(op, n)) > 1 for op in products)]
     instead = f"choose one of {', '.join(map(str, works[-MOST_NAMED:]))}" if works else "choose 1"
     raise PlanSizeError(

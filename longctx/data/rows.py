@@ -133,27 +133,27 @@ def first_other_than(length: int, lengths: pa.ChunkedArray) -> int | None:
 
 @dataclass(frozen=True)
 class CorpusFacts:
-    """What is read of corpus.json, in which bookcorpus.py records what it made rows of; None of what it does not say.
+    """What is read of corpus.json, in which bookcorpus.py records what it made rows of.
 
     Attributes:
         vocab_size: entries of the tokenizer.
-        largest_token: -1 if there is none. Older versions of bookcorpus.py did not record it.
+        largest_token: -1 if there is none; None from older versions of bookcorpus.py, which did not record it.
     """
 
-    tokenizer: str | None = None
-    vocab_size: Count | None = None
+    tokenizer: str
+    vocab_size: Count
     largest_token: Annotated[int, Range(at_least=-1)] | None = None
 
 
-def corpus_facts(path: str) -> CorpusFacts:
-    """What bookcorpus.py recorded of the rows it made in corpus.json; nothing for a dataset without that file.
+def corpus_facts(path: str) -> CorpusFacts | None:
+    """What bookcorpus.py recorded of the rows it made in corpus.json; None for a dataset without that file.
 
     Raises:
         RowsError: the file is damaged.
     """
     file = Path(path) / "corpus.json"
     if not os.path.lexists(file):
-        return CorpusFacts()
+        return None
     try:
         return decode(CorpusFacts, read_json(file))
     except ValueError as error:
@@ -166,13 +166,13 @@ def check_tokenizer(path: str, vocab_size: int) -> None:
     A tokenizer may have more entries than the model, as Gemma 3's has one for images, as long as none of them occurs.
     """
     facts = corpus_facts(path)
-    if (facts.vocab_size or 0) <= vocab_size:
+    if facts is None or facts.vocab_size <= vocab_size:
         return
     largest = largest_token(open_dataset(path)) if facts.largest_token is None else facts.largest_token
     if largest >= vocab_size:
         raise RowsError(
-            f"its tokenizer {facts.tokenizer or ''} has {facts.vocab_size} entries and the model's vocabulary "
-            f"{vocab_size}, and token {largest} occurs; make the rows with the model's own tokenizer"
+            f"its tokenizer {facts.tokenizer} has {facts.vocab_size} entries and the model's vocabulary {vocab_size}, "
+            f"and token {largest} occurs; make the rows with the model's own tokenizer"
         )
 
 

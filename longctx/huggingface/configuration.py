@@ -5,14 +5,15 @@ import functools
 import os
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from math import isfinite
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from longctx.errors import ModelError, one_line
-from longctx.schema import INT_BITS, quote, read_json
+from longctx.schema import INT_BITS, Range, decode, quote, read_json
 
 LAYERS = re.compile(r"(layers|n_layer|depth|experts)$")
 MOST_LAYERS = 10_000  # far more than any model has
@@ -54,6 +55,21 @@ def _read_config(model_id: str) -> PreTrainedConfig:
     return config
 
 
+@dataclass(frozen=True)
+class Quantization:
+    quant_method: str | None = None
+    weight_block_size: list[Annotated[int, Range(at_least=1)]] | None = None
+
+
+@dataclass(frozen=True)
+class ConfigFile:
+    """What this program itself makes use of in a config.json. The rest is for transformers to check."""
+
+    architectures: list[str] | None = None
+    tie_word_embeddings: bool | None = None
+    quantization_config: Quantization | None = None
+
+
 def check_file(file: Path) -> None:
     """Raises a ModelError for what transformers would fail on without a sentence, or never come to an end with.
 
@@ -61,10 +77,9 @@ def check_file(file: Path) -> None:
     """
     try:
         facts = read_json(file)
+        decode(ConfigFile, facts)
     except ValueError as error:
-        raise ModelError(f"its config.json can't be read ({error}); download it again") from error
-    if not isinstance(facts, dict):
-        raise ModelError(f"its config.json holds {quote(facts)}, where an object belongs; download it again")
+        raise ModelError(f"its config.json can't be read ({error}); mend it, or download it again") from error
     for name, number in named_numbers(facts):
         if LAYERS.search(name) and number > MOST_LAYERS:
             raise unusable(name, number, f"no model has more than {MOST_LAYERS:,}")
