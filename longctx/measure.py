@@ -32,6 +32,7 @@ from longctx.errors import UserError, run_script
 from longctx.kernels.attention import attention
 from longctx.runtime.collectives import all_gather_single, reduce_scatter_single
 from longctx.runtime.parallel import process_group
+from longctx.schema import read_json
 
 # Measuring. Every rank takes part, and the slowest rank's time counts: the others would wait for it.
 
@@ -257,9 +258,10 @@ def check_output(output: Path) -> None:
 
 def is_profile(file: Path) -> bool:
     try:
-        return set(json.loads(file.read_text())) == set(PROFILE_FIELDS)
-    except (OSError, ValueError, TypeError):
+        facts = read_json(file)
+    except ValueError:
         return False
+    return isinstance(facts, dict) and set(facts) == set(PROFILE_FIELDS)
 
 
 if __name__ == "__main__":

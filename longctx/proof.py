@@ -43,6 +43,7 @@ from longctx.huggingface.build import build_model
 from longctx.huggingface.configuration import vocab_size
 from longctx.huggingface.shrink import small_configs
 from longctx.runtime import parallel
+from longctx.schema import decode, read_json
 
 LEAST_LENGTH = 31  # of rows of which a square is no width that a model may have
 # A row's length is a prime, so that no width of the model is a multiple of it, and a chunk and a bit of the scans'.
@@ -97,8 +98,8 @@ def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof
     small, *_ = candidates = list(small_configs(config, sequence_length, length, _layers_with_all_kinds(graph)))
     key = [config.to_json_string(), small.to_json_string(), length, signature, *_code()]
     file = cache_folder() / f"{hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()}.json"
-    with suppress(OSError, ValueError, TypeError):
-        if (remembered := Proof(**json.loads(file.read_text()))).holds:
+    with suppress(ValueError):
+        if (remembered := decode(Proof, read_json(file))).holds:
             return remembered
     proof = _prove(candidates, signature, length, graph.class_name)
     with suppress(OSError), whole_file(file) as aside:  # a home may be one that can't be written to

@@ -33,6 +33,7 @@ from longctx.runtime.parallel import ParallelModel, local, reduce_plan_sharded_g
 from longctx.runtime.schedule import Schedule, describe_change, learning_rate, schedule_of
 
 BETAS = (0.9, 0.95)
+FIRST_ROWS = 64  # that are looked at before anything is done; it takes no second
 MAX_ROLLBACKS = 3  # without a good step being saved; more go wrong for another reason than their rows
 
 
@@ -385,9 +386,10 @@ def is_saved(step: int, total_steps: int, job: Job) -> bool:
 
 
 def check_first_rows(rows: Rows, job: Job, resume: checkpoint.Checkpoint | None) -> None:
-    """Raises a RowsError if a row of the first step can't be trained on, as none can of another model's tokenizer."""
+    """Raises a RowsError if a row that comes first can't be trained on, as none can of another model's tokenizer."""
     start = start_of(resume)
-    for row in step_rows(epoch_order(len(rows), job.seed, start.epoch), start, job.rows_per_step):
+    order = epoch_order(len(rows), job.seed, start.epoch)
+    for row in step_rows(order, start, min(job.rows_per_step, FIRST_ROWS)):
         rows.load(row)
 
 
