@@ -389,7 +389,7 @@ def check_first_rows(rows: Rows, job: Job, resume: checkpoint.Checkpoint | None)
     """Raises a RowsError if a row that comes first can't be trained on, as none can of another model's tokenizer."""
     start = start_of(resume)
     order = epoch_order(len(rows), job.seed, start.epoch)
-    for row in step_rows(order, start, min(job.rows_per_step, FIRST_ROWS)):
+    for row in without_skipped(step_rows(order, start, min(job.rows_per_step, FIRST_ROWS)), start):
         rows.load(row)
 
 
