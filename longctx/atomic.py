@@ -18,7 +18,7 @@ def whole_file(path: str | os.PathLike) -> Iterator[Path]:
     """Yields a path beside `path` to write to; on success it replaces `path`, on any exception it is removed."""
     path = Path(path)
     aside = _aside(path)
-    with _parents(path):
+    with parents(path):
         try:
             yield aside
             sync(aside)
@@ -46,7 +46,7 @@ def whole_folder(path: str | os.PathLike, ours: Sequence[str] = ()) -> Iterator[
     aside = _aside(path)
     shutil.rmtree(aside, ignore_errors=True)
     before = _inode(path)
-    with _parents(path):
+    with parents(path):
         aside.mkdir()
         try:
             yield aside
@@ -58,7 +58,7 @@ def whole_folder(path: str | os.PathLike, ours: Sequence[str] = ()) -> Iterator[
 
 
 @contextmanager
-def _parents(path: Path) -> Iterator[None]:
+def parents(path: Path) -> Iterator[None]:
     """Makes the folders that lead to `path`; on any exception removes again those that were not there before."""
     made = [folder for folder in path.parents if not folder.exists()]  # the innermost first
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from datetime import datetime
 from pathlib import Path
 
 from longctx import torchrun
-from longctx.atomic import HOST
+from longctx.atomic import HOST, parents
 from longctx.errors import CheckpointFolderError
 from longctx.runtime.rendezvous import fresh_store
 
@@ -49,8 +49,13 @@ def sole_run(folder: Path) -> Iterator[None]:
     if torchrun.rank() != 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    handle = _take(folder / LOCK)
+    with parents(folder / LOCK), _locked(folder / LOCK):
+        yield
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    handle = _take(path)
     ended = threading.Event()
     beating = threading.Thread(target=_beat, args=(handle, ended), name="lock", daemon=True)
     beating.start()
@@ -59,8 +64,8 @@ def sole_run(folder: Path) -> Iterator[None]:
     finally:
         ended.set()
         beating.join()
-        if _is_at(handle, folder / LOCK):
-            (folder / LOCK).unlink()
+        if _is_at(handle, path):
+            path.unlink()
         os.close(handle)
 
 
