@@ -36,6 +36,7 @@ from transformers import LlamaConfig, Qwen3Config
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import train
+from benchmarks.gpu_parts.rehearsal import peak_bytes
 from longctx import compiled, torchrun
 from longctx.engines import builtin
 from longctx.engines.builtin.run import build_on_rank
@@ -191,11 +192,6 @@ class WaitedGroup(StandInGroup):
 def median_seconds(measured: list[dict]) -> float:
     """Seconds a micro-batch, of what rehearsal.json has as measured in every round."""
     return statistics.median(one["micro_batch"]["seconds"] for one in measured)
-
-
-def peak_bytes(measured: dict) -> float:
-    """Measured.peak, of what rehearsal.json has as measured."""
-    return 4 * measured["masters"] + measured["micro_batch"]["peak"]
 
 
 if __name__ == "__main__":

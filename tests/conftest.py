@@ -21,8 +21,11 @@ def registered_loss() -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def remembered_proofs(tmp_path_factory) -> None:
-    """A model that several tests compile is proved once, and the user's own cache is left alone."""
-    os.environ["XDG_CACHE_HOME"] = str(tmp_path_factory.mktemp("cache"))
+    """A model that several tests compile is proved once in all processes, and the user's own cache is left alone."""
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        folder = folder.parent  # which the processes of this session share
+    os.environ["XDG_CACHE_HOME"] = str(folder / "cache")
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])

@@ -10,6 +10,7 @@ import random
 import tempfile
 from collections import defaultdict
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -94,6 +95,7 @@ def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
     return tuple(draw.choice(policies[call.kind]) for call in graph.layer_calls)
 
 
+@cache
 def trace_family(family: str) -> Graph:
     return trace(build_model(config_of(family), torch.float32), sample_row(LENGTH))
 

@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scripts import run_script
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -754,11 +755,10 @@ def start(data, tokenizer_path, save_path):
 
 def test_a_corpus_too_short_ends_with_status_2_and_one_line(tmp_path, llama3_tokenizer_path):
     (tmp_path / "short.md").write_text("To be, or not to be")
-    process = start(tmp_path, llama3_tokenizer_path, tmp_path / "rows")
-    out, err = process.communicate()
-    assert process.returncode == 2
-    assert out == ""
-    assert err == "bookcorpus.py: error: the corpus has 9 tokens, too few for a row of 4,096\n"
+    options = ["--data_path_or_name", tmp_path, "--tokenizer_path_or_name", llama3_tokenizer_path, "--num_proc", 2]
+    result = run_script("bookcorpus.py", *options, "--save_path", tmp_path / "rows", "--sequence_length", 4096)
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "bookcorpus.py: error: the corpus has 9 tokens, too few for a row of 4,096\n"
     assert [path.name for path in tmp_path.iterdir()] == ["short.md"]
 
 

@@ -14,6 +14,7 @@ import torch
 from families import config_of, reference_model, small_config
 from safetensors.torch import load_file, save_file
 from saved_rows import save_rows
+from scripts import run_script
 
 import ckpt_merger
 import train
@@ -35,9 +36,7 @@ def job(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("job")
     reference_model(small_config("llama")).save_pretrained(folder / "model")
     save_random_rows(folder / "rows")
-    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")}
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(folder), "--max_train_steps", "1"]
-    subprocess.run(command, check=True, capture_output=True, env=environment)
+    run_script("train.py", *arguments(folder), "--max_train_steps", "1").check_returncode()
     return folder
 
 
@@ -460,8 +459,7 @@ def test_ckpt_merger_refuses_an_option_that_can_not_be_used_in_one_sentence(job,
 
 
 def test_a_refused_command_ends_with_status_2_and_one_line_on_stderr_and_no_traceback(job):
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(job, dataset_path="nowhere")]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = run_script("train.py", *arguments(job, dataset_path="nowhere"))
     assert result.returncode == 2
     assert result.stderr == "train.py: error: --dataset_path nowhere: no such folder; make it with bookcorpus.py\n"
     assert result.stdout == ""

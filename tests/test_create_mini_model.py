@@ -1,7 +1,6 @@
 """create_mini_model.py writes a smaller model of the same architecture, or nothing, and then it says why."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
+from scripts import run_script
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedModel
 
 import create_mini_model
@@ -294,9 +294,8 @@ def test_a_run_that_is_interrupted_leaves_no_files(make, source, monkeypatch, tm
 
 
 def test_a_wrong_command_line_ends_with_status_2_and_one_line(tmp_path):
-    command = [sys.executable, ROOT / "create_mini_model.py", "--model_id", LLAMA3, "--output_id", tmp_path / "mini"]
-    command += ["--hidden_size", "64", "--num_attention_heads", "5"]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    options = ["--model_id", LLAMA3, "--output_id", tmp_path / "mini"]
+    done = run_script("create_mini_model.py", *options, "--hidden_size", "64", "--num_attention_heads", "5")
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("create_mini_model.py: error: ")

@@ -1,8 +1,6 @@
 """The tables against published measurements, the cost of collectives, and a profile measured as a person would."""
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -11,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scripts import run_script
 
 from longctx import measure as measuring
 from longctx.compiler.hardware import HARDWARE, Timing, collective_seconds, identify, load
@@ -101,16 +100,10 @@ def test_a_measured_collective_is_interpolated_and_others_are_modelled():
         assert collective_seconds(MEASURED, kind, MIB, n_ranks) == modelled
 
 
-def measure(output: Path, *torchrun: str) -> None:
-    command = [sys.executable, *torchrun, "-m", "longctx.measure", "--output", str(output)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=100)
-    assert result.returncode == 0, result.stderr[-3000:]
-
-
 def test_a_profile_measured_on_two_ranks_loads_and_prices_collectives(tmp_path):
     file = tmp_path / "profile.json"
-    measure(file, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    result = run_script("longctx.measure", "--output", file, n_ranks=2)
+    assert result.returncode == 0, result.stderr[-3000:]
     profile = json.loads(file.read_text())
     assert profile["ranks"] == 2 and profile["torch"] == torch.__version__ and profile["machine"]
     assert list(tmp_path.iterdir()) == [file]

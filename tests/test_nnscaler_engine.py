@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from families import reference_model, small_config
+from ranks import run_ranks
 from saved_rows import save_rows
 from transformers import AutoModelForCausalLM
 
@@ -142,9 +143,13 @@ def test_options_that_nnscalers_policy_has_a_use_for_are_accepted(words):
     check_policy(job_of("nnscaler", *words.split()))
 
 
+def check_that_the_scripts_are_imported_without_nnscaler() -> None:
+    assert {"train", "ckpt_merger"} <= set(sys.modules)
+    assert "nnscaler" not in sys.modules
+
+
 def test_importing_the_scripts_does_not_import_nnscaler():
-    program = "import sys, train, ckpt_merger; assert 'nnscaler' not in sys.modules"
-    subprocess.run([sys.executable, "-c", program], check=True, cwd=ROOT)
+    run_ranks(1, check_that_the_scripts_are_imported_without_nnscaler)
 
 
 # --- nnScaler's files, read without it -------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 import train
-from benchmarks.rehearsal import peak_bytes
+from benchmarks.gpu_parts.rehearsal import peak_bytes
 from longctx import compiled
 from longctx.engines import builtin
 from longctx.engines.builtin.run import build_on_rank

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from benchmarks.gpu_parts.results import Measurement, Row
 from benchmarks.gpu_parts.training import small_llama
-from benchmarks.rehearsal import peak_bytes
 from longctx.compiled import Predicted, read_plan_file
 
 ROOT = Path(__file__).parent.parent.parent
@@ -69,6 +68,11 @@ def whole_row(name: str, measured: dict, predicted: Predicted, rehearsal: dict) 
         note += f"; {measured['reserved'] / GB:.2f} GB reserved, {measured['in_use'] / GB:.2f} in use on the card"
     ms, peak_gb = 1e3 * micro_batch["seconds"], peak_bytes(measured) / GB
     return Row(f"{name}, a micro-batch", ms=ms, peak_gb=peak_gb, note=note, detail=rehearsal)
+
+
+def peak_bytes(measured: dict) -> float:
+    """Measured.peak of longctx/runtime/rehearsal.py, of what rehearsal.json has as measured."""
+    return 4 * measured["masters"] + measured["micro_batch"]["peak"]
 
 
 def part_rows(name: str, parts: dict[str, float], predicted: dict[str, float]) -> list[Row]:
