@@ -210,9 +210,9 @@ def test_a_window_that_no_row_is_longer_than_is_none_in_the_small_model_either()
 
 @pytest.mark.parametrize("family", ["gemma3_text", "smollm3", "exaone4"])
 def test_the_small_model_has_every_kind_of_layer_and_windows_that_matter(family):
-    config = small_config(family, num_hidden_layers=12, layer_types=None, no_rope_layers=None, sliding_window=32)
+    config = small_config(family, num_hidden_layers=8, layer_types=None, no_rope_layers=None, sliding_window=32)
     graph = graph_of(config)
     assert len(graph.kinds) > 1
     small, *_ = small_configs(config, LENGTH, 67, proof._layers_with_all_kinds(graph))
-    assert small.num_hidden_layers < 12 and (getattr(small, "sliding_window", None) or 0) < 67
+    assert small.num_hidden_layers < 8 and (getattr(small, "sliding_window", None) or 0) < 67
     assert proof._difference(proof._signature(graph_of(small)), proof._signature(graph)) is None
