@@ -8,6 +8,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -17,8 +18,11 @@ from ranks import run_ranks
 from saved_rows import save_rows
 from scripts import run_script
 
+import train
+from longctx.engines.builtin import compile as pipeline
 from longctx.errors import CheckpointFolderError
 from longctx.runtime import parallel
+from longctx.runtime.rendezvous import fresh_store
 from longctx.runtime.shared_folder import check_shared
 
 ROOT = Path(__file__).parent.parent
@@ -39,6 +43,28 @@ def test_a_folder_that_a_node_does_not_share_is_refused_and_nothing_stays_of_the
     (tmp_path / "shared").mkdir()
     run_ranks(2, check_shared_on_rank, tmp_path / "shared", [tmp_path / "a" / "checkpoints", tmp_path / "b"])
     assert list(tmp_path.rglob("*")) == [tmp_path / "shared"]
+
+
+def compile_on_node(folder: Path) -> None:
+    """Each rank is a node; it writes down that it compiles."""
+    node = os.environ["RANK"]
+    os.environ |= {"GROUP_RANK": node, "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    compile_plan = pipeline.compile_plan
+
+    def compile_and_tell(*args) -> None:
+        (folder / f"compiled on node {node}").touch()
+        compile_plan(*args)
+
+    with patch.object(pipeline, "compile_plan", compile_and_tell):
+        options = ["--model_id", str(folder / "model"), "--compiled_dir", str(folder / "compiled")]
+        train.main(["--run_mode", "compile", "--sequence_length", "16", "--precision", "fp32", *options])
+        fresh_store()  # the other node asks in rank 0's store until it is done
+
+
+def test_nodes_that_share_the_compiled_folder_compile_once(tmp_path):
+    reference_model(small_config("llama")).save_pretrained(tmp_path / "model")
+    run_ranks(2, compile_on_node, tmp_path)
+    assert [path.name for path in tmp_path.glob("compiled on*")] == ["compiled on node 0"]
 
 
 def ip(*words: str) -> None:

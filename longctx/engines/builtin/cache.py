@@ -1,6 +1,7 @@
 """Compiling once: a compiled folder is reused as long as nothing that it depends on has changed.
 
-Under torchrun the first rank of each node compiles and the others wait for it; nodes need not share a disk.
+Under torchrun the first rank of each node compiles and the others wait for it. The first node comes first, so that the
+others find the folder if they share it; they need not.
 """
 
 import dataclasses
@@ -41,8 +42,10 @@ def ensure_compiled(job: Job) -> Path:
         compile_unless_up_to_date(job, inputs)
         return job.compiled_folder
     store = fresh_store()
-    key = f"{job.compiled_folder.resolve()} of node {torchrun.node()}"
+    key, first = (f"{job.compiled_folder.resolve()} of node {node}" for node in (torchrun.node(), 0))
     if torchrun.local_rank() == 0:
+        if torchrun.node() != 0:  # where nodes share the folder, it is compiled once
+            store.wait([first], COMPILE_TIMEOUT)
         try:
             compile_unless_up_to_date(job, inputs)
         except BaseException:
