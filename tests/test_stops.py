@@ -1,9 +1,12 @@
 """A run that is told to stop, hangs, goes wrong or meets another: how it ends, and how its next start goes on."""
 
+import ctypes
 import json
 import os
 import signal
+import threading
 import time
+from datetime import timedelta
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -16,7 +19,7 @@ from scripts import run_script, start_script
 
 from longctx.data import order
 from longctx.errors import CheckpointFolderError
-from longctx.runtime import lock
+from longctx.runtime import lock, watch
 
 LENGTH, ROWS, STEPS = 32, 20, 6
 FAULTS = "tests/faults.py"
@@ -174,6 +177,52 @@ def test_a_rank_that_hangs_is_noticed_by_all_and_the_stacks_are_written(job, tmp
     finally:
         for process in (process for ranks in runs.values() for process in ranks):
             process.kill()
+
+
+def _hold_pythons_lock(folder: Path) -> None:
+    """Hangs in a library that lets no other thread of Python's run."""
+    os.dup2(os.open(folder / "err", os.O_WRONLY | os.O_CREAT), 2)
+    watch.MARGIN, watch.STACKS_S = timedelta(seconds=1), 0.5
+    watch.start()
+    watch.expect_progress(timedelta(seconds=2), folder / "stacks.txt")
+    time.sleep(1.2 * watch.LOOK_S)  # so that the thread has seen it
+    mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
+    library.pthread_mutex_lock(mutex)
+    library.pthread_mutex_lock(mutex)
+
+
+def test_a_process_that_hangs_with_pythons_lock_ends_too(tmp_path):
+    start_server()
+    process = get_context("forkserver").Process(target=_hold_pythons_lock, args=(tmp_path,))
+    process.start()
+    process.join(20)
+    assert process.exitcode == 1
+    assert "in _hold_pythons_lock" in (tmp_path / "err").read_text()
+
+
+def _torchrun(folder: Path) -> None:
+    """Starts a rank that does nothing, and waits."""
+    if os.fork() == 0:
+        os.environ["RANK"] = "0"
+        watch.start()
+        (folder / str(os.getpid())).touch()
+    threading.Event().wait()
+
+
+def test_a_rank_ends_when_its_torchrun_has_died(tmp_path):
+    start_server()
+    process = get_context("forkserver").Process(target=_torchrun, args=(tmp_path,))
+    process.start()
+    wait_until(lambda: list(tmp_path.iterdir()))
+    [pid] = [int(file.name) for file in tmp_path.iterdir()]
+    process.kill()
+    wait_until(lambda: not is_running(pid), 10)
+
+
+def is_running(pid: int) -> bool:
+    """Whether there is a process that is more than an entry for a parent to read."""
+    stat = Path(f"/proc/{pid}/stat")
+    return stat.exists() and stat.read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 # --- steps that go wrong ---------------------------------------------------------------------------------------------
