@@ -60,6 +60,13 @@ class LinearProgram:
         self.maxima[variable] = expressions
         return variable
 
+    def any_of(self, *expressions: Expression) -> int:
+        """A variable that is 1 if any of the expressions is, each of which is 0 or 1, and else 0, whoever wants it."""
+        variable = self.largest(*expressions)
+        self.upper[variable] = 1.0
+        self.row(total({variable: 1.0}, *(scaled(expression, -1) for expression in expressions)), upper=0)
+        return variable
+
     def product(self, binary: int, count: int, most: int) -> int:
         """A variable that is `count`, of at most `most`, where `binary` is 1, and 0 where that is 0."""
         if (binary, count) not in self.products:

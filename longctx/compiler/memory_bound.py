@@ -282,8 +282,8 @@ class _Body:
             if value in seen_by_first:
                 break
         size = nbytes(view) / GB
-        largest = self.program.largest
-        return {largest(*sharded): size / self.choices.plan_size, largest(*whole): size}
+        any_of = self.program.any_of
+        return {any_of(*sharded): size / self.choices.plan_size, any_of(*whole): size}
 
     def lineage(self, tensor: Tensor) -> Iterator[Tensor]:
         """A value, what it is a view of, and so on."""
@@ -298,7 +298,7 @@ class _Body:
         if len(by_op) == 1:
             return by_op[0]
         every = dict.fromkeys(placement for placements in by_op for placement in placements)
-        return {p: {self.program.largest(*(chosen[p] for chosen in by_op if p in chosen)): 1.0} for p in every}
+        return {p: {self.program.any_of(*(chosen[p] for chosen in by_op if p in chosen)): 1.0} for p in every}
 
 
 def placements_of(partitions: Iterable[tuple[Partition, int]], place: int) -> dict[Placement, Expression]:
