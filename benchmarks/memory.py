@@ -91,7 +91,7 @@ def compile_llama(folder: Path, plan_ngpus: int, sequence_length: int, gigabytes
         "--compiled_dir",
         str(folder),
         "--hardware",
-        "h100",
+        "h200" if gigabytes > 80 else "h100",
         "--plan_ngpus",
         str(plan_ngpus),
     ]

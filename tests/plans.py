@@ -34,8 +34,7 @@ from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.ops import legal_partitions
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import Plan, Setting
-from longctx.compiler.program import can_keep_attention
-from longctx.compiler.recompute import Recompute
+from longctx.compiler.recompute import Recompute, names_of_keepable
 from longctx.compiler.trace import sample_row, trace
 from longctx.compiler.work import Work
 from longctx.huggingface.build import build_model
@@ -86,13 +85,11 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
 
 
 def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
-    """What each layer recomputes."""
+    """What each layer recomputes: nothing, everything, or all but some that are drawn of what may be kept."""
     draw = random.Random(seed)
-    policies = [
-        [Recompute.EVERYTHING, Recompute.NOTHING] + [Recompute.ALL_BUT_ATTENTION] * can_keep_attention(kind)
-        for kind in graph.kinds
-    ]
-    return tuple(draw.choice(policies[call.kind]) for call in graph.layer_calls)
+    keepable = [list(names_of_keepable(kind.ops).values()) for kind in graph.kinds]
+    drawn = (tuple(name for name in keepable[call.kind] if draw.random() < 0.5) for call in graph.layer_calls)
+    return tuple(draw.choice([Recompute.NOTHING, Recompute.EVERYTHING, Recompute(kept)]) for kept in drawn)
 
 
 @cache

@@ -312,7 +312,7 @@ def test_ranks_that_share_out_dropout_draw_for_their_own_parts_and_draw_the_same
         plan = Plan(assignment, (policy,) * 2, seconds=0.0, memory=0.0)
         text = codegen.generate(localize(graph, assignment), plan, "Dropout is split.")
         assert "draw_own(lambda: F.dropout(" in text and "draw_own(lambda: attention(" in text
-        folders.append(tmp_path / policy.name)
+        folders.append(tmp_path / str(policy))
         folders[-1].mkdir()
         (folders[-1] / "gencode.py").write_text(text)
     run_ranks(2, check_dropout_on_ranks, folders, graph.class_name, graph.layers_path, tmp_path / "weights.pt")

@@ -9,7 +9,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from longctx.kernels.attention import attention, keep_attention
+from longctx.kernels.attention import attention
+from longctx.kernels.gated import gated
+from longctx.kernels.kept import keep, kept
 from longctx.kernels.rms_norm import rms_norm
 from longctx.runtime.collectives import all_gather, all_to_all, take_slice
 
@@ -61,17 +63,23 @@ class LlamaDecoderLayer(nn.Module):
         # hidden_states [1, 16384, 4096], cos [1, 131072, 128], sin [1, 131072, 128]
         input_layernorm = rms_norm(hidden_states, self.input_layernorm.weight, eps=1e-05)  # [1, 16384, 4096]
 
-        q_proj = F.linear(input_layernorm, self.self_attn.q_proj.weight).view(1, 16384, -1, 128)  # [1, 16384, 32, 128]
+        q_proj = kept("self_attn.q_proj", F.linear, input_layernorm, self.self_attn.q_proj.weight).view(
+            1, 16384, -1, 128
+        )
         # all-to-all of 134.2 MB: self_attn's transpose is split along dimension 1 of its output
         q_proj = all_to_all(q_proj, split=2, gather=1)  # [1, 131072, 4, 128]
         query_states = q_proj.transpose(1, 2)  # [1, 4, 131072, 128]
         del q_proj
-        k_proj = F.linear(input_layernorm, self.self_attn.k_proj.weight).view(1, 16384, -1, 128)  # [1, 16384, 8, 128]
+        k_proj = kept("self_attn.k_proj", F.linear, input_layernorm, self.self_attn.k_proj.weight).view(
+            1, 16384, -1, 128
+        )
         # all-to-all of 33.6 MB: self_attn's transpose is split along dimension 1 of its output
         k_proj = all_to_all(k_proj, split=2, gather=1)  # [1, 131072, 1, 128]
         key_states = k_proj.transpose(1, 2)  # [1, 1, 131072, 128]
         del k_proj
-        v_proj = F.linear(input_layernorm, self.self_attn.v_proj.weight).view(1, 16384, -1, 128)  # [1, 16384, 8, 128]
+        v_proj = kept("self_attn.v_proj", F.linear, input_layernorm, self.self_attn.v_proj.weight).view(
+            1, 16384, -1, 128
+        )
         del input_layernorm
         # all-to-all of 33.6 MB: self_attn's transpose is split along dimension 1 of its output
         v_proj = all_to_all(v_proj, split=2, gather=1)  # [1, 131072, 1, 128]
@@ -87,12 +95,14 @@ class LlamaDecoderLayer(nn.Module):
             key_states * cos_unsqueeze
             + torch.cat((-key_states[..., 64:], key_states[..., :64]), dim=-1) * sin_unsqueeze
         )
-        attn_output = attention(query_states, key_states, value_states, scale=0.08838834764831845)
+        attn_output = kept(
+            "self_attn.attention", attention, query_states, key_states, value_states, scale=0.08838834764831845
+        )
         del query_states, key_states, value_states
         attn_output = attn_output.reshape(1, 131072, -1)  # [1, 131072, 512]
         # all-to-all of 134.2 MB: o_proj's linear is split along dimension 1 of its output
         attn_output = all_to_all(attn_output, split=1, gather=2)  # [1, 16384, 4096]
-        attn_output = F.linear(attn_output, self.self_attn.o_proj.weight)  # [1, 16384, 4096]
+        attn_output = kept("self_attn.o_proj", F.linear, attn_output, self.self_attn.o_proj.weight)  # [1, 16384, 4096]
 
         hidden_states = hidden_states + attn_output  # [1, 16384, 4096]
         del attn_output
@@ -100,8 +110,11 @@ class LlamaDecoderLayer(nn.Module):
         post_attention_layernorm = rms_norm(hidden_states, self.post_attention_layernorm.weight, eps=1e-05)
 
         down_proj = F.linear(
-            F.silu(F.linear(post_attention_layernorm, self.mlp.gate_proj.weight))
-            * F.linear(post_attention_layernorm, self.mlp.up_proj.weight),
+            gated(
+                kept("mlp.gate_proj", F.linear, post_attention_layernorm, self.mlp.gate_proj.weight),
+                kept("mlp.up_proj", F.linear, post_attention_layernorm, self.mlp.up_proj.weight),
+                "silu",
+            ),
             self.mlp.down_proj.weight,
         )
         del post_attention_layernorm
@@ -138,14 +151,39 @@ class LlamaForCausalLM(nn.Module):
         hidden_states = all_to_all(inputs_embeds, split=1, gather=2)  # [1, 16384, 4096]
         del inputs_embeds
 
-        # These layers keep their input and attention's output, and compute the rest again in backward.
-        for layer in self.model.layers[0:16]:
+        # These layers keep their input and the outputs that are named, and compute the rest again in backward.
+        hidden_states = checkpoint(
+            self.model.layers[0],
+            hidden_states,
+            cos,
+            sin,
+            use_reentrant=False,
+            preserve_rng_state=False,
+            context_fn=keep("self_attn.attention"),
+        )
+
+        # These layers keep their input and the outputs that are named, and compute the rest again in backward.
+        for layer in self.model.layers[1:29]:
             hidden_states = checkpoint(
-                layer, hidden_states, cos, sin, use_reentrant=False, preserve_rng_state=False, context_fn=keep_attention
+                layer,
+                hidden_states,
+                cos,
+                sin,
+                use_reentrant=False,
+                preserve_rng_state=False,
+                context_fn=keep(
+                    "self_attn.q_proj",
+                    "self_attn.k_proj",
+                    "self_attn.v_proj",
+                    "self_attn.attention",
+                    "self_attn.o_proj",
+                    "mlp.gate_proj",
+                    "mlp.up_proj",
+                ),
             )
 
         # These layers keep all that their backward pass needs.
-        for layer in self.model.layers[16:32]:
+        for layer in self.model.layers[29:32]:
             hidden_states = layer(hidden_states, cos, sin)
 
         hidden_states = rms_norm(hidden_states, self.model.norm.weight, eps=1e-05)  # [1, 16384, 4096]

@@ -30,7 +30,7 @@ def other_plans(graph: Graph, plan: Plan, setting: Setting) -> list[Other]:
     chosen = plan.assignment.partitions
     asked: list[tuple[str, Fixed]] = []
     for kind in graph.kinds[:1] if setting.plan_size > 1 else ():
-        attention = next((op for op in kind.ops if spec_of(op).selective_recompute), None)
+        attention = next((op for op in kind.ops if spec_of(op).shared_out), None)
         if attention:
             asked.append(("attention split otherwise", Fixed(not_partitions={attention: chosen[attention].dim})))
         products = [op for op in kind.ops if op is not attention and spec_of(op).flops(op).forward]

@@ -21,10 +21,11 @@ from longctx.compiler.memory import say_bytes
 from longctx.compiler.ops import expression, imports_of, spec_of
 from longctx.compiler.ops.python import Expression, Values
 from longctx.compiler.plan import Plan
-from longctx.compiler.recompute import Recompute
+from longctx.compiler.recompute import Recompute, names_of_keepable
 
 LINE = 120
 CARRIED = "hidden_states"  # the name of the value that one layer passes to the next
+KEEP, KEPT, KEPT_MODULE = "keep", "kept", "longctx.kernels.kept"  # what keeps outputs while a layer is recomputed
 
 _PRELUDE = '''
 def module(**parts):
@@ -40,7 +41,7 @@ def generate(graph: Graph, plan: Plan, title: str) -> str:
     """The text of gencode.py, from the graph of one rank. `title` is the first line of the file's docstring."""
     constants = _name_constants(graph)
     root, names = _root_class(graph, plan, constants)
-    classes = [_layer_class(graph, number, constants, names) for number in range(len(graph.kinds))]
+    classes = [_layer_class(graph, number, plan, constants, names) for number in range(len(graph.kinds))]
     parts = [
         f'"""{title}\n\nWritten by train.py --run_mode compile; plan.json holds the plan, report.md explains it.\n"""',
         _imports(graph, plan),
@@ -67,22 +68,17 @@ def format_code(text: str) -> str:
 
 def _imports(graph: Graph, plan: Plan) -> str:
     functions = [imported for op in graph.all_ops() for imported in imports_of(op)]
-    if Recompute.ALL_BUT_ATTENTION in plan.recompute:
-        functions += [tuple(name.rsplit(".", 1)) for name in _selective_contexts(graph.all_ops())]
+    if any(policy.kept for policy in plan.recompute):
+        functions += [(KEPT_MODULE, KEEP), (KEPT_MODULE, KEPT)]
     by_module: dict[str, set[str]] = {}
     for module, function in functions:
         by_module.setdefault(module, set()).add(function)
     lines = ["import torch", "import torch.nn.functional as F", "from torch import nn"]
-    if set(plan.recompute) - {Recompute.NOTHING}:
+    if any(policy.kept is not None for policy in plan.recompute):
         lines.append("from torch.utils.checkpoint import checkpoint")
     lines.append("")
     lines += [f"from {module} import {', '.join(sorted(names))}" for module, names in sorted(by_module.items())]
     return "\n".join(lines)
-
-
-def _selective_contexts(ops: Sequence[Op]) -> list[str]:
-    """The functions that checkpoint takes as context_fn, to save outputs of these ops rather than recompute them."""
-    return sorted({s.context_fn for s in (spec_of(op).selective_recompute for op in ops) if s})
 
 
 # --- constants -------------------------------------------------------------------------------------------------------
@@ -161,11 +157,20 @@ class _Body:
     last_use: dict[Tensor, int] = field(default_factory=dict)  # index of the last statement that reads a value
     targets: dict[Tensor, str] = field(default_factory=dict)  # the variable that the model's source assigns a value to
     module_results: set[Tensor] = field(default_factory=set)  # the values that only other modules read
+    kept: dict[Op, str] = field(default_factory=dict)  # ops whose outputs some layers keep, by the names for that
+
+    def express(self, op: Op) -> Expression:
+        """The expression of an op: `kept("name", function, arguments)` if some layers keep its output."""
+        written = expression(op, Values(self.refer, self.device))
+        if op not in self.kept:
+            return written
+        function, _, arguments = written.text.partition("(")
+        return Expression(f'{KEPT}("{self.kept[op]}", {function}, {arguments}')
 
     def refer(self, tensor: Tensor) -> Expression:
         """How a statement refers to a value: by a name, or by the expression of the op that is inlined."""
         if tensor in self.inlined:
-            return expression(self.inlined[tensor], Values(self.refer, self.device))
+            return self.express(self.inlined[tensor])
         if tensor in self.parameters:
             return Expression(self.parameters[tensor])
         if tensor in self.constants:
@@ -194,7 +199,8 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
     """Decides which ops are statements and which are inlined, so that each statement is one of the model's source."""
     items = owner.body if isinstance(owner, Graph) else owner.ops
     results = (owner.output,) if isinstance(owner, Graph) else owner.outputs
-    reserved = {"torch", "F", "nn", "checkpoint", "module", "self", "layer"} | {name for name, _ in constants.values()}
+    reserved = {"torch", "F", "nn", "checkpoint", KEEP, KEPT, "module", "self", "layer"}
+    reserved |= {name for name, _ in constants.values()}
     reserved |= {name for op in graph.all_ops() for _, name in imports_of(op)}
     body = _Body(device, reserved, constants, {t: _attribute(name) for name, t in owner.parameters.items()}, results)
 
@@ -281,7 +287,7 @@ def _write_op(op: Op, index: int, body: _Body) -> list[str]:
     They are `name = expression  # shape`, and then a `del` of the values with a gradient (the large ones) that no later
     statement reads. The last statement is followed by a `return`, or is one.
     """
-    right = expression(op, Values(body.refer, body.device)).text
+    right = body.express(op).text
     dead = [t for t in dict.fromkeys(body.reads(op)) if t in body.names and body.last_use[t] == index]
     left = [body.choose_name(t, _candidates(op, t, body), index) for t in op.outputs]
     if index + 1 == len(body.statements) and op.outputs == body.results and op.statement and not op.statement.targets:
@@ -310,7 +316,7 @@ def _describe_reshard(op: Op, comment: str) -> str:
 # --- classes ---------------------------------------------------------------------------------------------------------
 
 
-def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor, str]) -> str:
+def _layer_class(graph: Graph, number: int, plan: Plan, constants: dict, names: dict[Tensor, str]) -> str:
     """The class of layer kind `number`. `names` are the names that the root has for its own values."""
     kind = graph.kinds[number]
     arguments: list[str] = []
@@ -320,6 +326,8 @@ def _layer_class(graph: Graph, number: int, constants: dict, names: dict[Tensor,
         arguments.append(wanted if wanted not in arguments else f"{wanted}_{len(arguments)}")
     body = _start_body(graph, kind, constants, f"{arguments[0]}.device")
     body.names = dict(zip(kind.inputs, arguments, strict=True))
+    kept = {name for call in calls for name in plan.recompute[call.index].kept or ()}
+    body.kept = {op: name for op, name in names_of_keepable(kind.ops).items() if name in kept}
     lines, section = [], None
     ops = [op for op in body.statements if isinstance(op, Op)]  # all of them: no layer calls another
     for index, op in enumerate(ops):
@@ -383,12 +391,13 @@ def _run_of_layers(first_call: LayerCall, first: int, body: _Body, plan: Plan) -
     return run
 
 
-_POLICIES = {
-    Recompute.EVERYTHING: "These layers keep their input only, and run their forward again in the backward pass.",
-    Recompute.ALL_BUT_ATTENTION: "These layers keep their input and attention's output, and compute the rest again in "
-    "backward.",
-    Recompute.NOTHING: "These layers keep all that their backward pass needs.",
-}
+def _say_policy(policy: Recompute) -> str:
+    """The comment above the layers that have a policy."""
+    if policy.kept is None:
+        return "These layers keep all that their backward pass needs."
+    if not policy.kept:
+        return "These layers keep their input only, and run their forward again in the backward pass."
+    return "These layers keep their input and the outputs that are named, and compute the rest again in backward."
 
 
 def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body: _Body) -> list[str]:
@@ -400,16 +409,17 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
     body.last_use |= {t: max(body.last_use[t], last + 1) for t in run[0].inputs[1:]} if len(run) > 1 else {}
     made = [body.choose_name(t, [CARRIED], last) for t in run[-1].outputs]
     policy = plan.recompute[run[0].index]
-    lines = ["", *(f"# {line}" for line in textwrap.wrap(_POLICIES[policy], LINE - 10))]
+    lines = ["", *(f"# {line}" for line in textwrap.wrap(_say_policy(policy), LINE - 10))]
 
     def call(layer: str, arguments: list[str]) -> str:
-        if policy is Recompute.NOTHING:
+        if policy.kept is None:
             return f"{layer}({', '.join(arguments)})"
         ops = graph.kinds[run[0].kind].ops
         random = any(spec_of(op).draws_random(op) for op in ops)
         options = ["use_reentrant=False"] + ([] if random else ["preserve_rng_state=False"])
-        if policy is Recompute.ALL_BUT_ATTENTION:
-            options += [f"context_fn={name.rsplit('.', 1)[-1]}" for name in _selective_contexts(ops)]
+        if policy.kept:
+            kept = ", ".join(f'"{name}"' for name in policy.kept)
+            options.append(f"context_fn={KEEP}({kept})")
         return f"checkpoint({', '.join([layer, *arguments, *options])})"
 
     if len(run) == 1:

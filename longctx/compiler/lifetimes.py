@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from longctx.compiler.ir import LayerCall, LayerKind, Op, Tensor
 from longctx.compiler.ops import Shares, View, spec_of
-from longctx.compiler.recompute import Recompute
+from longctx.compiler.recompute import Recompute, names_of_keepable
 
 
 class Held(NamedTuple):
@@ -81,23 +81,28 @@ def saved_by_op(ops: Sequence[Op], policy: Recompute) -> dict[Op, Shares]:
     resharded before an op that saves it, the result of the reshard is what is saved; reshards are ops too in the graph
     of one rank.
     """
+    if policy.kept is not None:
+        return {op: kept_of(op) for op, name in names_of_keepable(ops).items() if name in policy.kept}
     storage = storages(ops)
     saved = {storage.get(t) for op in ops for t in saved_tensors(op)}
     by_op: dict[Op, Shares] = {}
     for op in ops:
-        selected = policy is Recompute.ALL_BUT_ATTENTION and spec_of(op).selective_recompute is not None
-        if policy is Recompute.NOTHING or selected:
-            own = Counter({t: 1.0 for t in op.outputs if storage[t] is t and t in saved})
-            own.update(saved_besides(op))
-            by_op[op] = dict(own)
+        own = Counter({t: 1.0 for t in op.outputs if storage[t] is t and t in saved})
+        own.update(saved_besides(op))
+        by_op[op] = dict(own)
     return by_op
+
+
+def kept_of(op: Op) -> Shares:
+    """What is kept of an op that is not computed again."""
+    return dict(Counter(dict.fromkeys(op.outputs, 1.0)) + Counter(saved_besides(op)))
 
 
 def saved_inputs(kind: LayerKind, policy: Recompute) -> list[int]:
     """The places of the inputs that a layer saves: all of them if it recomputes anything, else those its ops save."""
     storage = storages(kind.ops)
     saved = {storage.get(t, t) for op in kind.ops for t in saved_tensors(op)}
-    return [place for place, tensor in enumerate(kind.inputs) if policy is not Recompute.NOTHING or tensor in saved]
+    return [place for place, tensor in enumerate(kind.inputs) if policy.kept is not None or tensor in saved]
 
 
 # --- steps -----------------------------------------------------------------------------------------------------------

@@ -13,8 +13,8 @@ over the steps of a micro-batch. A sum has these parts:
     weight        in the compute dtype: those of the root, from when they are made to the last step; those of the
     gradients     running layer, until they are reduced
     reduced       in float32: the input of the last reduce-scatter, which FSDP2 frees one layer later
-    saved         for each layer whose backward is still to come: its inputs; under ALL_BUT_ATTENTION also attention's
-                  output and logsumexp; under NOTHING all that autograd saves of its ops
+    saved         for each layer whose backward is still to come: all that autograd saves of its ops if it recomputes
+                  nothing; else its inputs, and the outputs of the ops that it keeps, with attention's logsumexp
     transient     in the running layer: all that its ops save, if it recomputes them; values that will be used again;
                   gradients; the workspace of an op
     loss          the gradient of the hidden states, that of the head's weight in float32, and one chunk of logits in
@@ -152,7 +152,7 @@ def _moments(
         backward = step.phase == "backward"
         if isinstance(step.item, LayerCall):
             i, below_layers = step.item.index, backward
-            phase = "both" if backward and recompute[i] is not Recompute.NOTHING else step.phase
+            phase = "both" if backward and recompute[i].kept is not None else step.phase
             for kind, size in inside[step.item.kind][phase].items():
                 live[kind] += size
             live["gathered"] += layers[i].gathered + layers[i - 1 if backward and i else i].buffer

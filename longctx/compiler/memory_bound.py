@@ -52,6 +52,7 @@ class Choices:
     left: Mapping[Tensor, Mapping[Placement, Expression]]  # the placements in which a producer leaves a value
     handed_on: Mapping[Tensor, Mapping[Placement, Expression]]  # the placements in which layers take a value
     reshards: Mapping[Tensor, list[tuple[Placement, Placement, int]]]  # of a value with one reader: from, to, whether
+    recomputing: Sequence[int]  # of a kind: how many layers compute anything again
     repeats: Mapping[Op, int]  # of a layer's op: how many layers compute it again
 
 
@@ -136,17 +137,13 @@ def _layers_of(program: LinearProgram, graph: Graph, number: int, choices: Choic
     calls = graph.calls_of(number)
     kind, times, kind_input = graph.kinds[number], len(calls), calls[0].inputs[0]
     body = _Body(program, choices, kind.ops)
-    by_one: dict[int, Expression] = {}  # the variable that counts the layers which recompute it -> what one layer keeps
-    for op, terms in _saved_by(kind, body):
-        by_one[choices.repeats[op]] = total(by_one.get(choices.repeats[op], {}), terms)
+    recomputing = choices.recomputing[number]
     kept = []
-    for repeats, saved in by_one.items():
+    for repeats, saved in _saved_unless(kind, body, recomputing).items():
         again = {program.product(x, repeats, times): -size for x, size in saved.items()}
         kept.append((saved, total(scaled(saved, times), again)))
     whole_input = choices.handed_on[kind_input].get(REPLICATE, {})
-    recomputed = {
-        program.product(x, choices.repeats[kind.ops[0]], times): _unsliced(kind_input, choices) for x in whole_input
-    }
+    recomputed = {program.product(x, recomputing, times): _unsliced(kind_input, choices) for x in whole_input}
     kept.append(({}, recomputed))
     backward = [
         step.live + _gathered_gradient(step)
@@ -157,15 +154,30 @@ def _layers_of(program: LinearProgram, graph: Graph, number: int, choices: Choic
     return _Layers(kept, at_work, _Weights.of(kind, choices), saved_inputs(kind, Recompute.NOTHING))
 
 
-def _saved_by(kind: LayerKind, body: "_Body") -> Iterator[tuple[Op, Expression]]:
-    """What one layer saves if it recomputes nothing, with the ops that would have to be computed again for it."""
+def _saved_unless(kind: LayerKind, body: "_Body", recomputing: int) -> dict[int, Expression]:
+    """What one layer saves, by the variable that counts the layers which don't save it.
+
+    An output that autograd saves is saved by the layers that don't compute its op again. Another output is so only by
+    those of them that compute something else again; `recomputing` counts all layers that compute anything again.
+    """
+    unless: dict[int, Expression] = {}
+
+    def add(variable: int, terms: Expression) -> None:
+        unless[variable] = total(unless.get(variable, {}), terms)
+
     for op, shares in saved_by_op(kind.ops, Recompute.NOTHING).items():
+        repeats = body.choices.repeats[op]
         for tensor, share in shares.items():
             if tensor not in op.outputs or tensor not in body.savers:  # or bytes besides, told as a share of an output
-                yield op, scaled(body.of_op(op, tensor), share)
-                continue
-            yield op, scaled(body.own(tensor), share)
-            yield from body.copied(tensor).items()
+                add(repeats, scaled(body.of_op(op, tensor), share))
+            else:
+                add(repeats, scaled(body.own(tensor), share))
+                add(recomputing, body.copied(tensor))
+        for tensor in op.outputs if repeats != recomputing else ():
+            if tensor not in shares:
+                add(repeats, body.of_op(op, tensor))
+                add(recomputing, scaled(body.of_op(op, tensor), -1))
+    return unless
 
 
 def _gathered_gradient(step: Step) -> Live:
@@ -245,7 +257,7 @@ class _Body:
 
     def saved(self, storage: Tensor) -> Expression:
         """A rank's part of the values in a storage that are saved, once in each placement that an op saves it in."""
-        return total(self.own(storage), *self.copied(storage).values())
+        return total(self.own(storage), self.copied(storage))
 
     def _own(self, storage: Tensor) -> Expression:
         """`saved`, but for copies of views."""
@@ -260,12 +272,12 @@ class _Body:
         """Whether the saved views are each of all of the storage: one value, until a reshard between them copies it."""
         return all(nbytes(tensor) == nbytes(storage) for tensor in self.savers[storage])
 
-    def _copied(self, storage: Tensor) -> dict[Op, Expression]:
-        """Copies of a value that is saved once more as a view, by the op that makes the view."""
+    def _copied(self, storage: Tensor) -> Expression:
+        """Copies of a value that is saved once more as a view."""
         if not self.is_one_value(storage):
             return {}
         first, *others = self.savers[storage]
-        return {self.producers[view]: self.copies(view, first) for view in others}
+        return total(*(self.copies(view, first) for view in others))
 
     def copies(self, view: Tensor, first: Tensor) -> Expression:
         """What reshards make of a view, and of what it is a view of, as far back as it is one with `first`.

@@ -169,10 +169,10 @@ class Unsplittable:
 def unsplittable_attention(graph: Graph, plan_size: int) -> Unsplittable | None:
     """Why attention is computed whole by every rank, if it has to be."""
     for op in graph.all_ops():
-        selective = spec_of(op).selective_recompute
-        if selective and plan_size > 1 and len(legal_partitions(op, plan_size)) == 1:
+        shared_out = spec_of(op).shared_out
+        if shared_out and plan_size > 1 and len(legal_partitions(op, plan_size)) == 1:
             fewer = [n for n in range(2, plan_size) if plan_size % n == 0 and len(legal_partitions(op, n)) > 1]
-            why = f"{selective.shared_out(op)} don't divide by {plan_size} ranks"
+            why = f"{shared_out(op)} don't divide by {plan_size} ranks"
             return Unsplittable(why, max(fewer, default=1))
     return None
 

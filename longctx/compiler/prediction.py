@@ -29,7 +29,7 @@ from longctx.compiler.memory import MemoryPrediction
 from longctx.compiler.ops import spec_of
 from longctx.compiler.plan import Plan, Setting
 from longctx.compiler.planner import predict_memory
-from longctx.compiler.recompute import Recompute
+from longctx.compiler.recompute import Recompute, names_of_keepable
 
 
 @dataclass(frozen=True)
@@ -115,13 +115,16 @@ class _Body:
     def layout(self) -> Layout:
         return layout_of(self.owner)
 
+    @cached_property
+    def names(self) -> dict[Op, str]:
+        """Of the ops whose outputs layers may keep."""
+        return names_of_keepable([op for op in self.ops if isinstance(op, Op)])
+
     def recomputed(self, op: Op) -> int:
         """How often an op runs again in the backward pass."""
         if op in self.layout.not_repeated:
             return 0
-        if spec_of(op).selective_recompute:
-            return self.policies.count(Recompute.EVERYTHING)
-        return len(self.policies) - self.policies.count(Recompute.NOTHING)
+        return sum(policy.computes_again(self.names.get(op)) for policy in self.policies)
 
 
 def _bodies(graph: Graph, plan: Plan) -> list[_Body]:
@@ -158,7 +161,7 @@ def seconds_by_part(graph: Graph, plan: Plan, setting: Setting, time: StepTime) 
 
 def _part_of(op: Op) -> str:
     spec = spec_of(op)
-    if spec.selective_recompute:
+    if spec.shared_out:
         return "attention"
     if spec.memory_kind == "loss":
         return "loss"

@@ -8,8 +8,8 @@ Variables, all of one micro-batch of one rank:
     x[op, p]       op is computed under its legal partition p; one of an op's is 1                  add_op
     z[t, s, d]     value t, left in placement s by its producer, is resharded as consumers d want   add_reshards
     r[w, j]        weight w is plan-sharded along dimension j                                       add_weights
-    m[k], a[k]     of kind k's layers, m recompute, and a <= m of them attention too                build_kind
-    wx, wz         m (or a) where x (or z) is 1, else 0: what recomputation repeats                 product
+    c[k, i]        of kind k's layers, how many have a policy that is as far as i down its chain     build_kind
+    wx, wz         c where x (or z) is 1, else 0: what recomputation repeats                        product
 
 minimize
 
@@ -29,6 +29,7 @@ subject to
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from math import prod
 
 import numpy as np
@@ -55,7 +56,8 @@ from longctx.compiler.memory_bound import Choices, largest_moment, placements_of
 from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
-from longctx.compiler.recompute import Recompute
+from longctx.compiler.policies import chain_of
+from longctx.compiler.recompute import Recompute, names_of_keepable
 from longctx.errors import DecisionsError, SolverError
 
 # Memory is in GB within the program: HiGHS takes coefficients of 1e-9 and less for zeros.
@@ -96,8 +98,8 @@ class _Scope:
     owner: Graph | LayerKind
     times: int
     layout: Layout
-    recomputed: int | None = None  # the variables m and a
-    attention_recomputed: int | None = None
+    again: tuple[int, ...] = ()  # the variables c
+    repeats: dict[Op, int] = field(default_factory=dict)  # of an op: the c of the layers that compute it again
     flows: dict[Tensor, _Flow] = field(default_factory=dict)
     compute: Expression = field(default_factory=dict)  # seconds of its ops, all layers
     readers: list[tuple[Tensor, dict[Placement, Expression]]] = field(default_factory=list)  # who wants weights how
@@ -112,10 +114,9 @@ class Program(LinearProgram):
         self.plan_size = setting.plan_size
         self.x: dict[Op, list[tuple[Partition, int]]] = {}
         self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
-        self.recomputing: list[tuple[int, int]] = []  # m and a of each layer kind
+        self.chains: list[tuple[list[Recompute], tuple[int, ...]]] = []  # a kind's policies, and c of all but the first
         self.fixed_seconds = 0.0  # that every plan takes
         self.reshards: dict[Tensor, list[tuple[Placement, Placement, int]]] = {}  # of values with one reader: s, d, z
-        self.repeats: dict[Op, int] = {}  # how many layers compute an op of a layer again
         self.persistent: Expression = {}
         self.build()
 
@@ -167,15 +168,16 @@ class Program(LinearProgram):
         return scope
 
     def build_kind(self, number: int) -> _Scope:
-        """m[k] and a[k], and one layer of the kind."""
+        """c[k, i], and one layer of the kind."""
         kind = self.graph.kinds[number]
         calls = self.graph.calls_of(number)
-        m = self.variable(upper=len(calls), integer=True)
-        a = self.variable(upper=len(calls), integer=True)
-        self.recomputing.append((m, a))
-        self.row({m: 1.0, a: -1.0}, lower=0)
-        self.fix_policy(kind, m, a, len(calls))
-        scope = _Scope(kind, len(calls), layout_of(kind), m, a)
+        chain = chain_of(kind, self.setting.hardware)
+        again = tuple(self.variable(upper=len(calls), integer=True) for _ in chain[1:])
+        self.chains.append((chain, again))
+        for more, less in pairwise(again):
+            self.row({more: 1.0, less: -1.0}, lower=0)
+        self.fix_policy(kind, again, len(calls))
+        scope = _Scope(kind, len(calls), layout_of(kind), again, _repeats(kind, chain, again))
         for place, tensor in enumerate(kind.inputs):
             scope.flows[tensor] = _Flow(self.boundary if place == 0 else self.extra[calls[0].inputs[place]])
         for op in kind.ops:
@@ -186,17 +188,16 @@ class Program(LinearProgram):
         self.add_weights(scope)
         return scope
 
-    def fix_policy(self, kind: LayerKind, m: int, a: int, n_layers: int) -> None:
-        """Holds m and a where the policy is given, or where attention can't be kept alone."""
+    def fix_policy(self, kind: LayerKind, again: tuple[int, ...], n_layers: int) -> None:
+        """Holds c where the policy is given: nothing or everything."""
         policy = self.fixed.policy
         if self.setting.recompute_modules is not None:
             named = kind.source_class in self.setting.recompute_modules
             policy = Recompute.EVERYTHING if named else Recompute.NOTHING
         if policy is not None:
-            self.row({m: 1.0}, *(2 * [0 if policy is Recompute.NOTHING else n_layers]))
-            self.row({a: 1.0}, *(2 * [n_layers if policy is Recompute.EVERYTHING else 0]))
-        if not can_keep_attention(kind):
-            self.row({m: 1.0, a: -1.0}, upper=0)
+            n = n_layers if policy == Recompute.EVERYTHING else 0
+            for variable in again:
+                self.row({variable: 1.0}, n, n)
 
     # --- operators
 
@@ -204,9 +205,7 @@ class Program(LinearProgram):
         """x[op, p] with its seconds, what it saves, what it wants of its inputs, and where it leaves its outputs."""
         self.x[op] = [(p, self.variable(integer=True)) for p in self.allowed_partitions(op)]
         self.row({x: 1.0 for _, x in self.x[op]}, 1, 1)
-        recomputed = scope.attention_recomputed if spec_of(op).selective_recompute else scope.recomputed
-        if recomputed is not None:
-            self.repeats[op] = recomputed
+        recomputed = scope.repeats.get(op)
         for partition, x in self.x[op]:
             seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware)
             self.costs[x] = scope.times * (seconds.forward + seconds.backward)
@@ -239,9 +238,9 @@ class Program(LinearProgram):
         return legal
 
     def tie_products(self, op: Op, scope: _Scope) -> None:
-        """The products of an op's x with m add up to m. The rows imply it, and said aloud it brings the relaxation
+        """The products of an op's x with a c add up to it. The rows imply it, and said aloud it brings the relaxation
         that the solver starts from far closer."""
-        for layers in {v for v in (scope.recomputed, scope.attention_recomputed) if v is not None}:
+        for layers in scope.again:
             products = [self.products[x, layers] for _, x in self.x[op] if (x, layers) in self.products]
             if len(products) == len(self.x[op]):
                 self.row({layers: -1.0, **dict.fromkeys(products, 1.0)}, 0, 0)
@@ -284,8 +283,8 @@ class Program(LinearProgram):
                 if len(flow.demands) == 1 and seconds[source] != Seconds():
                     self.reshards.setdefault(tensor, []).append((source, target, variable))
                 self.row(total({variable: 1.0}, scaled(flow.sources[source], -1)), upper=0)
-                if scope.recomputed is not None and seconds[source].forward:
-                    repeated = self.product(variable, scope.recomputed, scope.times)
+                if scope.again and seconds[source].forward:
+                    repeated = self.product(variable, scope.again[0], scope.times)
                     self.costs[repeated] = seconds[source].forward
 
     def reshard_seconds(
@@ -367,7 +366,8 @@ class Program(LinearProgram):
             {tensor: flow.sources for scope in self.scopes for tensor, flow in scope.flows.items()},
             {t: self.extra.get(t, self.boundary) for call in self.graph.layer_calls for t in call.inputs},
             self.reshards,
-            self.repeats,
+            [again[0] for _, again in self.chains],
+            {op: variable for scope in self.scopes for op, variable in scope.repeats.items()},
         )
         peak = largest_moment(self, self.graph, choices)
         self.costs[peak] = TIE_BREAK_SECONDS
@@ -407,22 +407,23 @@ class Program(LinearProgram):
         return Plan(assignment, self.policies(values), seconds, value_of(self.memory, values) * GB, solution.gap)
 
     def policies(self, values: np.ndarray) -> tuple[Recompute, ...]:
-        """Each layer's: the first a of a kind recompute everything, the next m - a all but attention."""
+        """Each layer's: of a kind, the first ones compute most again."""
         policies: dict[int, Recompute] = {}
-        for number, variables in enumerate(self.recomputing):
-            m, a = (round(values[variable]) for variable in variables)
-            layers = [call.index for call in self.graph.calls_of(number)]
-            of_kind = [Recompute.EVERYTHING] * a + [Recompute.ALL_BUT_ATTENTION] * (m - a)
-            of_kind += [Recompute.NOTHING] * (len(layers) - m)
-            policies |= dict(zip(layers, of_kind, strict=True))
+        for number, (chain, again) in enumerate(self.chains):
+            counts = [round(values[variable]) for variable in again]
+            for place, call in enumerate(self.graph.calls_of(number)):
+                policies[call.index] = chain[sum(place < count for count in counts)]
         return tuple(policies[index] for index in sorted(policies))
 
 
-def can_keep_attention(kind: LayerKind) -> bool:
-    """Whether a layer can keep the outputs of its attention while it recomputes all else."""
-    selective = [(op, spec_of(op).selective_recompute) for op in kind.ops]
-    contexts = {s.context_fn for _, s in selective if s}
-    return len(contexts) == 1 and all(s.applies(op) for op, s in selective if s)
+def _repeats(kind: LayerKind, chain: list[Recompute], again: tuple[int, ...]) -> dict[Op, int]:
+    """For each op the variable that counts the layers which compute it again: those down the chain from where they do.
+
+    A policy keeps what the one behind it in the chain does, and more.
+    """
+    names = names_of_keepable(kind.ops)
+    first = {op: next(i for i, p in enumerate(chain[1:]) if p.computes_again(names.get(op))) for op in kind.ops}
+    return {op: again[i] for op, i in first.items()}
 
 
 def is_relayout(op: Op, layout: Layout) -> bool:

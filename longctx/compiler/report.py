@@ -1,5 +1,6 @@
 """Writes of a plan what a person reads: the lines that compile prints, and report.md."""
 
+from collections import Counter
 from collections.abc import Sequence
 
 from longctx.compiler.alternatives import at_other_lengths, other_plans
@@ -14,7 +15,6 @@ from longctx.compiler.placement import Placement, Shard
 from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
 from longctx.compiler.prediction import Prediction, StepTime, step_time
-from longctx.compiler.recompute import Recompute
 from longctx.compiler.work import PRODUCT_KINDS
 from longctx.flops import step_flops
 
@@ -99,8 +99,7 @@ def _say_mfu(graph: Graph, prediction: Prediction, setting: Setting) -> str:
 
 
 def _say_policies(plan: Plan) -> str:
-    policies = (Recompute.EVERYTHING, Recompute.ALL_BUT_ATTENTION, Recompute.NOTHING)
-    return ", ".join(f"{plan.recompute.count(p)} recompute {p.value}" for p in policies if p in plan.recompute)
+    return "; ".join(f"{n} recompute {policy}" for policy, n in Counter(plan.recompute).items())
 
 
 def _say_prices(hardware: Hardware) -> str:

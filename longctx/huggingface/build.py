@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+import longctx.kernels.gated  # noqa: F401  (registers what takes the place of gated activations in traced graphs)
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, one_line

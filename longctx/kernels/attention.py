@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import checkpoint
 
 from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import arguments_of, register_op
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, SelectiveRecompute, Shares
+from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares
 from longctx.compiler.work import Work
-from longctx.kernels.fused import HALF, fused_operators, resolve, sdpa
+from longctx.kernels.fused import HALF, resolve, sdpa
 
 try:
     from flash_attn import flash_attn_func
@@ -179,14 +179,6 @@ def _attend_in_float32(query, key, value, scale, window, softcap, dropout, slope
         weights = scores.softmax(-1)
     weights = F.dropout(weights, dropout)
     return (weights @ value.float().unsqueeze(2)).to(value.dtype).flatten(1, 2)
-
-
-def keep_attention() -> tuple:
-    """For torch.utils.checkpoint's context_fn: the output of attention is saved, and all else is recomputed.
-
-    Of a layer's operators attention costs most to recompute, and its output is no larger than the layer's input.
-    """
-    return create_selective_checkpoint_contexts(fused_operators())
 
 
 # --- what the compiler knows of attention ----------------------------------------------------------------------------
@@ -364,7 +356,8 @@ RULES = {
     "workspace": workspace,
     "strides": strides,
     "draws_random": draws_random,
-    "selective_recompute": SelectiveRecompute(is_one_kernel, f"{__name__}.keep_attention", key_value_heads),
+    "can_be_kept": is_one_kernel,
+    "shared_out": key_value_heads,
 }
 register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^", **RULES)(attention)
 register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^, (k g) -> b l^ (k g) e^", **RULES)(alibi_attention)

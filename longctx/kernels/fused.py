@@ -7,7 +7,6 @@ than is said in attention.py, the rules there need a branch for it too.
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -194,7 +193,6 @@ def _activate(flash_attention: str | None) -> None:
         activate_flash_attention_impl(flash_attention)
 
 
-@cache
 def fused_operators() -> list[Callable]:
     """The operators of the fused kernels that exist in this process: PyTorch's and flash-attn's.
 

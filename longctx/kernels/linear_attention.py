@@ -14,7 +14,7 @@ import torch
 
 from longctx.compiler.ir import Op
 from longctx.compiler.ops.registered import register_op
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, draws_nothing, never_strided, saves_inputs
+from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, always, draws_nothing, never_strided, saves_inputs
 from longctx.compiler.work import Work
 from longctx.kernels.segments import in_segments
 
@@ -222,6 +222,7 @@ _RULES = {
     "workspace": workspace,
     "strides": never_strided,
     "draws_random": draws_nothing,
+    "can_be_kept": always,
 }
 register_op(annotation_of, **_RULES)(gated_delta_rule)
 register_op(annotation_of, **_RULES)(decaying_linear_attention)

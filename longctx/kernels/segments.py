@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch.autograd.function import once_differentiable
 
+from longctx.kernels.kept import computed_once
+
 # step(state, *pieces, *whole) -> (output, next state); the output has the shape of the first piece, [b, n, ...]
 Step = Callable[..., tuple[torch.Tensor, torch.Tensor]]
 
@@ -31,17 +33,25 @@ def in_segments(
     return _InSegments.apply(step, size, len(cut), state, *cut, *whole)
 
 
+def _run(
+    step: Step, size: int, state: torch.Tensor, cut: Sequence[torch.Tensor], whole: Sequence[torch.Tensor]
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """The output of all segments, and the state before each."""
+    output = torch.empty_like(cut[0], memory_format=torch.contiguous_format)
+    states = []
+    for begin in range(0, 0 if output.is_meta else output.shape[1], size):
+        tokens = slice(begin, begin + size)
+        states.append(state)
+        output[:, tokens], state = step(state, *(tensor[:, tokens] for tensor in cut), *whole)
+    return output, states
+
+
 class _InSegments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, step: Step, size: int, n_cut: int, state: torch.Tensor, *tensors: torch.Tensor) -> torch.Tensor:
         cut, whole = tensors[:n_cut], tensors[n_cut:]
         ctx.step, ctx.size, ctx.n_cut = step, size, n_cut
-        output = torch.empty_like(cut[0], memory_format=torch.contiguous_format)
-        states = []
-        for begin in range(0, 0 if output.is_meta else output.shape[1], size):
-            tokens = slice(begin, begin + size)
-            states.append(state)
-            output[:, tokens], state = step(state, *(tensor[:, tokens] for tensor in cut), *whole)
+        output, states = computed_once(lambda: _run(step, size, state, cut, whole))
         ctx.save_for_backward(*tensors, *states)
         return output
 

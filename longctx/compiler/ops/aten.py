@@ -25,6 +25,7 @@ from longctx.compiler.ops.spec import (
     OpSpec,
     Shares,
     View,
+    always,
     always_strided,
     keeps_strides,
     never_strided,
@@ -96,10 +97,6 @@ def padded_gradient(op: Op, phase: str) -> Shares:
     return {} if phase == "forward" else {op.inputs[0]: 1.0, op.outputs[0]: 2.0}
 
 
-def always(*_: Any) -> bool:
-    return True
-
-
 def same_shape(tensor: Tensor, output: Tensor) -> bool:
     return tensor.shape == output.shape
 
@@ -145,7 +142,7 @@ def pointwise(name: str, python=py.overload, **rest) -> OpSpec:
 
 
 def product(name: str, partition, python=py.overload, **rest) -> OpSpec:
-    shared = {"flops": product_flops, "saves": saves_factors, "strides": never_strided}
+    shared = {"flops": product_flops, "saves": saves_factors, "strides": never_strided, "can_be_kept": always}
     return OpSpec(name, partition, python, **{**shared, **rest})
 
 

@@ -56,19 +56,6 @@ class Resharding:
     comment: str
 
 
-@dataclass(frozen=True)
-class SelectiveRecompute:
-    """An operator so costly that a layer may recompute all else and keep this one's output, as attention is.
-
-    `applies` says for which calls that works; `context_fn` is the dotted name of what torch.utils.checkpoint takes, the
-    same for all such operators of a layer; `shared_out` says for a report what the ranks of a plan can share of it.
-    """
-
-    applies: Callable[[Op], bool]
-    context_fn: str
-    shared_out: Callable[[Op], str] = lambda op: "its dimensions that may be split"
-
-
 # --- rules that many operators share, the defaults among them --------------------------------------------------------
 
 
@@ -96,6 +83,10 @@ def no_shares(op: Op, phase: str = "forward") -> Shares:
 
 def no_flops(op: Op) -> Flops:
     return Flops()
+
+
+def always(*_: Any) -> bool:
+    return True
 
 
 def passes_strides_on(op: Op, strided: bool) -> bool:
@@ -166,7 +157,9 @@ class OpSpec:
         is_identity: whether a call with these arguments returns its input, provided that shape and dtype are the same.
         keeps_name: whether a person would go on calling the value by its old name, as after a cast.
         lookup: whether its second input holds indices into the rows of its first.
-        selective_recompute: how its output can be kept where the rest of a layer is recomputed; None if it can't.
+        can_be_kept: whether its output is worth keeping where the rest of a layer is recomputed, being dear to compute,
+            and can be kept: see longctx/kernels/kept.py.
+        shared_out: of attention: what the ranks of a plan can share of it, for a report; None for all else.
         resharding: of a collective between placements; None for all else.
         rewrite: what finds, in a traced graph, operators whose place this one takes; None if it takes none's.
     """
@@ -194,6 +187,7 @@ class OpSpec:
     is_identity: Callable[[tuple], bool] = lambda args: False
     keeps_name: bool = False
     lookup: bool = False
-    selective_recompute: SelectiveRecompute | None = None
+    can_be_kept: Callable[[Op], bool] = lambda op: False
+    shared_out: Callable[[Op], str] | None = None
     resharding: Resharding | None = None
     rewrite: Callable[[FlatGraph, dict[str, Any]], FlatGraph] | None = None

@@ -96,7 +96,7 @@ def plan_file(
         forward_flops_causal=predicted.forward_flops_causal,
         fused_attention=attention_shapes(local),
     )
-    decisions = compiled.Decisions(**describe(graph, plan), recompute=tuple(policy.value for policy in plan.recompute))
+    decisions = compiled.Decisions(**describe(graph, plan), recompute=tuple(map(str, plan.recompute)))
     time, memory = dataclasses.asdict(predicted.time), dataclasses.asdict(predicted.memory)
     facts = compiled.Predicted(time, memory, predicted.parts)
     return compiled.PlanFile(inputs, decisions, module, facts)
