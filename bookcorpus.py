@@ -35,7 +35,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longctx.atomic import whole_folder, why_not_new
-from longctx.command_line import Cause, naming_options, option, parse
+from longctx.command_line import MOST_TOKENS, Cause, naming_options, option, parse
 from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.documents import Documents
 from longctx.data.tokens import Tokens, tokenize
@@ -71,7 +71,9 @@ class Asked:
     data_path_or_name: str = option(help="dataset of the hub, or local file or folder")
     tokenizer_path_or_name: str = option(help="model of the hub, or local folder")
     save_path: Path = option(help="folder to write, which must not exist")
-    sequence_length: int = option(help="tokens in a row", at_least=2)  # it takes two to predict one
+    sequence_length: int = option(
+        help="tokens in a row", at_least=2, at_most=MOST_TOKENS
+    )  # it takes two to predict one
     split: str | None = option(None, "split of the data to read, or all (default: train)")
     config_name: str | None = option(None, "configuration of the data, where its README has several")
     text_key: str = option("text", "column that holds the text")

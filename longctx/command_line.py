@@ -28,6 +28,7 @@ QUOTED = 300  # characters of an option's value at most
 LONGEST_NAME, LONGEST_PATH = 255, 4095
 LARGEST_INT = 2**31 - 1  # far more than anything is counted to, and within what PyTorch, NumPy and Arrow take
 LARGEST_SEED = 2**32 - 1  # that NumPy takes; PyTorch takes more
+MOST_TOKENS = 2**27  # of a row: PyTorch counts the bytes of a mask over all pairs of tokens in 64 bits
 
 # --- options -------------------------------------------------------------------------------------------------------
 

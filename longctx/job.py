@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from longctx.command_line import LARGEST_SEED, option
+from longctx.command_line import LARGEST_SEED, MOST_TOKENS, option
 from longctx.data import order
 from longctx.engines import ENGINE_NAMES
 from longctx.engines.nnscaler.options import NnscalerOptions
@@ -27,7 +27,9 @@ class Options:
     engine: str = option("auto", "auto takes nnscaler where it works, else torch", choices=("auto", *ENGINE_NAMES))
     model_id: str = option(help="a Hugging Face model: a name on the hub, or a folder")
     dataset_path: str | None = option(None, "rows of tokens that bookcorpus.py wrote")
-    sequence_length: int | None = option(None, "tokens a row; stands in for --dataset_path in compile", at_least=2)
+    sequence_length: int | None = option(
+        None, "tokens a row; stands in for --dataset_path in compile", at_least=2, at_most=MOST_TOKENS
+    )
     plan_ngpus: int = option(1, "GPUs that one copy of the plan spans", at_least=1, at_most=MOST_RANKS)
     runtime_ngpus: int | None = option(
         None,

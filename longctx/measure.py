@@ -26,7 +26,7 @@ from tqdm import tqdm
 from longctx import torchrun
 from longctx.atomic import whole_file
 from longctx.command_line import option, parse
-from longctx.compiler.hardware import HARDWARE, Hardware, Link, Rate, Timing, identify, in_proportion
+from longctx.compiler.hardware import HARDWARE, Collective, Hardware, Link, Rate, Timing, identify, in_proportion
 from longctx.compiler.work import Work
 from longctx.errors import UserError, run_script
 from longctx.kernels.attention import attention
@@ -42,7 +42,7 @@ QUERY_HEADS, KEY_HEADS, HEAD_FEATURES = 4, 1, 128  # a rank's of Llama-3-8B over
 LARGEST_ATTENTION = 131072  # tokens
 SMALLEST_COLLECTIVE, LARGEST_COLLECTIVE = 2**14, 2**30  # bytes
 PROFILE_FIELDS = ("machine", "torch", "ranks", "hardware")
-KINDS = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+KINDS: tuple[Collective, ...] = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
 
 
 def measure(device: torch.device) -> dict:
@@ -138,7 +138,7 @@ def _copy_bandwidth(device: torch.device) -> float:
     return 2 * source.nbytes / _seconds(partial(torch.empty_like(source).copy_, source), device)
 
 
-def _time_collective(kind: str, group: dist.ProcessGroup, device: torch.device) -> Timing:
+def _time_collective(kind: Collective, group: dist.ProcessGroup, device: torch.device) -> Timing:
     """Times a collective at sizes four times apart, as long as they fit in POINT_S."""
     n_ranks, sizes, seconds = group.size(), [], []
     target = SMALLEST_COLLECTIVE

@@ -16,6 +16,8 @@ from longctx.compiler.work import PRODUCT_KINDS, Work
 from longctx.errors import HardwareError, MemoryLimitError
 from longctx.schema import Positive, Range, decode, read_json
 
+Collective = Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+
 
 @dataclass(frozen=True)
 class Link:
@@ -35,7 +37,7 @@ class Link:
 class Timing:
     """Measured seconds of a collective over n_ranks, at whole tensors' bytes in ascending order."""
 
-    kind: Literal["all_gather", "reduce_scatter", "all_reduce", "all_to_all"]
+    kind: Collective
     n_ranks: Annotated[int, Range(at_least=2)]
     whole_bytes: tuple[Annotated[int, Range(at_least=1)], ...]
     seconds: tuple[Positive, ...]
