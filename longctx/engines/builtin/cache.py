@@ -34,9 +34,8 @@ def ensure_compiled(job: Job) -> Path:
         UserError: the plan can't be made as asked, or this rank would make another one than its node's first.
     """
     hardware.check_memory_limit(job.hardware, job.gpu_mem_constraint * GB)
-    config = trained_config(job.model_id, job.random_init)
-    if job.run_mode == "compile" and is_untied(job.model_id, config):  # a run says it as it reads the weights
-        torchrun.say(UNTIED)
+    if job.run_mode == "compile" and is_untied(job.model_id, trained_config(job.model_id, job.random_init)):
+        torchrun.say(UNTIED)  # a run says it as it reads the weights
     inputs = plan_inputs(job)
     if torchrun.world_size() == 1:
         compile_unless_up_to_date(job, inputs)
