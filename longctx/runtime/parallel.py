@@ -51,8 +51,8 @@ def process_group(kind: str = "auto", timeout: timedelta = COLLECTIVE_TIMEOUT) -
     if torchrun.started_this():
         store = fresh_store()
         store.set_timeout(timeout)
-        ranks = {"rank": torchrun.rank(), "world_size": torchrun.world_size()}
-        dist.init_process_group(backend, store=store, timeout=timeout, **ranks)
+        rank, world_size = torchrun.rank(), torchrun.world_size()
+        dist.init_process_group(backend, store=store, timeout=timeout, rank=rank, world_size=world_size)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     succeeded = False
