@@ -38,6 +38,7 @@ from longctx.atomic import whole_folder, why_not_new
 from longctx.command_line import MOST_TOKENS, Cause, naming_options, option, parse
 from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.documents import Documents
+from longctx.data.rows import record_corpus
 from longctx.data.tokens import Tokens, tokenize
 from longctx.errors import (
     BadDocument,
@@ -138,7 +139,7 @@ def check(asked: Asked) -> None:
 def load_tokenizer(name: str) -> PreTrainedTokenizerFast:
     """A fast tokenizer with bos or eos, from the hub or a local folder; raises UserError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:  # each library, and each way in which a file can be broken, has its own exceptions
         raise UserError(f"--tokenizer_path_or_name {name}: no tokenizer loads from there: {one_line(error)}") from error
     if not tokenizer.is_fast:
@@ -166,7 +167,7 @@ def write_corpus(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
             raise UserError(too_short(counts["tokens"], asked.sequence_length, bad))
         sources = {"files": corpus.read, "left_out": corpus.left_out, "bad_documents": bad}
         facts = provenance(asked, tokenizer) | counts | sources
-        (folder / "corpus.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        record_corpus(folder, facts)
     return facts
 
 

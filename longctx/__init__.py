@@ -9,7 +9,7 @@
 
 Between the rooms: job.py (train.py's options, and the typed `Job` that they amount to), options.py (reads and checks
 them), command_line.py, schema.py (JSON checked as it is read), errors.py (errors of the domain), atomic.py (files and
-folders that appear whole or not at all), proof.py (a model's code compared with the model), compiled.py (the compiled
-folder, all that passes from compiler/ to runtime/), flops.py, sources.py, torchrun.py, devices.py, and measure.py (a
-command that measures a machine's speeds).
+folders that appear whole or not at all), seal.py (digests of files, which tell damage), proof.py (a model's code
+compared with the model), compiled.py (the compiled folder, all that passes from compiler/ to runtime/), flops.py,
+sources.py, torchrun.py, devices.py, and measure.py (a command that measures a machine's speeds).
 """

@@ -10,7 +10,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from longctx.errors import CompiledError, DecisionsError
+from longctx import seal
+from longctx.errors import CompiledError, DecisionsError, GeneratedCodeError, one_line
 from longctx.schema import Count, decode, read_json
 
 PLAN, CODE, REPORT = "plan.json", "gencode.py", "report.md"
@@ -78,8 +79,10 @@ def fingerprint(inputs: dict[str, Any]) -> str:
 
 
 def write_plan_file(folder: Path, plan: PlanFile) -> None:
-    facts = {"fingerprint": fingerprint(plan.inputs), **asdict(plan)}
-    (folder / PLAN).write_text(json.dumps(facts, indent=1) + "\n")
+    """Writes plan.json, which seals the files that are in the folder already, and itself."""
+    seals = seal.seal(folder, [name for name in (CODE, REPORT) if (folder / name).is_file()])
+    facts = {"fingerprint": fingerprint(plan.inputs), **asdict(plan), "files": {n: asdict(s) for n, s in seals.items()}}
+    (folder / PLAN).write_bytes(seal.sealed_json(facts, indent=1))
 
 
 def read_plan_file(folder: Path) -> PlanFile:
@@ -89,10 +92,41 @@ def read_plan_file(folder: Path) -> PlanFile:
         CompiledError: there is none, or it is damaged.
     """
     try:
-        return decode(PlanFile, read_json(folder / PLAN))
-    except ValueError as error:
-        problem = f"{folder / PLAN} is missing or damaged ({error})"
+        return decode(PlanFile, _read_sealed(folder))
+    except (OSError, ValueError) as error:
+        problem = f"{folder / PLAN} is missing or damaged ({one_line(error)})"
         raise CompiledError(f"{problem}; remove the folder {folder}") from error
+
+
+def _read_sealed(folder: Path) -> dict[str, Any]:
+    """What plan.json holds. Raises a ValueError or OSError unless it is there as it was written."""
+    facts, is_sealed = seal.read_sealed_json((folder / PLAN).read_bytes())
+    if not is_sealed:
+        raise ValueError("its digest is missing")
+    return facts
+
+
+def why_damaged(folder: Path) -> str | None:
+    """Why the plan.json of a compiled folder can't be used; None if it can, or if there is none."""
+    try:
+        _read_sealed(folder)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        return f"{PLAN}: {one_line(error)}"
+    return None
+
+
+def check_generated(folder: Path) -> None:
+    """Raises a GeneratedCodeError unless the other files of a compiled folder are what compile wrote, to the byte."""
+    try:
+        seals = decode(dict[str, seal.Seal], _read_sealed(folder)["files"])
+        seal.check_sizes(folder, seals)
+        seal.verify(folder, seals)
+    except (OSError, ValueError, KeyError) as error:
+        raise GeneratedCodeError(
+            f"{folder} is not as compile wrote it: {one_line(error)}; remove the folder to compile it anew"
+        ) from error
 
 
 def read_fingerprint(folder: Path) -> str | None:
@@ -101,7 +135,7 @@ def read_fingerprint(folder: Path) -> str | None:
         return None
     try:
         found = fingerprint(read_plan_file(folder).inputs)
-        return found if read_json(folder / PLAN)["fingerprint"] == found else None
+        return found if _read_sealed(folder)["fingerprint"] == found else None
     except (CompiledError, LookupError):
         return None
 

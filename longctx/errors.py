@@ -88,6 +88,10 @@ class CompiledError(UserError):
     """A compiled folder can't be made or used."""
 
 
+class GeneratedCodeError(CompiledError):
+    """The code in a compiled folder is not what compile wrote."""
+
+
 class CompiledFolderError(CompiledError):
     """A folder can't be compiled to without harm to what is there."""
 

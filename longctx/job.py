@@ -76,6 +76,7 @@ class Options:
     attn_implementation: str = option(
         "auto", "auto takes the fastest kernel that is here", choices=("auto", *KERNELS, "sdpa", "eager")
     )
+    trust_gencode: bool = option(False, "run the code in the compiled folder although it is not what compile wrote")
     trust_model: bool = option(False, "compile without proving that the code computes what the model does")
     deterministic: bool = option(False, "the same bits in every run, on a GPU too; slower, and takes more memory")
 

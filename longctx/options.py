@@ -23,6 +23,7 @@ from longctx.errors import (
     DeviceError,
     DoesNotFit,
     EngineError,
+    GeneratedCodeError,
     HardwareError,
     KernelError,
     LayerNameError,
@@ -137,6 +138,8 @@ def choose_sequence_length(options: Options) -> int:
         if options.sequence_length is None:
             raise UserError(f"--dataset_path: it is missing; give it, or --sequence_length, to {options.run_mode}")
         return options.sequence_length
+    if options.run_mode == "run" and not options.no_verify and torchrun.local_rank() == 0:  # the others wait for it
+        rows.verify_dataset(options.dataset_path)
     length = rows.row_length(rows.open_dataset(options.dataset_path))
     if options.sequence_length not in (None, length):
         raise UserError(
@@ -221,6 +224,8 @@ def check_attention(job: Job) -> None:
         raise UserError(f"--trust_model: {NNSCALER} proves no model; leave it out, or choose --engine {TORCH}")
     if job.on_nonfinite == "rollback" and job.engine == NNSCALER:
         raise UserError(f"--on_nonfinite rollback: {NNSCALER} can only stop; leave it out, or choose --engine {TORCH}")
+    if job.trust_gencode and job.engine == NNSCALER:
+        raise UserError(f"--trust_gencode: {NNSCALER} checks no code; leave it out, or choose --engine {TORCH}")
     if job.deterministic and job.engine == NNSCALER:
         raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
 
@@ -280,6 +285,7 @@ CAUSES: Mapping[type[UserError], Cause] = {
     RehearsalError: Cause("rehearse_layers", "leave the option out"),
     LayerNameError: Cause("recompute_modules"),
     CompiledError: Cause("compiled_dir"),
+    GeneratedCodeError: Cause("compiled_dir", "or pass --trust_gencode to run it as it is"),
     CompiledFolderError: Cause("compiled_dir", "name another folder, or another --name"),
     CheckpointFolderError: Cause("checkpoint_dir"),
     CheckpointMismatch: Cause("{error.field}"),

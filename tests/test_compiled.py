@@ -11,24 +11,28 @@ from pathlib import Path
 import pytest
 from families import small_config
 
-from longctx import sources
+from longctx import seal, sources
+from longctx.command_line import naming_options
 from longctx.compiled import (
     CODE,
     PLAN,
+    REPORT,
     Decisions,
     GeneratedModule,
     PlanFile,
     Predicted,
+    check_generated,
     fingerprint,
     read_decisions,
     read_fingerprint,
     read_plan_file,
+    why_damaged,
     write_plan_file,
 )
 from longctx.compiler.ops import REGISTERED_OPS, register_op
 from longctx.engines.builtin import cache
-from longctx.errors import CompiledError, DecisionsError
-from longctx.options import parse_job
+from longctx.errors import CompiledError, DecisionsError, GeneratedCodeError, UserError
+from longctx.options import causes, parse_job
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,18 +61,36 @@ def test_a_compiled_folder_has_a_fingerprint_only_with_its_code(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        ("", "Expecting value"),
-        ("{", "Expecting property name"),
-        ("3", "3, where an object belongs"),
-        ("{}", "inputs is missing"),
-        ('{"fingerprint": "1", "inputs": {}, "decisions": {}}', "decisions.boundary is missing"),
+        (b"", "Expecting value"),
+        (b"{", "Expecting property name"),
+        (b"3", "it is no object of JSON"),
+        (b"{}", "its digest is missing"),
+        (seal.sealed_json({"fingerprint": "1"}), "inputs is missing"),
+        (seal.sealed_json({"fingerprint": "1", "inputs": {}, "decisions": {}}), "decisions.boundary is missing"),
+        (seal.sealed_json({"fingerprint": "1"})[1:], "its bytes are not those that were written"),
     ],
 )
 def test_a_damaged_plan_file_is_named_as_such_with_the_reason(tmp_path, content, reason):
-    (tmp_path / PLAN).write_text(content)
+    (tmp_path / PLAN).write_bytes(content)
     sentence = f"^{tmp_path}/plan.json is missing or damaged \\({reason}.*; remove the folder"
     with pytest.raises(CompiledError, match=sentence):
         read_plan_file(tmp_path)
+
+
+def test_a_flipped_byte_in_a_compiled_folder_is_named(tmp_path):
+    for name in (CODE, REPORT):
+        (tmp_path / name).write_text("# what compile wrote\n")
+    write_plan_file(tmp_path, plan_file(sequence_length=8))
+    check_generated(tmp_path)
+    for name in (CODE, REPORT, PLAN):
+        content = (tmp_path / name).read_bytes()
+        for place in range(0, len(content), 7):
+            (tmp_path / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(GeneratedCodeError, match=f"^{tmp_path} is not as compile wrote it: .*; remove the fol"):
+                check_generated(tmp_path)
+            assert (read_fingerprint(tmp_path) is None) == (name == PLAN)
+            assert (why_damaged(tmp_path) is not None) == (name == PLAN)
+        (tmp_path / name).write_bytes(content)
 
 
 @pytest.mark.parametrize(
@@ -125,6 +147,22 @@ def test_a_changed_default_of_a_users_op_makes_a_compiled_folder_out_of_date(job
     assert not is_compiled_again(job, capsys)
     load_op("def op(x, slope=0.2):\n    return x * slope\n")
     assert is_compiled_again(job, capsys)
+
+
+def test_code_that_compile_did_not_write_runs_only_if_it_is_trusted(job, capsys):
+    assert is_compiled_again(job, capsys)
+    code = job.compiled_folder / CODE
+    code.write_text(code.read_text() + "# mine\n")
+    sentence = f"--compiled_dir .*: {job.compiled_folder} is not as compile wrote it: its file gencode.py has .* bytes"
+    hint = "; remove the folder to compile it anew; or pass --trust_gencode to run it as it is$"
+    with pytest.raises(UserError, match=f"{sentence}.*{hint}"), naming_options(job, causes(job)):
+        cache.ensure_compiled(job)
+    assert not is_compiled_again(replace(job, trust_gencode=True), capsys)
+    assert code.read_text().endswith("# mine\n")
+    (job.compiled_folder / PLAN).write_text("{}")
+    cache.ensure_compiled(job)
+    assert f"{job.compiled_folder} is compiled anew, since it is damaged (plan.json: " in capsys.readouterr().out
+    assert "# mine" not in code.read_text()
 
 
 OP = "def op(x):\n    return x\n"

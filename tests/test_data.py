@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from pathlib import Path
 
 import pyarrow as pa
 import pytest
@@ -279,6 +280,24 @@ def test_rows_that_the_library_datasets_saved_are_read_as_it_reads_them(tmp_path
     for row in range(n_rows):
         tokens, _ = stored.load_row(opened, row, length, 60_000)
         assert torch.equal(tokens[0], theirs[row]["input_ids"].long())
+
+
+def test_a_flipped_byte_in_rows_that_bookcorpus_wrote_is_named(tmp_path):
+    folder = Path(save_rows(tmp_path / "rows", torch.arange(64).view(4, 16)))
+    stored.verify_dataset(str(folder))  # another program's have no digests
+    stored.record_corpus(folder, {"tokenizer": "mine", "vocab_size": 64})
+    stored.verify_dataset(str(folder))
+    assert stored.corpus_facts(str(folder)).vocab_size == 64
+    for name in ("state.json", "corpus.json", "data-00000-of-00001.arrow"):
+        content = (folder / name).read_bytes()
+        for place in range(0, len(content), 37):
+            (folder / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+            with pytest.raises(RowsError, match=f"^its file {name} is damaged.*; make it again with bookcorpus.py"):
+                stored.verify_dataset(str(folder))
+        (folder / name).write_bytes(content)
+    (folder / "data-00000-of-00001.arrow").unlink()
+    with pytest.raises(RowsError, match="^its file data-00000-of-00001.arrow is missing; make it again"):
+        stored.verify_dataset(str(folder))
 
 
 def test_rows_stay_in_their_file_until_they_are_read(tmp_path):

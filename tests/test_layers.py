@@ -42,7 +42,7 @@ MAY_IMPORT = {
         "longctx.schema",
         "chunk_linear_cross_entropy",
     ),
-    "data": ("longctx.data", "longctx.errors", "longctx.schema"),
+    "data": ("longctx.data", "longctx.errors", "longctx.schema", "longctx.seal"),
     "runtime": (
         "longctx.runtime",
         "longctx.devices",

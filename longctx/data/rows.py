@@ -5,7 +5,7 @@ programs may bring labels of their own, or masks that say which tokens are to be
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,9 +14,12 @@ import pyarrow.compute as pc
 import torch
 from pyarrow import types
 
+from longctx import seal
 from longctx.errors import RowsError, one_line
 from longctx.schema import Count, Range, decode, read_json
 
+CORPUS = "corpus.json"  # what bookcorpus.py records of rows beside them
+MAKE_AGAIN = "make it again with bookcorpus.py"
 IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch's default
 # Columns of 0 and 1, of which 0 leaves a token out of the loss, as transformers' apply_chat_template and TRL name them.
 # attention_mask has 0 for padding.
@@ -82,6 +85,37 @@ def _read_table(path: str) -> pa.Table:
     if saved._indices_data_files:
         raise RowsError("its rows are in the order of an indices file; save it again after Dataset.flatten_indices()")
     return table
+
+
+def record_corpus(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes corpus.json: what rows were made of, and the seals of all other files that are in their folder."""
+    seals = {name: asdict(of) for name, of in seal.seal(folder, seal.files_in(folder)).items()}
+    (folder / CORPUS).write_bytes(seal.sealed_json(facts | {"seals": seals}, indent=2))
+
+
+def verify_dataset(path: str) -> None:
+    """Compares the files of a dataset that bookcorpus.py wrote with their digests; other datasets have none.
+
+    Raises:
+        RowsError: a byte of them is not what was written.
+    """
+    folder = Path(path)
+    if not (folder / CORPUS).is_file():
+        return
+    try:
+        facts, is_sealed = seal.read_sealed_json((folder / CORPUS).read_bytes())
+        if not is_sealed and "seals" in facts:
+            raise ValueError("its digest is missing")
+    except (OSError, ValueError, RecursionError) as error:
+        raise RowsError(f"its file {CORPUS} is damaged ({one_line(error)}); {MAKE_AGAIN}") from error
+    if not is_sealed:  # what older versions wrote
+        return
+    try:
+        seals = decode(dict[str, seal.Seal], facts["seals"])
+        seal.check_sizes(folder, seals)
+        seal.verify(folder, seals)
+    except (OSError, ValueError, KeyError) as error:
+        raise RowsError(f"{one_line(error)}; {MAKE_AGAIN}") from error
 
 
 def _map_table(file: Path) -> pa.Table:
@@ -151,7 +185,7 @@ def corpus_facts(path: str) -> CorpusFacts | None:
     Raises:
         RowsError: the file is damaged.
     """
-    file = Path(path) / "corpus.json"
+    file = Path(path) / CORPUS
     if not os.path.lexists(file):
         return None
     try:

@@ -58,11 +58,15 @@ def ensure_compiled(job: Job) -> Path:
 
 
 def compile_unless_up_to_date(job: Job, inputs: dict[str, Any]) -> None:
-    if not is_up_to_date(job, inputs):
-        check_compiled_folder(job, inputs)
-        pipeline.compile_plan(job, inputs)
-    else:
+    if is_up_to_date(job, inputs):
+        if not job.trust_gencode:
+            compiled.check_generated(job.compiled_folder)
         torchrun.say(f"compile: {job.compiled_folder} is up to date, reusing it")
+        return
+    check_compiled_folder(job, inputs)
+    if problem := compiled.why_damaged(job.compiled_folder):
+        torchrun.say(f"compile: {job.compiled_folder} is compiled anew, since it is damaged ({problem})")
+    pipeline.compile_plan(job, inputs)
 
 
 def is_up_to_date(job: Job, inputs: dict[str, Any]) -> bool:
