@@ -57,6 +57,13 @@ def check_outputs(asked: Merge, found: Checkpoint) -> None:
         output = getattr(asked, name)
         if output is not None and (problem := why_not_new(output)):
             raise UserError(f"--{name} {output}: {problem}; choose another name")
+    if asked.output_fname is not None and asked.hf_dir is not None:
+        file, folder = asked.output_fname.resolve(), asked.hf_dir.resolve()
+        if file == folder or file in folder.parents or folder in file.parents:
+            raise UserError(
+                f"--hf_dir {asked.hf_dir}: it is the place of --output_fname {asked.output_fname}, or one would be "
+                "inside the other; name two places apart"
+            )
     if found.merged and asked.output_fname is not None:
         raise UserError(f"--ckpt_dir {found.path}: it is merged already; leave out --output_fname")
     if asked.output_fname is None and not exports_hf(found):

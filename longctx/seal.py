@@ -142,9 +142,10 @@ def verify(folder: Path, seals: Mapping[str, Seal]) -> None:
         ValueError: a file can't be read, or differs; the message begins with the name of the first.
     """
     can = {name: expected for name, expected in seals.items() if _algorithm(expected) in HASHERS}
+    what = folder / next(iter(seals)) if len(seals) == 1 else folder
     for algorithm in sorted({_algorithm(expected) for expected in seals.values()} - HASHERS.keys()):
         why = f"they are {algorithm}'s; pip install xxhash" if algorithm else "it was written before there were any"
-        torchrun.say(f"verify: {folder} is used without comparing digests: {why}")
+        torchrun.say(f"verify: {what} is used without comparing digests: {why}")
     total = sum(expected.bytes for expected in can.values())
     with _progress(total, f"verifying {folder.name}") as bar, ThreadPoolExecutor(THREADS) as threads:
         waiting = {name: threads.submit(_problem, folder / name, known, bar.update) for name, known in can.items()}
@@ -212,7 +213,8 @@ def read_sealed_json(content: bytes) -> tuple[dict[str, Any], bool]:
 
 def append_seal(file: Path) -> None:
     """Appends to a file the digest of what it holds."""
-    tail = f"\nsealed {digest(file)}\n".encode()
+    with _progress(file.stat().st_size, "sealing") as bar:
+        tail = f"\nsealed {digest(file, advance=bar.update)}\n".encode()
     with open(file, "ab") as opened:
         opened.write(tail)
 

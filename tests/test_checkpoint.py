@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -193,7 +194,7 @@ def test_where_the_last_checkpoint_is_gone_and_there_is_no_other_nothing_starts_
 
 
 def test_checkpoints_of_two_engines_do_not_get_into_one_folder(tmp_path):
-    (tmp_path / "merged.ckpt").write_text("")
+    torch.save(merged_entries(), tmp_path / "merged.ckpt")
     write_checkpoint(tmp_path / "checkpoints", "0000-0002", "nnscaler")
     merged = tmp_path / "merged.ckpt"
     sentence = "^the checkpoints in it are the nnscaler engine's, .*; name another folder"
@@ -314,6 +315,102 @@ def test_a_checkpoint_without_all_its_tensors_is_not_whole(tmp_path, name, tenso
     write_shards(path, {"format": 2, **facts}, {name: each for name, each in tensors.items() if each is not None})
     with pytest.raises(CheckpointError, match=f"^the checkpoint 0000-000002 is not whole: {problem}"):
         resume.find(Path("none"), path, "torch", FORMATS, verify=False)
+
+
+def merged_entries() -> dict:
+    """What a merged file of a model of one weight holds, of the format without a digest."""
+    tensors = tensors_of_one_weight()
+    optimizer = {name.removeprefix("optimizer/"): each for name, each in tensors.items() if name.startswith("opt")}
+    state = checkpoint.State(Position(1, 0, 0), 0, 8, 1, 1, {"w": [3]}).to_json()
+    hf = {"config.json": torch.frombuffer(bytearray(b'{"dtype": "float32"}'), dtype=torch.uint8)}
+    return {"model": {"w": tensors["model/w"]}, "optimizer": optimizer, "state": json.dumps(state), "hf": hf}
+
+
+@pytest.mark.parametrize(
+    "name", ["../x", "/tmp/x", "a/../../x", "..", "", "a//b", "./a", "C:/x", "a\\..\\x", "a\0b", 3]
+)
+def test_a_merged_file_can_not_write_outside_of_the_hugging_face_folder(tmp_path, name):
+    entries = merged_entries()
+    entries["hf"][name] = torch.zeros(1, dtype=torch.uint8)
+    torch.save(entries, tmp_path / "merged.ckpt")
+    with pytest.raises(UserError, match="^--ckpt_dir .*: it is no merged checkpoint .it has a file named .*; make one"):
+        ckpt_merger.main(["--ckpt_dir", str(tmp_path / "merged.ckpt"), "--hf_dir", str(tmp_path / "hf")])
+    assert os.listdir(tmp_path) == ["merged.ckpt"]
+
+
+@pytest.mark.parametrize(
+    ("bend", "problem"),
+    [
+        (lambda entries: entries["model"].clear(), "its tensor model/w is missing"),
+        (
+            lambda entries: entries["model"].update(w=torch.ones(2)),
+            "its tensor model/w has the shape .2. instead of .3.",
+        ),
+        (lambda entries: entries["optimizer"].pop("w/exp_avg"), "its tensor optimizer/w/exp_avg is missing"),
+        (lambda entries: entries.update(hf={"x": torch.ones(2)}), "its file x has no bytes"),
+        (lambda entries: entries.update(state="3"), "it is no merged checkpoint"),
+    ],
+)
+def test_a_merged_file_that_does_not_hold_all_it_should_is_refused(tmp_path, bend, problem):
+    entries = merged_entries()
+    torch.save(entries, tmp_path / "merged.ckpt")
+    assert checkpoint.read(tmp_path / "merged.ckpt", FORMATS).state.position.step == 1
+    bend(entries)
+    torch.save(entries, tmp_path / "merged.ckpt")
+    with pytest.raises(CheckpointError, match=problem):
+        checkpoint.read(tmp_path / "merged.ckpt", FORMATS)
+
+
+@pytest.mark.parametrize("dtype", ["load", "int64", 3, "float8_e4m3fn"])
+def test_a_dtype_of_which_no_weights_are_is_refused_and_nothing_is_written(tmp_path, dtype):
+    entries = merged_entries()
+    content = json.dumps({"dtype": dtype}).encode()
+    entries["hf"]["config.json"] = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    torch.save(entries, tmp_path / "merged.ckpt")
+    with pytest.raises(UserError, match="^--ckpt_dir .*: its config.json has the dtype .*, of which no weights are"):
+        ckpt_merger.main(["--ckpt_dir", str(tmp_path / "merged.ckpt"), "--hf_dir", str(tmp_path / "hf")])
+    assert os.listdir(tmp_path) == ["merged.ckpt"]
+
+
+@pytest.mark.parametrize(("file", "folder"), [("x", "x"), ("x/merged", "x"), ("x", "x/hf"), ("x", "y/../x")])
+def test_two_outputs_in_one_place_are_refused_before_either_is_written(tmp_path, file, folder):
+    write_checkpoint(tmp_path / "checkpoints", "0000-000001")
+    outputs = ["--output_fname", str(tmp_path / file), "--hf_dir", str(tmp_path / folder)]
+    with pytest.raises(UserError, match="^--hf_dir .*: it is the place of --output_fname .*; name two places apart"):
+        ckpt_merger.main(["--ckpt_dir", str(tmp_path / "checkpoints"), *outputs])
+    assert os.listdir(tmp_path) == ["checkpoints"]
+
+
+def test_checkpoints_and_merged_files_without_digests_are_used_and_that_is_said(tmp_path, capsys):
+    path = write_checkpoint(tmp_path, "0000-000001")
+    facts = json.loads((path / "checkpoint.json").read_text())
+    del facts["digest"]
+    facts |= {"format": 1, "files": {name: {"bytes": of["bytes"]} for name, of in facts["files"].items()}}
+    (path / "checkpoint.json").write_text(json.dumps(facts))
+    assert resume.find(tmp_path, None, "torch", FORMATS) == path
+    assert f"verify: {path} is used without comparing digests: it was written before" in capsys.readouterr().out
+    torch.save(merged_entries(), tmp_path / "merged.ckpt")
+    assert resume.find(Path("none"), tmp_path / "merged.ckpt", "torch", FORMATS) == tmp_path / "merged.ckpt"
+    assert f"verify: {tmp_path}/merged.ckpt is used without comparing digests" in capsys.readouterr().out
+
+
+def test_a_merged_file_holds_what_the_shards_hold_and_memory_one_tensor_at_a_time(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path, "0000-000001")
+    alive = weakref.WeakSet()
+    read = merge._read_tensor
+
+    def read_alone(*args):
+        assert not alive
+        tensor = read(*args)
+        alive.add(tensor)
+        return tensor
+
+    monkeypatch.setattr(merge, "_read_tensor", read_alone)
+    merge.merge(checkpoint.read(path, FORMATS), tmp_path / "merged.ckpt")
+    found = torch.load(tmp_path / "merged.ckpt", weights_only=True)
+    for name, tensor in tensors_of_one_weight().items():
+        kind, own_name = name.split("/", 1)
+        assert kind == "random" or torch.equal(found[kind][own_name], tensor)
 
 
 @pytest.mark.parametrize("number", ["-1", "1.5", '"1"', "NaN", "9"])

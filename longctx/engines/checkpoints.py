@@ -7,6 +7,7 @@ from longctx.runtime import checkpoint, merge
 FORMATS: checkpoint.Formats = {
     TORCH: checkpoint.CheckpointFormat(
         mark=checkpoint.STATE,
+        shards="*.distcp",
         read_state=checkpoint.read_state,
         check=checkpoint.check,
         check_folder=checkpoint.check_last,

@@ -46,8 +46,13 @@ def _hub_config(model_id: str) -> PreTrainedConfig:
 
 def _read_config(model_id: str) -> PreTrainedConfig:
     try:
-        config = AutoConfig.from_pretrained(model_id)
+        config = AutoConfig.from_pretrained(model_id, trust_remote_code=False)
     except Exception as error:  # not JSON, no model type, values of a wrong type or that contradict each other
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                "it is made of Python files of its own, which this program does not run; choose a model that "
+                "transformers has the code of"
+            ) from error
         raise ModelError(f"its configuration can't be loaded: {one_line(error)}") from error
     if type(config) not in AutoModelForCausalLM._model_mapping:
         raise ModelError(f"a {config.model_type!r} model is no causal language model")

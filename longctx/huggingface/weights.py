@@ -419,7 +419,7 @@ TOKENIZER_FILES = (
 def check_hf_files(model_id: str) -> None:
     """Raises a ModelError if a folder's tokenizer or generation configuration can't be read, and so not be saved."""
     names = sorted(os.listdir(model_id)) if os.path.isdir(model_id) else []
-    for kind, patterns in ((AutoTokenizer, TOKENIZER_FILES), (GenerationConfig, (GENERATION,))):
+    for load, patterns in ((load_tokenizer, TOKENIZER_FILES), (GenerationConfig.from_pretrained, (GENERATION,))):
         found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
         what = f"its {' and '.join(found[:2])} can't be read"
         advice = "download the model again, or remove what is damaged to train without"
@@ -427,9 +427,14 @@ def check_hf_files(model_id: str) -> None:
             raise ModelError(f"its {lost[0]} is no file; {advice}")
         try:
             if found:
-                kind.from_pretrained(model_id)
+                load(model_id)
         except Exception as error:  # of whichever library reads it
             raise ModelError(f"{what} ({one_line(error)}); {advice}") from error
+
+
+def load_tokenizer(model_id: str) -> Any:
+    """A model's tokenizer. One that is Python of its own, which transformers would ask to run, is refused."""
+    return AutoTokenizer.from_pretrained(model_id, trust_remote_code=False)
 
 
 def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None:
@@ -440,7 +445,7 @@ def save_hf_files(model_id: str, config: PreTrainedConfig, folder: Path) -> None
         delattr(config, "quantization_config")
     config.save_pretrained(folder)
     with suppress(Exception):  # the model has none, and can be trained without; check_hf_files refuses a damaged one
-        AutoTokenizer.from_pretrained(model_id).save_pretrained(folder)
+        load_tokenizer(model_id).save_pretrained(folder)
     with suppress(Exception):  # copied: transformers reads some that it refuses to write
         if file := cached_file(model_id, GENERATION, _raise_exceptions_for_missing_entries=False):
             shutil.copyfile(file, folder / GENERATION)

@@ -111,6 +111,7 @@ class CheckpointFormat:
 
     Attributes:
         mark: the file that a checkpoint folder of this engine has, and of no other.
+        shards: a pattern of files that it also has, by which it is known when the mark is lost.
         read_state: a folder -> its State. It raises a ValueError for a folder that files tell is not whole.
         check: (folder, whether to compare digests) raises a ValueError for a folder that is not what was written.
         check_folder: raises a CheckpointFolderError for what saving to a folder of checkpoints would destroy.
@@ -120,6 +121,7 @@ class CheckpointFormat:
     """
 
     mark: str
+    shards: str
     read_state: Callable[[Path], State]
     check: Callable[[Path, bool], None]
     check_folder: Callable[[Path], None]
@@ -376,11 +378,6 @@ def check_tensors(
             raise ValueError(f"its tensor {name} is of {dtype}")
 
 
-def verify_merged(path: Path) -> None:
-    """Raises a ValueError unless a merged file is what was written."""
-    seal.verify(path.parent, {path.name: seal.appended_seal(path) or seal.Seal(path.stat().st_size)})
-
-
 def read_manifest(path: Path) -> tuple[State, dict[str, seal.Seal]]:
     """What checkpoint.json says: the state, and the seal of every other file by its name.
 
@@ -421,6 +418,19 @@ def _read_merged(path: Path, formats: Formats) -> Checkpoint:
     return Checkpoint(path, state, merged=merged)
 
 
+def check_merged(path: Path, formats: Formats, compare_digest: bool) -> None:
+    """Raises a CheckpointError unless a merged file is what was written and holds all it should."""
+    sealed = seal.appended_seal(path)
+    try:
+        if compare_digest and sealed:
+            seal.verify(path.parent, {path.name: sealed})
+    except ValueError as error:
+        raise CheckpointError(f"{error}; make it again with ckpt_merger.py") from error
+    _read_merged(path, formats)  # which refuses one that has lost its digest
+    if compare_digest and not sealed:
+        seal.verify(path.parent, {path.name: seal.Seal(path.stat().st_size)})  # which says that there is none
+
+
 def check_hf_file(name: Any, content: Any) -> None:
     """Raises a ValueError unless a file in 'hf' of a merged file has bytes, and a name that stays in its folder."""
     parts = name.split("/") if type(name) is str else []
@@ -456,15 +466,16 @@ def load(checkpoint: Checkpoint, model: ParallelModel, optimizer: torch.optim.Op
             load_slice(tensor, checkpoint.merged[kind][own_name].__getitem__)
         return
     same_ranks = (state.world_size, state.plan_ngpus) == (dist.get_world_size(), model.plan_size)
-    stored = ClosedReader(checkpoint.path).read_metadata().state_dict_metadata
+    reader = ClosedReader(checkpoint.path)
+    stored = reader.read_metadata().state_dict_metadata
     random = _random_state(model.mesh.device_type) if same_ranks else {}
     random = {name: value for name, value in random.items() if name in stored}  # a run on CPUs has none of a GPU
-    read_shards(checkpoint.path, tensors | random)
+    read_shards(reader, tensors | random)
     for name, value in random.items():
         (torch.cuda if name.endswith("/cuda") else torch).set_rng_state(value)
 
 
-def read_shards(path: Path, tensors: dict[str, torch.Tensor], no_dist: bool = False) -> None:
+def read_shards(reader: ClosedReader, tensors: dict[str, torch.Tensor], no_dist: bool = False) -> None:
     """Fills tensors, by their flat names, from a checkpoint folder; `no_dist`: by this process alone.
 
     Raises:
@@ -474,7 +485,9 @@ def read_shards(path: Path, tensors: dict[str, torch.Tensor], no_dist: bool = Fa
     with warnings.catch_warnings():  # that no_dist means one process is no news
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:
-            dcp.load(tensors, storage_reader=ClosedReader(path), planner=planner, no_dist=no_dist)
+            dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
         except CheckpointException as error:
             rank, (problem, _) = next(iter(error.failures.items()))
-            raise not_whole(path, f"its tensors can't be read on rank {rank} ({one_line(problem)})") from error
+            raise not_whole(
+                Path(reader.path), f"its tensors can't be read on rank {rank} ({one_line(problem)})"
+            ) from error

@@ -1,28 +1,29 @@
 """Merging: a checkpoint's shards -> one file for torch.load, or a folder for AutoModelForCausalLM.from_pretrained.
 
-Memory stays bounded, however large the model: tensors are mapped, or one file's are held at a time.
+Memory holds one tensor at a time, however large the model: a file is laid out first, then each tensor is written to its
+place. A merged file that is read is mapped.
 """
 
+import errno
 import json
-import mmap
+import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any, BinaryIO
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch._subclasses import FakeTensorMode
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from tqdm import tqdm
 
 from longctx.atomic import whole_file, whole_folder
-from longctx.errors import NoRoom, one_line
-from longctx.runtime.checkpoint import FORMAT, HF_ENTRY, STATE_ENTRY, Checkpoint, read_shards
+from longctx.errors import CheckpointError, NoRoom, one_line
+from longctx.runtime.checkpoint import FORMAT, HF_ENTRY, STATE_ENTRY, Checkpoint, State, read_shards
 from longctx.runtime.storage import ClosedReader
 from longctx.seal import append_seal
 
@@ -30,55 +31,96 @@ from longctx.seal import append_seal
 
 
 def merge(checkpoint: Checkpoint, output: Path) -> None:
-    """A checkpoint folder's shards -> a merged file.
-
-    The file is laid out with room for every tensor, then mapped, and the shards are read into the map.
+    """A checkpoint folder's shards -> a merged file, sealed.
 
     Raises:
         NoRoom: the disk has no room for it.
+        CheckpointError: the shards can't be read.
     """
-    path = checkpoint.path
-    with whole_file(output) as aside:
-        with FakeTensorMode():
-            hf = {name: torch.empty(len(content), dtype=torch.uint8) for name, content in _hf_bytes(path / "hf")}
-            state = json.dumps({"format": FORMAT, **checkpoint.state.to_json()})
-            entries = {"model": {}, "optimizer": {}, STATE_ENTRY: state, HF_ENTRY: hf}
-            for kind, name, size, dtype in _stored_tensors(path, ("model", "optimizer")):
-                entries[kind][name] = torch.empty(size, dtype=dtype)
-        try:
-            with _layout_only():
-                torch.save(entries, aside)
-            _reserve(aside)
-        except (OSError, RuntimeError) as error:  # torch.save's of a full disk is a RuntimeError
-            raise _no_room(error) from error
-        with torch.serialization.set_default_mmap_options(mmap.MAP_SHARED):
-            mapped = torch.load(aside, mmap=True, weights_only=True)
-        for name, content in _hf_bytes(path / "hf"):
-            mapped[HF_ENTRY][name].copy_(_as_tensor(content))
-        for kind in ("model", "optimizer"):
-            for name, tensor in tqdm(mapped[kind].items(), desc=f"merging {kind}", unit="tensor"):
-                read_shards(path, {f"{kind}/{name}": tensor}, no_dist=True)
-        del mapped, tensor  # and with them the map, so that all of it is in the file
+    reader, hf = ClosedReader(checkpoint.path), dict(_hf_bytes(checkpoint.path / "hf"))
+    stored = {name: facts for name, facts in _stored_tensors(reader) if name.startswith(("model/", "optimizer/"))}
+    with whole_file(output) as aside, _saying_no_room():
+        _lay_out(aside, _fake_entries(checkpoint.state, hf, stored))
+        places = _places(aside)
+        with open(aside, "r+b") as file:
+            for name, content in hf.items():
+                _write(file, places[f"{HF_ENTRY}/{name}"], _as_tensor(content))
+            for name, facts in tqdm(stored.items(), desc="merging", unit="tensor"):
+                _write(file, places[name], _read_tensor(reader, name, facts))
         append_seal(aside)
 
 
-@contextmanager
-def _layout_only() -> Iterator[None]:
-    """torch.save inside writes the file's structure and leaves holes where the tensors' bytes go, and no checksums."""
+def _fake_entries(
+    state: State, hf: Mapping[str, bytes], stored: Mapping[str, TensorStorageMetadata]
+) -> dict[str, dict[str, torch.Tensor] | str]:
+    """A merged file's entries, of tensors that have no memory."""
+    entries = {"model": {}, "optimizer": {}, STATE_ENTRY: json.dumps({"format": FORMAT, **state.to_json()})}
+    with FakeTensorMode():
+        for name, facts in stored.items():
+            kind, own_name = name.split("/", 1)
+            entries[kind][own_name] = torch.empty(facts.size, dtype=facts.properties.dtype)
+        entries[HF_ENTRY] = {name: torch.empty(len(content), dtype=torch.uint8) for name, content in hf.items()}
+    return entries
+
+
+def _lay_out(file: Path, entries: dict[str, Any]) -> None:
+    """Writes what torch.save would of entries whose tensors are fake: its structure, and holes for their bytes."""
     crc32 = torch.serialization.get_crc32_options()
-    torch.serialization.set_crc32_options(False)
+    torch.serialization.set_crc32_options(False)  # of bytes that are not there yet
     try:
         with torch.serialization.skip_data(materialize_fake_tensors=True):
-            yield
+            torch.save(entries, file)
+    except RuntimeError as error:  # what a full disk makes torch raise
+        raise OSError(errno.ENOSPC, one_line(error)) from error
     finally:
         torch.serialization.set_crc32_options(crc32)
+    _reserve(file)
+
+
+def _places(file: Path) -> dict[str, int]:
+    """Where in a file of torch.save's the bytes of each tensor begin, by the name of its entry and its own."""
+    with FakeTensorMode():
+        entries = torch.load(file, weights_only=True)
+    tensors = {
+        f"{kind}/{name}": each for kind in ("model", "optimizer", HF_ENTRY) for name, each in entries[kind].items()
+    }
+    return {name: tensor.untyped_storage()._checkpoint_offset for name, tensor in tensors.items()}
 
 
 def _reserve(file: Path) -> None:
-    """Takes room on the disk for a file's holes: writing to a map for which there is none kills the process."""
+    """Takes room on the disk for a file's holes, before hours of writing to it."""
     if hasattr(os, "posix_fallocate"):  # macOS has none
         with open(file, "r+b") as opened:
             os.posix_fallocate(opened.fileno(), 0, file.stat().st_size)
+
+
+def _write(file: BinaryIO, place: int, tensor: torch.Tensor) -> None:
+    file.seek(place)
+    file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+
+
+def _read_tensor(reader: ClosedReader, name: str, facts: TensorStorageMetadata) -> torch.Tensor:
+    """One tensor, whole, from a checkpoint's shards."""
+    tensor = torch.empty(facts.size, dtype=facts.properties.dtype)
+    read_shards(reader, {name: tensor}, no_dist=True)
+    return tensor
+
+
+def _stored_tensors(reader: ClosedReader) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    for name, facts in reader.read_metadata().state_dict_metadata.items():
+        assert isinstance(facts, TensorStorageMetadata), "ClosedReader refuses all else"
+        yield name, facts
+
+
+@contextmanager
+def _saying_no_room() -> Iterator[None]:
+    """Raises a NoRoom for a disk that is full, or a file that would be larger than it may be."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise NoRoom(f"there is no room for it ({one_line(error)}); make some, or choose another disk") from error
 
 
 def hf_entry(save_hf_files: Callable[[Path], None]) -> dict[str, torch.Tensor]:
@@ -107,54 +149,81 @@ def export_hf(checkpoint: Checkpoint, hf_dir: Path) -> None:
 
     Raises:
         NoRoom: the disk has no room for it.
+        CheckpointError: the shards can't be read, or the configuration names no dtype.
     """
-    path, merged = checkpoint.path, checkpoint.merged
-    with whole_folder(hf_dir) as aside:
-        if merged is None:
-            shutil.copytree(path / "hf", aside, dirs_exist_ok=True)
-            sizes = {name: size for _, name, size, _ in _stored_tensors(path, ("model",))}
-        else:
-            for name, content in merged[HF_ENTRY].items():
-                (aside / name).parent.mkdir(parents=True, exist_ok=True)
-                (aside / name).write_bytes(content.numpy().tobytes())
-            sizes = {name: tensor.shape for name, tensor in merged["model"].items()}
-        dtype = getattr(torch, _config_dtype(aside / "config.json"))
+    sizes, read = _weights(checkpoint)
+    with whole_folder(hf_dir) as aside, _saying_no_room():
+        _write_hf_files(checkpoint, aside)
+        dtype = _config_dtype(aside / "config.json")
         split = split_torch_state_dict_into_shards(
             {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
         )
-        for file, names in tqdm(split.filename_to_tensors.items(), desc="writing safetensors", unit="file"):
-            tensors = merged["model"] if merged else _read_weights(path, {name: sizes[name] for name in names})
-            named = {name: tensors[name].to(dtype) for name in names}
-            try:
-                save_file(named, aside / file, metadata={"format": "pt"})
-            except SafetensorError as error:
-                raise _no_room(error) from error
+        with tqdm(total=len(sizes), desc="writing safetensors", unit="tensor") as bar:
+            for file, names in split.filename_to_tensors.items():
+                places = lay_out_safetensors(aside / file, {name: sizes[name] for name in names}, dtype)
+                with open(aside / file, "r+b") as opened:
+                    for name in names:
+                        _write(opened, places[name], read(name).to(dtype))
+                        bar.update()
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
             (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
-def _read_weights(path: Path, sizes: dict[str, torch.Size]) -> dict[str, torch.Tensor]:
-    tensors = {name: torch.empty(size, dtype=torch.float32) for name, size in sizes.items()}
-    read_shards(path, {f"model/{name}": tensor for name, tensor in tensors.items()}, no_dist=True)
-    return tensors
+def _weights(checkpoint: Checkpoint) -> tuple[dict[str, torch.Size], Callable[[str], torch.Tensor]]:
+    """The sizes of all weights by name, and what reads one of them whole."""
+    if checkpoint.merged:
+        weights = checkpoint.merged["model"]
+        return {name: tensor.shape for name, tensor in weights.items()}, weights.__getitem__
+    reader = ClosedReader(checkpoint.path)
+    prefix = "model/"
+    stored = {name.removeprefix(prefix): facts for name, facts in _stored_tensors(reader) if name.startswith(prefix)}
+    sizes = {name: facts.size for name, facts in stored.items()}
+    return sizes, lambda name: _read_tensor(reader, prefix + name, stored[name])
 
 
-def _config_dtype(config: Path) -> str:
-    facts = json.loads(config.read_text())
-    return facts.get("dtype") or facts.get("torch_dtype") or "bfloat16"
+def _write_hf_files(checkpoint: Checkpoint, folder: Path) -> None:
+    """Writes a checkpoint's configuration and tokenizer to a folder; `read` has refused names that would leave it."""
+    if checkpoint.merged is None:
+        shutil.copytree(checkpoint.path / "hf", folder, dirs_exist_ok=True)
+        return
+    for name, content in checkpoint.merged[HF_ENTRY].items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content.numpy().tobytes())
 
 
-# --- both ------------------------------------------------------------------------------------------------------------
+def _config_dtype(config: Path) -> torch.dtype:
+    """The dtype of the weights that a config.json speaks of."""
+    try:
+        facts = json.loads(config.read_text())
+        name = facts.get("dtype") or facts.get("torch_dtype") or "bfloat16"
+    except (OSError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"its config.json can't be read ({one_line(error)}); name another checkpoint") from error
+    dtype = next((dtype for dtype in SAFETENSORS_NAMES if str(dtype) == f"torch.{name}"), None)
+    if dtype is None:
+        raise CheckpointError(
+            f"its config.json has the dtype {name!r:.40}, of which no weights are; name another checkpoint"
+        )
+    return dtype
 
 
-def _stored_tensors(path: Path, kinds: tuple[str, ...]) -> Iterator[tuple[str, str, torch.Size, torch.dtype]]:
-    """(kind, name, size, dtype) of every tensor of these kinds in a checkpoint folder."""
-    for key, facts in ClosedReader(path).read_metadata().state_dict_metadata.items():
-        kind, name = key.split("/", 1)
-        if kind in kinds and isinstance(facts, TensorStorageMetadata):
-            yield kind, name, facts.size, facts.properties.dtype
+SAFETENSORS_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def _no_room(error: Exception) -> NoRoom:
-    return NoRoom(f"there is no room for it ({one_line(error)}); make some, or choose another disk")
+def lay_out_safetensors(file: Path, sizes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, int]:
+    """Writes a file of safetensors (https://github.com/huggingface/safetensors, 'Format') but for the tensors' bytes.
+
+    Returns:
+        Where the bytes of each tensor begin.
+    """
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, size in sizes.items():
+        begin, end = end, end + math.prod(size) * dtype.itemsize
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(size), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    text = text.ljust(-(-len(text) // 8) * 8)
+    with open(file, "wb") as opened:
+        opened.write(len(text).to_bytes(8, "little") + text)
+        opened.truncate(8 + len(text) + end)
+    _reserve(file)
+    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in sizes}

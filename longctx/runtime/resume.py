@@ -19,10 +19,10 @@ from longctx.runtime.checkpoint import (
     Checkpoint,
     CheckpointFormat,
     Formats,
+    check_merged,
     name_when_saved,
     not_whole,
     read,
-    verify_merged,
 )
 from longctx.runtime.rendezvous import fresh_store
 
@@ -47,13 +47,13 @@ def find_resume(job: Job, n_rows: int, formats: Formats) -> Checkpoint | None:
     return replace(checkpoint, origin=checkpoint.state.id if is_named else checkpoint.state.origin)
 
 
-def found_by_rank_zero(find: Callable[[], Path | None]) -> Path | None:
+def found_by_rank_zero(search: Callable[[], Path | None]) -> Path | None:
     """What rank 0 finds. Where its search ends in an error, torchrun ends the ranks that wait for it here."""
     if torchrun.world_size() == 1:
-        return find()
+        return search()
     store, key = fresh_store(), "found"
     if torchrun.rank() == 0:
-        store.set(key, str(find() or ""))
+        store.set(key, str(search() or ""))
     store.wait([key], SEARCH_TIMEOUT)
     found = store.get(key).decode()
     return Path(found) if found else None
@@ -88,7 +88,8 @@ def find(
         if own := _find_own(checkpoint_dir, resume_path, form, formats, verify):
             return own
         if resume_path.is_file():
-            return _verified_file(resume_path, verify)
+            check_merged(resume_path, formats, verify)
+            return resume_path
     path = resume_path or checkpoint_dir
     if found := _checkpoint_in(path, form, verify):
         return found
@@ -112,7 +113,8 @@ def find_stored(path: Path, formats: Formats, verify: bool = True) -> Path:
         CheckpointError: there is none, or none is whole.
     """
     if path.is_file():
-        return _verified_file(path, verify)
+        check_merged(path, formats, verify)
+        return path
     for form in formats.values():
         if found := _checkpoint_in(path, form, verify):
             return found
@@ -154,16 +156,6 @@ def _origin_of(path: Path, form: CheckpointFormat) -> str | None:
         return form.read_state(path).origin
     except ValueError:
         return None
-
-
-def _verified_file(path: Path, verify: bool) -> Path:
-    """A merged file, whose digest is compared if `verify`."""
-    try:
-        if verify:
-            verify_merged(path)
-    except ValueError as error:
-        raise CheckpointError(f"{error}; make it again with ckpt_merger.py") from error
-    return path
 
 
 def _engine_of_any(folder: Path, formats: Formats) -> str | None:
@@ -225,10 +217,15 @@ def _newest_first(folder: Path, form: CheckpointFormat) -> list[Path]:
     last = _last_name(folder, form)
     for path in folder.iterdir() if folder.is_dir() else ():
         name = LAST if path.name == LAST and not path.is_symlink() else name_when_saved(path.name)
-        if name and (path / form.mark).is_file() and not (path / form.mark).is_symlink():
+        if name and not (path / form.mark).is_symlink() and _is_of(path, form):
             epoch, step = (0, 0) if name == LAST else map(int, name.split("-"))
             found.append((_serial(path, form), name in (LAST, last), step, epoch, path.name == name, path))
     return [path for *_, path in sorted(found, reverse=True)]
+
+
+def _is_of(path: Path, form: CheckpointFormat) -> bool:
+    """Whether a folder is a checkpoint of this format, though it may have lost files."""
+    return (path / form.mark).is_file() or any(path.glob(form.shards))
 
 
 def _serial(path: Path, form: CheckpointFormat) -> float:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -23,8 +24,8 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-from longctx.errors import one_line
-from longctx.seal import Hashing, Seal, files_in, seal, sealed_json
+from longctx.errors import CheckpointError, one_line
+from longctx.seal import Hashing, Seal, check_sizes, files_in, seal, sealed_json
 
 # --- writing -------------------------------------------------------------------------------------------------------
 
@@ -80,9 +81,21 @@ class SealedWriter(FileSystemWriter):
         folder = Path(self.path)
         seals = {name: of for rank in ranks for name, of in rank.seals.items()}
         others = [name for name in files_in(folder) if name not in {*seals, self.manifest}]
+        check_visible(folder, seals)
         seals |= seal(folder, others)
         files = {name: asdict(seals[name]) for name in sorted(seals)}
         (folder / self.manifest).write_bytes(sealed_json({**self.facts(), "files": files}))
+
+
+def check_visible(folder: Path, seals: dict[str, Seal]) -> None:
+    """Raises a CheckpointError unless this rank sees all that others have written."""
+    try:
+        check_sizes(folder, seals)
+    except ValueError as error:
+        raise CheckpointError(
+            f"rank 0 does not see what another rank has written to {folder.parent} ({error}); name a folder that all "
+            "nodes share"
+        ) from error
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -97,19 +110,21 @@ class ClosedReader(FileSystemReader):
     """
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """DCP's description of the tensors: where in which file each chunk is.
+        """DCP's description of the tensors: where in which file each chunk is. It is read once.
 
         Raises:
             ValueError: `.metadata` is damaged, or holds what this program does not write.
         """
+        return self._metadata
+
+    @cached_property
+    def _metadata(self) -> Metadata:
         try:
             with open(Path(self.path) / ".metadata", "rb") as file:
                 root = _Unpickler(file).load()
-            metadata = _as_metadata(root, Path(self.path))
+            return _as_metadata(root, Path(self.path))
         except Exception as error:  # whatever a damaged pickle makes Python raise
             raise ValueError(f"its file .metadata is damaged ({one_line(error)})") from error
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
 
 
 class _Record:
@@ -168,7 +183,7 @@ def _as_metadata(root: Any, folder: Path) -> Metadata:
         for chunk in tensor.chunks:
             if MetadataIndex(name, chunk.offsets) not in storage:
                 raise ValueError(f"a part of {name} is nowhere")
-    return Metadata(tensors, storage_data=storage, version=facts.get("version"))
+    return Metadata(tensors, storage_data=storage, storage_meta=StorageMeta(), version=facts.get("version"))
 
 
 def _as_tensor(record: Any) -> TensorStorageMetadata:

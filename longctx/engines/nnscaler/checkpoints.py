@@ -151,6 +151,7 @@ def as_nnscaler(merged: dict[str, Any], names: list[str], precision: str, versio
 
 FORMAT = CheckpointFormat(
     mark=FIRST_SHARD,
+    shards="*.ckpt",
     read_state=read_state,
     check=check,
     check_folder=check_folder,
