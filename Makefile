@@ -1,7 +1,7 @@
 PYTHON ?= python3
 VENV_BIN := .venv/bin
 
-.PHONY: demo test check examples format clean
+.PHONY: demo test torture check examples format clean
 .DEFAULT_GOAL := test
 
 # Trains a small Llama-3 from books to a merged model; prints each command as it runs it.
@@ -11,6 +11,10 @@ demo: .venv
 # In the order of their names files of a few long tests don't come last, when one process would work alone.
 test: check
 	$(VENV_BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
+
+# Kills, starves and damages runs thousands of times, which takes long, and prints what became of them.
+torture: .venv
+	PYTHONPATH=.:tests:examples/shakespeare $(VENV_BIN)/python -m tests.torture
 
 check: .venv
 	$(VENV_BIN)/ruff check .
