@@ -1,11 +1,17 @@
 """metrics.jsonl: one line a step, whatever a kill has left of it, and no other run's lines lost."""
 
+import errno
 import json
+import resource
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 from families import random_rows, reference_model, small_config
+from ranks import run_ranks
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.compiler import hardware
@@ -17,7 +23,7 @@ from longctx.data.order import Position
 from longctx.errors import LogError
 from longctx.huggingface.build import build_model
 from longctx.job import Job
-from longctx.runtime.metrics import FlopCount, Step, check_log, metrics_log, step_metrics
+from longctx.runtime.metrics import FlopCount, MetricsLog, Step, check_log, metrics_log, step_metrics
 
 
 def log_steps(folder: Path, first_step: int, last_step: int) -> None:
@@ -77,6 +83,59 @@ def test_a_folder_called_metrics_jsonl_is_refused(tmp_path, resuming):
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(LogError, match="metrics.jsonl is no file"):
         check_log(tmp_path, resuming)
+
+
+def write_step(log: MetricsLog, step: int) -> None:
+    job = Job(model_id="any", sequence_length=8, runtime_ngpus=1, name="any")
+    taken = Step(Position(step), rows=[0], learning_rate=1.0, loss=1.0, grad_norm=1.0, seconds=1.0)
+    log.write(step_metrics(taken, job, FlopCount(1.0, 1.0, None)))
+
+
+def log_on_a_full_disk_on_rank(folder: Path) -> None:
+    """Files can't grow beyond the middle of the line of step 3; then they can, and then not again."""
+    first = {"step": 1, "padding": "x" * 100_000}  # what else the process writes is smaller
+    (folder / "metrics.jsonl").write_text(json.dumps(first) + "\n")
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    with metrics_log(folder, 1, 7) as log:
+        for step in range(1, 7):
+            limit = 100_400 if step in (2, 3, 6) else resource.RLIM_INFINITY
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            write_step(log, step)
+    check_log(folder, resuming=True)
+
+
+def test_a_full_disk_costs_lines_of_the_log_and_no_step_and_is_said_once(tmp_path, capfd):
+    run_ranks(1, log_on_a_full_disk_on_rank, tmp_path, start_method="fork")
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 5, 6]
+    said = capfd.readouterr().out.count(
+        "run: metrics.jsonl can't be written ([Errno 27] File too large); training goes"
+    )
+    assert said == 1
+
+
+def test_an_error_of_tensorboards_thread_ends_no_training_and_is_said_once(tmp_path, monkeypatch, capfd):
+    def full(*_) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with metrics_log(tmp_path, 0, 3) as log:
+        monkeypatch.setattr(RecordWriter, "write", full)
+        for step in range(3):
+            write_step(log, step)
+            log.board.file_writer.event_writer._async_writer._worker.join(10)  # its first write ends it
+    said = capfd.readouterr()
+    assert (
+        said.out.count("run: TensorBoard's file can't be written ([Errno 28] No space left on device); training") == 1
+    )
+    assert "Traceback" not in said.err
+    assert steps_in(tmp_path / "metrics.jsonl") == [1, 2, 3]
+
+
+def test_a_log_folder_that_vanishes_ends_no_training_and_is_said_once(tmp_path, capsys):
+    with metrics_log(tmp_path / "run", 0, 3) as log:
+        shutil.rmtree(tmp_path / "run")
+        for step in range(3):
+            write_step(log, step)
+    assert capsys.readouterr().out.count("run: metrics.jsonl can't be written") == 1
 
 
 @pytest.mark.parametrize(("device", "reserved"), [("cpu", None), ("cuda", 3.0)])

@@ -1,21 +1,25 @@
 """What a run says of itself: a progress bar, TensorBoard, one JSON line a step; throughput, MFU and memory."""
 
+import errno
 import itertools
 import json
+import os
 import resource
 import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
 from longctx.atomic import whole_file
 from longctx.data.order import Position
-from longctx.errors import LogError
+from longctx.errors import LogError, one_line
 from longctx.flops import step_flops
 from longctx.job import Job
 
@@ -49,6 +53,8 @@ class StepMetrics:
     mfu_causal: float | None  # of attention what its mask leaves
     peak_memory_gb: float  # this rank's, 1e9 bytes: of tensors on a GPU, of the process on a CPU
     peak_reserved_gb: float | None  # what a GPU's allocator took for those tensors; None on a CPU
+    save_stalled_s: float | None = None  # that training stood still for a checkpoint, between this step and the last
+    save_sealed_s: float | None = None  # that one took to be written whole, if it was done since the step before
 
 
 @dataclass(frozen=True)
@@ -92,26 +98,28 @@ def peak_memory_bytes(device: str) -> int:
 
 @dataclass(frozen=True)
 class MetricsLog:
-    """Where rank 0 reports; `write` takes one step's metrics."""
+    """Where rank 0 reports; `write` takes one step's metrics. What can't be written is said once, and left out."""
 
     bar: tqdm
     board: Any  # a SummaryWriter, which is slow to import
-    lines: TextIO
+    lines: FileIO
+    failed: set[str] = field(default_factory=set)  # what has been said
 
     def write_skipped(self, position: Position, rows: list[int]) -> None:
         """Reports rows of the step from `position` that are left out."""
         number = position.step + 1
-        self.lines.write(json.dumps({"step": number, "epoch": position.epoch, "skipped_rows": rows}) + "\n")
-        self.lines.flush()
+        with self.leaving_out(METRICS):
+            append_line(self.lines, json.dumps({"step": number, "epoch": position.epoch, "skipped_rows": rows}))
         self.bar.write(f"step {number}: rows {', '.join(map(str, rows))} of the dataset are left out")
         self.bar.update(number - self.bar.n)
 
     def write(self, metrics: StepMetrics) -> None:
-        self.lines.write(json.dumps(asdict(metrics)) + "\n")
-        self.lines.flush()
-        for name, value in asdict(metrics).items():
-            if name != "step" and value is not None:
-                self.board.add_scalar(f"train/{name}", value, metrics.step)
+        with self.leaving_out(METRICS):
+            append_line(self.lines, json.dumps(asdict(metrics)))
+        with self.leaving_out("TensorBoard's file"):
+            for name, value in asdict(metrics).items():
+                if name != "step" and value is not None:
+                    self.board.add_scalar(f"train/{name}", value, metrics.step)
         mfu = {} if metrics.mfu is None else {"mfu": f"{metrics.mfu:.1%}", "causal": f"{metrics.mfu_causal:.1%}"}
         shown = {
             "loss": f"{metrics.loss:.4f}",
@@ -122,6 +130,33 @@ class MetricsLog:
         }
         self.bar.set_postfix(shown, refresh=False)
         self.bar.update(metrics.step - self.bar.n)
+
+    @contextmanager
+    def leaving_out(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if name not in self.failed:
+                self.bar.write(f"run: {name} can't be written ({one_line(error)}); training goes on without it")
+            self.failed.add(name)
+
+
+def append_line(file: FileIO, line: str) -> None:
+    """Appends a whole line, or nothing.
+
+    Raises:
+        OSError: it can't be written, or the file is in no folder any more.
+    """
+    if os.fstat(file.fileno()).st_nlink == 0:
+        raise FileNotFoundError(errno.ENOENT, "it has been removed")
+    end = file.seek(0, os.SEEK_END)
+    rest = memoryview(f"{line}\n".encode())
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+    except OSError:
+        file.truncate(end)
+        raise
 
 
 METRICS = "metrics.jsonl"
@@ -165,11 +200,28 @@ def metrics_log(folder: Path, first_step: int, total_steps: int) -> Iterator[Met
         drop_steps_after(first_step, file)
     bar = tqdm(initial=first_step, total=total_steps, unit="step", desc="training", dynamic_ncols=True)
     board = SummaryWriter(str(folder), purge_step=first_step + 1)
-    with bar, file.open("a") as lines:
+    with bar, file.open("ab", buffering=0) as lines, _without_tensorboards_tracebacks():
         try:
             yield MetricsLog(bar, board, lines)
         finally:
-            board.close()
+            with suppress(OSError):
+                board.close()
+
+
+@contextmanager
+def _without_tensorboards_tracebacks() -> Iterator[None]:
+    """TensorBoard's thread hands its errors to whoever writes next, which is enough: they are no traceback's matter."""
+    before = threading.excepthook
+
+    def hook(error: threading.ExceptHookArgs) -> None:
+        if not (type(error.thread).__module__.startswith("tensorboard.") and isinstance(error.exc_value, OSError)):
+            before(error)
+
+    threading.excepthook = hook
+    try:
+        yield
+    finally:
+        threading.excepthook = before
 
 
 def drop_steps_after(last_step: int, file: Path) -> None:
