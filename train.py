@@ -29,7 +29,7 @@ Where to look, in longctx/:
     a loss that is not finite (NaN)            runtime/trainer.py: check_finite, roll_back
     signals, hangs, two runs on one folder     runtime/watch.py; runtime/lock.py: sole_run
     the order of the rows                      data/order.py: epoch_order
-    checkpoints, and what a run resumes        runtime/checkpoint.py: save; runtime/resume.py: find_resume
+    checkpoints, and what a run resumes        runtime/saving.py: Saver; runtime/resume.py: find_resume
     throughput and MFU                         runtime/metrics.py: step_metrics
 """
 

@@ -120,6 +120,10 @@ class CheckpointFolderError(CheckpointError):
     """Checkpoints can't be written to a folder without harm to what is there."""
 
 
+class SaveError(CheckpointError):
+    """A checkpoint could not be saved."""
+
+
 class LogError(UserError):
     """A run can't add its metrics to a file that is there."""
 

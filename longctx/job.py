@@ -100,6 +100,10 @@ class Options:
     hang_timeout: float = option(
         30.0, "minutes without progress after which a rank writes its stacks and ends", above=0, at_most=1e5
     )
+    keep_last_n: int | None = option(
+        None, "checkpoints that stay in --checkpoint_dir; an older one goes once a newer is whole", at_least=1
+    )
+    stop_on_save_failure: bool = option(False, "end the run where a checkpoint can't be saved, rather than train on")
     seed: int = option(0, "of the order of the rows, of dropout and of --random_init", at_least=0, at_most=LARGEST_SEED)
 
     nnscaler: NnscalerOptions = NnscalerOptions()

@@ -30,6 +30,7 @@ from longctx.errors import (
     LogError,
     MemoryLimitError,
     ModelError,
+    NoRoom,
     NoWeights,
     OtherEngine,
     OutOfMemory,
@@ -37,6 +38,7 @@ from longctx.errors import (
     ProofError,
     RehearsalError,
     RowsError,
+    SaveError,
     TrainingError,
     UserError,
 )
@@ -165,7 +167,7 @@ def check_name(job: Job) -> None:
 
 def check_engine_options(job: Job) -> None:
     """Raises a UserError for an option that only the other engine has a meaning for."""
-    of_one_engine = {TORCH: ("hardware", "plan"), NNSCALER: nnscaler.OPTION_NAMES}
+    of_one_engine = {TORCH: ("hardware", "plan", "keep_last_n"), NNSCALER: nnscaler.OPTION_NAMES}
     for engine, names in of_one_engine.items():
         given = [name for name in names if value_as_text(job, name)]
         if engine != job.engine and given:
@@ -226,6 +228,8 @@ def check_attention(job: Job) -> None:
         raise UserError(f"--on_nonfinite rollback: {NNSCALER} can only stop; leave it out, or choose --engine {TORCH}")
     if job.trust_gencode and job.engine == NNSCALER:
         raise UserError(f"--trust_gencode: {NNSCALER} checks no code; leave it out, or choose --engine {TORCH}")
+    if job.stop_on_save_failure and job.engine == NNSCALER:
+        raise UserError(f"--stop_on_save_failure: {NNSCALER} does so anyway; leave it out")
     if job.deterministic and job.engine == NNSCALER:
         raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
 
@@ -288,6 +292,8 @@ CAUSES: Mapping[type[UserError], Cause] = {
     GeneratedCodeError: Cause("compiled_dir", "or pass --trust_gencode to run it as it is"),
     CompiledFolderError: Cause("compiled_dir", "name another folder, or another --name"),
     CheckpointFolderError: Cause("checkpoint_dir"),
+    SaveError: Cause("checkpoint_dir"),
+    NoRoom: Cause("checkpoint_dir"),
     CheckpointMismatch: Cause("{error.field}"),
     LogError: Cause("log_dir", "name another folder, or another --name"),
     TrainingError: Cause(None, "look at these rows, or resume from it with a lower --learning_rate"),

@@ -1,5 +1,6 @@
 """train.py, with a fault: python tests/faults.py FAULT OPTIONS..., where FAULT is a Fault as JSON."""
 
+import errno
 import json
 import os
 import signal
@@ -15,6 +16,7 @@ import train  # noqa: E402
 from longctx import torchrun  # noqa: E402
 from longctx.errors import run_script  # noqa: E402
 from longctx.runtime import trainer, watch  # noqa: E402
+from longctx.runtime.checkpoint import CheckpointWriter  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -25,6 +27,7 @@ class Fault:
         nan_rows: rows of the dataset on which the loss is NaN.
         step, rank, signal: at the beginning of this step this rank sends itself this signal, by its name, or waits for
             ever if it is ''; only in the first attempt of torchrun's.
+        full_disk_step: the checkpoint of this step finds the disk full, on this rank.
         stacks_s: watch.STACKS_S
     """
 
@@ -32,10 +35,12 @@ class Fault:
     step: int = -1
     rank: int = 0
     signal: str = ""
+    full_disk_step: int = -1
     stacks_s: float = watch.STACKS_S
 
 
 def inject(fault: Fault) -> None:
+    write_data = CheckpointWriter.write_data
     take_step, compute_gradients = trainer.take_step, trainer.compute_gradients
 
     def take_step_or_fail(model, optimizer, rows, chosen, position, *others):
@@ -48,7 +53,13 @@ def inject(fault: Fault) -> None:
         loss, *others = compute_gradients(model, rows, chosen)
         return (float("nan") if set(chosen) & set(fault.nan_rows) else loss, *others)
 
+    def write_data_or_fail(writer, *others):
+        if (int(writer.name.split("-")[1]), torchrun.rank()) == (fault.full_disk_step, fault.rank):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write_data(writer, *others)
+
     watch.STACKS_S = fault.stacks_s
+    CheckpointWriter.write_data = write_data_or_fail
     trainer.take_step, trainer.compute_gradients = take_step_or_fail, compute_gradients_or_nan
 
 

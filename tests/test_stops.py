@@ -312,7 +312,7 @@ def test_a_second_run_on_one_folder_is_refused_until_the_first_is_dead_however_i
 def test_a_folder_that_a_run_trains_into_can_be_merged_from(job, tmp_path):
     [run] = start_script(tmp_path, FAULTS, fault(step=4, signal=""), *options(job, "merged", 1))
     try:
-        wait_until(lambda: len(losses(job, "merged", 1)) == 3)
+        wait_until(lambda: len(losses(job, "merged", 1)) == 3 and (job / "merged" / "last").exists())
         result = run_script("ckpt_merger.py", "--ckpt_dir", job / "merged", "--output_fname", tmp_path / "merged.ckpt")
         assert result.returncode == 0, result.stderr
         assert torch.load(tmp_path / "merged.ckpt", weights_only=True)["optimizer"]["model.norm.weight/step"] == 2
@@ -369,3 +369,25 @@ def test_an_owner_writes_to_its_lock_again_and_again_and_a_file_system_without_l
         lock._take(tmp_path / lock.LOCK)
     with lock.sole_run(tmp_path):
         pass
+
+
+# --- a full disk -----------------------------------------------------------------------------------------------------
+
+
+def test_a_run_that_finds_the_disk_full_trains_on_and_saves_when_it_can(job, uninterrupted):
+    result = run_script(FAULTS, fault(full_disk_step=2, rank=1), *options(job, "full", 2), n_ranks=2)
+    assert result.returncode == 0, result.stderr
+    assert "step 2: the checkpoint could not be saved (rank 1: [Errno 28] No space left on device)" in result.stdout
+    assert losses(job, "full", 2) == uninterrupted
+    assert {"0000-000004", "0000-000006"} < set(os.listdir(job / "full"))
+    assert not [name for name in os.listdir(job / "full") if "000002" in name]
+
+
+def test_a_run_that_is_to_stop_where_it_cannot_save_stops_after_the_step_that_is_under_way(job):
+    more = ("--stop_on_save_failure", "--max_train_steps", "200")
+    result = run_script(FAULTS, fault(full_disk_step=2, rank=1), *options(job, "stopped", 2, *more), n_ranks=2)
+    assert result.returncode == 2
+    sentence = f"error: --checkpoint_dir {job}/stopped: the checkpoint of step 2 could not be saved (rank 1: [Errno 28]"
+    assert sentence in result.stderr
+    assert "Traceback" not in result.stderr
+    assert 2 <= len(losses(job, "stopped", 2)) < 100

@@ -9,5 +9,6 @@ trainer.py          the training loop: gradients, clipping, a loss that is not f
 watch.py            signals, ranks that hang, a torchrun that has died; lock.py: one run at a time on a folder
 metrics.py          progress bar, TensorBoard, metrics.jsonl; throughput and MFU
 storage.py          a checkpoint's files as PyTorch writes and reads them: sealed, and running no code
+saving.py           checkpoints that are written while training goes on
 checkpoint.py       sharded checkpoints, whole or not at all; resume.py: what a run goes on from; merge.py: one file
 """

@@ -31,12 +31,15 @@ from typing import Annotated, Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.storage import WriteResult
 
 from longctx import seal
 from longctx.atomic import publish_folder
 from longctx.data.order import Position
-from longctx.errors import CheckpointError, CheckpointFolderError, one_line
+from longctx.errors import CheckpointError, CheckpointFolderError, SaveError, UserError, one_line
 from longctx.runtime.parallel import ParallelModel, load_slice
 from longctx.runtime.schedule import Schedule
 from longctx.runtime.storage import SHARD, ClosedReader, SealedWriter
@@ -136,7 +139,7 @@ Formats = Mapping[str, CheckpointFormat]  # by the name of the engine
 # --- names ---------------------------------------------------------------------------------------------------------
 
 _WHOLE = re.compile(r"(\d+-\d+)|\.(\d+-\d+)\.old-.+")  # other engines write fewer digits
-_LEFTOVER = re.compile(r"\.\d+-\d+\.(writing|old-.+)")  # of a save that was killed
+_LEFTOVER = re.compile(r"\.\d+-\d+\.(writing|removed|old-.+)")  # of a save that was killed
 
 
 def folder_name(position: Position) -> str:
@@ -168,33 +171,61 @@ def save(
     model: ParallelModel,
     optimizer: torch.optim.Optimizer,
     state: State,
-    save_hf_files: Callable[[Path], None],
+    write_hf_files: Callable[[Path], None],
 ) -> Path:
-    """Writes a checkpoint by all ranks, then points `last` at it. It has its name only once all of it is on disk.
-
-    Args:
-        save_hf_files: writes the model's configuration and tokenizer to a folder; rank 0 calls it.
+    """Writes a checkpoint by all ranks while they wait for it; saving.py writes one while they train.
 
     Raises:
         CheckpointFolderError: something that this program did not write has come into the place of the checkpoint or
             of `last`. The checkpoint is whole then too, and the error says where.
+        SaveError: it could not be written; nothing is left of it. All ranks raise the same.
     """
-    name = folder_name(state.position)
-    writer = make_writer(checkpoint_dir, state)
-    if dist.get_rank() == 0:
-        begin(checkpoint_dir, name, save_hf_files)
-    dist.barrier()
-    dcp.save(tensors_of(model, optimizer), storage_writer=writer, planner=make_save_planner())
-    if dist.get_rank() == 0:
-        publish(checkpoint_dir, name)
-    dist.barrier()
-    return checkpoint_dir / name
+    writer, planner = CheckpointWriter(checkpoint_dir, state, write_hf_files), make_save_planner()
+    try:
+        dcp.save(tensors_of(model, optimizer), storage_writer=writer, planner=planner)
+    except CheckpointException as error:
+        if dist.get_rank() == 0:
+            discard(checkpoint_dir, folder_name(state.position), error)
+        _, first = _first_failure(error)
+        raise first if isinstance(first, CheckpointFolderError) else SaveError(why_not_saved(error)) from error
+    return checkpoint_dir / folder_name(state.position)
 
 
-def make_writer(checkpoint_dir: Path, state: State) -> SealedWriter:
-    """What writes a checkpoint aside, and its manifest last of all."""
-    aside = _aside(checkpoint_dir, folder_name(state.position))
-    return SealedWriter(aside, STATE, partial(_manifest_facts, checkpoint_dir, state))
+class CheckpointWriter(SealedWriter):
+    """Writes a checkpoint aside, and gives it its name once all of it is on disk.
+
+    What the coordinator does alone, it does within DCP's own steps, whose errors reach all ranks.
+
+    Args:
+        write_hf_files: writes the model's configuration and tokenizer to a folder; the coordinator calls it.
+        keep_last_n: checkpoints that stay, with this one; None for all.
+    """
+
+    def __init__(
+        self,
+        checkpoint_dir: Path,
+        state: State,
+        write_hf_files: Callable[[Path], None],
+        keep_last_n: int | None = None,
+    ):
+        self.name = folder_name(state.position)
+        super().__init__(_aside(checkpoint_dir, self.name), STATE, partial(_manifest_facts, checkpoint_dir, state))
+        self.checkpoint_dir, self.write_hf_files, self.keep_last_n = checkpoint_dir, write_hf_files, keep_last_n
+
+    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
+        return plan  # the coordinator makes the folder
+
+    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
+        """Before any rank writes."""
+        begin(self.checkpoint_dir, self.name, self.write_hf_files)
+        return super().prepare_global_plan(plans)
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        """When all ranks have written."""
+        super().finish(metadata, results)
+        publish(self.checkpoint_dir, self.name)
+        if self.keep_last_n is not None:
+            remove_all_but(self.keep_last_n, self.checkpoint_dir)
 
 
 def _manifest_facts(checkpoint_dir: Path, state: State) -> dict[str, Any]:
@@ -220,16 +251,16 @@ def last_serial(checkpoint_dir: Path) -> int:
     return max(serials)
 
 
-def begin(checkpoint_dir: Path, name: str, save_hf_files: Callable[[Path], None]) -> None:
-    """Makes the folder that a checkpoint is written to. Rank 0 calls it, before any rank writes."""
+def begin(checkpoint_dir: Path, name: str, write_hf_files: Callable[[Path], None]) -> None:
+    """Makes the folder that a checkpoint is written to."""
     aside = _aside(checkpoint_dir, name)
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
-    save_hf_files(aside / "hf")
+    write_hf_files(aside / "hf")
 
 
 def publish(checkpoint_dir: Path, name: str) -> None:
-    """Gives a checkpoint that is written, manifest and all, its name, and points `last` at it. Rank 0 calls it.
+    """Gives a checkpoint that is written, manifest and all, its name, and points `last` at it.
 
     Raises:
         CheckpointFolderError: as `save` does.
@@ -244,6 +275,43 @@ def publish(checkpoint_dir: Path, name: str) -> None:
     check_last(checkpoint_dir)
     _point_last(checkpoint_dir, name)
     _remove_leftovers(checkpoint_dir)
+
+
+def remove_all_but(n: int, checkpoint_dir: Path) -> None:
+    """Removes all but the newest whole checkpoints of the folder. What is damaged is not counted, and stays."""
+    serials = {}
+    for manifest in checkpoint_dir.glob(f"*/{STATE}"):
+        path = manifest.parent
+        if name_when_saved(path.name) == path.name and not path.is_symlink() and _is_replaceable(path):
+            with suppress(OSError, ValueError):
+                state = read_state(path)
+                serials[path] = state.serial or 0, state.position.step
+    for path in sorted(serials, key=serials.__getitem__)[:-n]:
+        removed = path.with_name(f".{path.name}.removed")
+        with suppress(OSError):
+            os.rename(path, removed)  # at once, so that no part of it is taken for a checkpoint
+        shutil.rmtree(removed, ignore_errors=True)
+
+
+def discard(checkpoint_dir: Path, name: str, error: BaseException) -> None:
+    """Removes what a save that failed has left, unless that is a whole checkpoint, whose place is taken."""
+    if not isinstance(_first_failure(error)[1], CheckpointFolderError):
+        shutil.rmtree(_aside(checkpoint_dir, name), ignore_errors=True)
+
+
+def why_not_saved(error: BaseException) -> str:
+    """What kept a save from being done, on one line."""
+    rank, first = _first_failure(error)
+    kind = "" if isinstance(first, OSError | UserError) else f"{type(first).__name__}: "
+    return f"rank {rank}: {kind}{one_line(first)}"
+
+
+def _first_failure(error: BaseException) -> tuple[int, BaseException]:
+    """The rank that failed first, of those that DCP has gathered, and its error."""
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = next(iter(error.failures.items()))
+        return rank, first
+    return dist.get_rank(), error
 
 
 def _aside(checkpoint_dir: Path, name: str) -> Path:

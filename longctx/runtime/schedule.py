@@ -2,23 +2,28 @@
 
 import math
 from dataclasses import asdict, dataclass
+from typing import Annotated, Literal, cast
 
 from longctx.job import Job
+from longctx.schema import Count, Positive, Range
+
+Kind = Literal["constant", "linear", "cosine"]
 
 
 @dataclass(frozen=True)
 class Schedule:
     """All that the learning rate of a step follows from. Checkpoints record that of their run."""
 
-    kind: str  # after the warm-up: 'constant', 'linear' or 'cosine'
-    learning_rate: float  # the highest
-    min_learning_rate: float  # what linear and cosine fall to
-    warmup_steps: int
-    total_steps: int  # at which a falling one has reached its floor
+    kind: Kind  # after the warm-up
+    learning_rate: Positive  # the highest
+    min_learning_rate: Annotated[float, Range(at_least=0)]  # what linear and cosine fall to
+    warmup_steps: Count
+    total_steps: Count  # at which a falling one has reached its floor
 
 
 def schedule_of(job: Job, total_steps: int) -> Schedule:
-    return Schedule(job.lr_schedule, job.learning_rate, job.min_learning_rate, job.warmup_steps, total_steps)
+    kind = cast(Kind, job.lr_schedule)  # one of the option's choices
+    return Schedule(kind, job.learning_rate, job.min_learning_rate, job.warmup_steps, total_steps)
 
 
 def learning_rate(step: int, schedule: Schedule) -> float:

@@ -65,7 +65,7 @@ class SealedWriter(FileSystemWriter):
     """
 
     def __init__(self, folder: Path, manifest: str, facts: Callable[[], dict[str, Any]]):
-        super().__init__(folder)
+        super().__init__(folder, per_thread_copy_ahead=0)  # the thread that writes has no business with a GPU
         self.fs = HashingFileSystem()
         self.manifest, self.facts = manifest, facts
 

@@ -4,6 +4,7 @@ import dataclasses
 import functools
 import math
 import time
+import zlib
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -30,6 +31,7 @@ from longctx.job import Job
 from longctx.runtime import checkpoint, watch
 from longctx.runtime.metrics import FlopCount, MetricsLog, Step, metrics_log, step_metrics
 from longctx.runtime.parallel import ParallelModel, local, reduce_plan_sharded_gradients
+from longctx.runtime.saving import Saver, saving
 from longctx.runtime.schedule import Schedule, describe_change, learning_rate, schedule_of
 
 BETAS = (0.9, 0.95)
@@ -69,16 +71,14 @@ def train(
     Raises:
         TrainingError: a loss or gradient is not finite.
         RowsError: a row does not fit the model.
-        CheckpointFolderError: something has come into the place of a checkpoint.
+        SaveError: the last checkpoint can't be saved, or any, where the job is to stop then.
     """
     optimizer = make_optimizer(model, job)
     start = start_of(resume)
     schedule = schedule_of(job, count_steps(len(rows), start, job))
-    go_on = functools.partial(
-        take_steps, model, optimizer, rows, schedule=schedule, job=job, flops=flops, save_hf_files=save_hf_files
-    )
     load(model, optimizer, resume, job, load_weights)
-    with watch.finishing_steps():
+    with watch.finishing_steps(), saving(job, model, optimizer, save_hf_files) as saver:
+        go_on = functools.partial(take_steps, model, optimizer, saver, rows, schedule=schedule, job=job, flops=flops)
         reached = go_on(Reached(start, resume))
         while not reached.is_end:
             load(model, optimizer, reached.newest, job, load_weights)
@@ -99,7 +99,7 @@ def load(
         load_weights(model)
         for tensor in (tensor for state in optimizer.state.values() for tensor in state.values()):
             tensor.zero_()
-    seed_dropout(job, model.data_parallel_rank)
+    seed_dropout(job, model.data_parallel_rank, start_of(source).step)
     if source is not None:
         checkpoint.load(source, model, optimizer)
     watch.progress()
@@ -108,48 +108,48 @@ def load(
 def take_steps(
     model: ParallelModel,
     optimizer: torch.optim.Optimizer,
+    saver: Saver,
     rows: Rows,
     reached: Reached,
     schedule: Schedule,
     job: Job,
     flops: FlopCount,
-    save_hf_files: Callable[[Path], None],
 ) -> Reached:
     """Takes steps and checkpoints them, until the last one, one after which it was asked to stop, or one gone wrong.
 
     Raises:
-        NotFinite: a loss or gradient is not finite, and the job is to stop then.
+        NotFinite: a loss, a gradient or what an update leaves is not finite, and the job is to stop then.
+        SaveError: the last checkpoint can't be saved, or one where the job is to stop then.
     """
-    position, newest, rollbacks = reached.position, reached.newest, reached.rollbacks
+    position, rollbacks, origin = reached.position, reached.rollbacks, reached.newest and reached.newest.origin
     stopped = has_trained = False
     with open_log(job, position.step, schedule.total_steps) as log:
         while position.step < schedule.total_steps and not stopped:
             chosen = step_rows(epoch_order(len(rows), job.seed, position.epoch), position, job.rows_per_step)
             kept = without_skipped(chosen, position)
+            after = advance(position, chosen, len(rows))
             if log and kept != chosen:
                 log.write_skipped(position, [row for row in chosen if row not in kept])
-            if kept:
-                try:
+            try:
+                if kept:
                     step, stopped = take_step(model, optimizer, rows, kept, position, schedule, job)
-                except NotFinite as error:
-                    check_rollback(error, rollbacks, job)
-                    return Reached(roll_back(position, kept, start_of(newest), error), newest, rollbacks + 1)
-                has_trained = True
-                if log:
-                    log.write(step_metrics(step, job, flops))
-            position = advance(position, chosen, len(rows))
+                    has_trained = True
+                    if log:
+                        log.write(dataclasses.replace(step_metrics(step, job, flops), **saver.take_seconds()))
+                if is_saved(after.step, schedule.total_steps, job) or stopped:
+                    saver.save(state_at(after, model, schedule, job, len(rows), origin))
+                    rollbacks = 0 if has_trained else rollbacks
+            except NotFinite as error:
+                check_rollback(error, rollbacks, job)
+                newest = saver.newest() or reached.newest
+                return Reached(roll_back(position, kept, start_of(newest), error), newest, rollbacks + 1)
+            position = after
             watch.progress()
-            if is_saved(position.step, schedule.total_steps, job) or stopped:
-                origin = newest.origin if newest else None
-                newest = save_checkpoint(model, optimizer, position, schedule, job, len(rows), save_hf_files, origin)
-                rollbacks = 0 if has_trained else rollbacks
-                watch.progress()
-                if log:
-                    log.bar.write(f"step {position.step}: saved {newest.path}")
+        saver.finish()
     if stopped and position.step < schedule.total_steps:
         by = watch.stop_asked() or "a signal to another rank"
         torchrun.say(f"run: stopped by {by} after step {position.step}; the same command goes on from there")
-    return Reached(position, newest, is_end=True)
+    return Reached(position, saver.newest() or reached.newest, is_end=True)
 
 
 def open_log(job: Job, first_step: int, total_steps: int) -> AbstractContextManager[MetricsLog | None]:
@@ -195,9 +195,13 @@ def say_if_rescheduled(old: Schedule, start: Position, job: Job, n_rows: int) ->
         print(f"run: the schedule has changed: {change}", flush=True)
 
 
-def seed_dropout(job: Job, data_parallel_rank: int) -> None:
-    """Each copy of the plan has dropout of its own; on the ranks of one it is the same, as what they replicate."""
-    torch.manual_seed(job.seed + data_parallel_rank)
+def seed_dropout(job: Job, data_parallel_rank: int, step: int = 0) -> None:
+    """Each copy of the plan has dropout of its own; on the ranks of one it is the same, as what they replicate.
+
+    From each step it is another: a run that goes on in another layout, which has no random state to take over, would
+    else drop what it had dropped at its beginning.
+    """
+    torch.manual_seed(zlib.crc32(f"{job.seed} {data_parallel_rank} {step}".encode()))
 
 
 # --- one step ------------------------------------------------------------------------------------------------------
@@ -305,21 +309,12 @@ def update_weights(model: ParallelModel, optimizer: torch.optim.Optimizer, lr: f
     optimizer.zero_grad()
 
 
-def save_checkpoint(
-    model: ParallelModel,
-    optimizer: torch.optim.Optimizer,
-    position: Position,
-    schedule: Schedule,
-    job: Job,
-    n_rows: int,
-    save_hf_files: Callable[[Path], None],
-    origin: str | None,
-) -> checkpoint.Checkpoint:
-    shapes = checkpoint.parameter_shapes(model)
-    ranks = dist.get_world_size(), model.plan_size
-    state = checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule, origin=origin)
-    path = checkpoint.save(job.checkpoint_dir, model, optimizer, state, save_hf_files)
-    return checkpoint.Checkpoint(path, state, job.engine, origin=origin)
+def state_at(
+    position: Position, model: ParallelModel, schedule: Schedule, job: Job, n_rows: int, origin: str | None
+) -> checkpoint.State:
+    """What a checkpoint of this position is of."""
+    ranks, shapes = (dist.get_world_size(), model.plan_size), checkpoint.parameter_shapes(model)
+    return checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule, origin=origin)
 
 
 def total_norm(model: ParallelModel) -> torch.Tensor:
@@ -383,6 +378,16 @@ def count_steps(n_rows: int, position: Position, job: Job) -> int:
 def is_saved(step: int, total_steps: int, job: Job) -> bool:
     """Whether a checkpoint is saved after this step."""
     return step % job.checkpoint_interval == 0 or step == total_steps
+
+
+def count_saves(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> int:
+    """How many checkpoints a run will save."""
+    start = start_of(resume)
+    total_steps = count_steps(n_rows, start, job)
+    if total_steps <= start.step:
+        return 0
+    is_one_more = total_steps % job.checkpoint_interval != 0  # of the last step
+    return total_steps // job.checkpoint_interval - start.step // job.checkpoint_interval + is_one_more
 
 
 def check_first_rows(rows: Rows, job: Job, resume: checkpoint.Checkpoint | None) -> None:

@@ -41,7 +41,7 @@ class _Process:
     """What the main thread and the one that watches it know of each other."""
 
     takes_steps: bool = False
-    asked: list[signal.Signals] = field(default_factory=list)  # to end after the step
+    asked: list[str] = field(default_factory=list)  # by what, to end after the step
     progress: float = 0.0  # when there was the last, in seconds of time.monotonic
     patience: timedelta | None = None  # how long there may be none; None: for ever
     stacks: Path = Path()  # where they are written
@@ -74,8 +74,13 @@ def finishing_steps() -> Iterator[None]:
 
 
 def stop_asked() -> str | None:
-    """The name of the signal that has asked this process to end after the step; None if none has."""
-    return _process.asked[0].name if _process.asked else None
+    """The name of the signal, or else what has asked this process to end after the step; None if nothing has."""
+    return _process.asked[0] if _process.asked else None
+
+
+def ask_to_stop(by: str) -> None:
+    """Asks for an end after the step, as the first signal does."""
+    _process.asked.append(by)
 
 
 def expect_progress(patience: timedelta, stacks: Path) -> None:
@@ -92,7 +97,7 @@ def progress() -> None:
 def _on_signal(number: int, _: FrameType | None) -> None:
     if not _process.takes_steps:
         raise KeyboardInterrupt(number)
-    _process.asked.append(signal.Signals(number))
+    ask_to_stop(signal.Signals(number).name)
 
 
 # --- the thread ------------------------------------------------------------------------------------------------------

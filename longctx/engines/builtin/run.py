@@ -34,8 +34,9 @@ from longctx.runtime import parallel, watch
 from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
 from longctx.runtime.resume import check_same_model, find_resume
+from longctx.runtime.saving import check_room
 from longctx.runtime.shared_folder import check_shared
-from longctx.runtime.trainer import announce, check_checkpoint_places, check_first_rows, train
+from longctx.runtime.trainer import announce, check_checkpoint_places, check_first_rows, count_saves, train
 
 
 def run(job: Job) -> tuple[int, int]:
@@ -65,6 +66,7 @@ def run(job: Job) -> tuple[int, int]:
     folder = ensure_compiled(job)
     plan_file = compiled.read_plan_file(folder)
     plan = plan_file.module
+    check_room(job.checkpoint_dir, plan.parameters, count_saves(job, len(rows), resume))
     if weights:
         torchrun.say(*remarks(weights))
     patience = timedelta(minutes=job.hang_timeout)
