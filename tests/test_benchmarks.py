@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import gpu
+from benchmarks import checkpoint, gpu
 from benchmarks.gpu_parts import PARTS, Part, measuring, processes, results, training
 
 ROOT = Path(__file__).parent.parent
@@ -196,3 +196,15 @@ def test_runs_of_different_steps_are_not_compared():
 def test_every_field_of_a_row_is_in_the_table_or_only_for_gpu_json():
     row = results.Row("what", 1.0, 2.0, 3.0, 4.0, "note", "failed", detail="only there")
     assert gpu.row_line(dataclasses.asdict(row)) == "| what | 1.000 | 2 | 3.00 | 4.00 | **failed**: note |"
+
+
+# --- benchmarks/checkpoint.py ----------------------------------------------------------------------------------------
+
+
+def test_the_costs_of_a_checkpoint_are_measured_and_written(tmp_path, capsys):
+    checkpoint.main(["--millions", "1", "--runs", "1", "--folder", str(tmp_path), "--output", str(tmp_path / "out.md")])
+    text = (tmp_path / "out.md").read_text()
+    assert text.endswith(capsys.readouterr().out.rstrip("\n") + "\n")
+    rows = [line.strip("|").split("|") for line in text.splitlines() if line.startswith("|")][2:]
+    assert len(rows) == 9 and all(float(seconds) >= 0 for _, seconds, *_ in rows)
+    assert os.listdir(tmp_path) == ["out.md"]
