@@ -308,7 +308,7 @@ def test_rows_may_be_lists_of_any_arrow_kind_in_any_number_of_files(tmp_path, ki
 def test_a_damaged_corpus_json_is_refused(job, tmp_path, content):
     path = save_random_rows(tmp_path / "rows")
     (tmp_path / "rows" / "corpus.json").write_text(content)
-    refused(job, "--dataset_path .*: its corpus.json is damaged .*; make it again", dataset_path=path)
+    refused(job, "--dataset_path .*: its file corpus.json is damaged .*; make it again", dataset_path=path)
 
 
 def test_rows_with_a_token_that_only_their_tokenizer_has_are_refused(job, tmp_path):
