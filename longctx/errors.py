@@ -177,7 +177,7 @@ def some_of(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def one_line(error: Exception) -> str:
+def one_line(error: BaseException) -> str:
     """A library's error on one line, cut where it rambles, to quote within a sentence."""
     text = " ".join(str(error).split()) or type(error).__name__
     return (text if len(text) <= QUOTED else f"{text[:QUOTED]} ...").rstrip(".")

@@ -418,7 +418,7 @@ def check(path: Path, compare_digests: bool) -> None:
     seal.check_sizes(path, seals)
     if compare_digests:
         seal.verify(path, seals)
-    stored = ClosedReader(path).read_metadata().state_dict_metadata
+    stored: Mapping[str, Any] = ClosedReader(path).read_metadata().state_dict_metadata
     sizes = {name: (list(tensor.size), tensor.properties.dtype) for name, tensor in stored.items()}
     check_tensors(sizes, state.parameters, state.world_size)
 

@@ -96,7 +96,7 @@ def _reserve(file: Path) -> None:
 
 def _write(file: BinaryIO, place: int, tensor: torch.Tensor) -> None:
     file.seek(place)
-    file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+    file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
 def _read_tensor(reader: ClosedReader, name: str, facts: TensorStorageMetadata) -> torch.Tensor:
@@ -216,14 +216,16 @@ def lay_out_safetensors(file: Path, sizes: Mapping[str, torch.Size], dtype: torc
     Returns:
         Where the bytes of each tensor begin.
     """
-    header, end = {"__metadata__": {"format": "pt"}}, 0
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    places, end = {}, 0
     for name, size in sizes.items():
-        begin, end = end, end + math.prod(size) * dtype.itemsize
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(size), "data_offsets": [begin, end]}
+        places[name], end = end, end + math.prod(size) * dtype.itemsize
+        offsets = [places[name], end]
+        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(size), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     with open(file, "wb") as opened:
         opened.write(len(text).to_bytes(8, "little") + text)
         opened.truncate(8 + len(text) + end)
     _reserve(file)
-    return {name: 8 + len(text) + header[name]["data_offsets"][0] for name in sizes}
+    return {name: 8 + len(text) + place for name, place in places.items()}

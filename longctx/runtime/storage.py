@@ -177,7 +177,7 @@ class _Unpickler(pickle.Unpickler):
 
 def _as_metadata(root: Any, folder: Path) -> Metadata:
     facts = _state(root, "Metadata")
-    tensors = {_text(name): _as_tensor(of) for name, of in facts["state_dict_metadata"].items()}
+    tensors: dict[str, Any] = {_text(name): _as_tensor(of) for name, of in facts["state_dict_metadata"].items()}
     storage = {_as_index(index): _as_place(of, folder) for index, of in facts["storage_data"].items()}
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:

@@ -126,7 +126,7 @@ def of_merged_file(folder: Path, n_flips: int) -> dict[str, Counter]:
 
     def resumes() -> str:
         with contextlib.redirect_stdout(io.StringIO()):
-            checkpoint.read(resume.find(folder / "none", files[0], TORCH, FORMATS), FORMATS)
+            resume.find(folder / "none", files[0], TORCH, FORMATS)
         return "used"
 
     def merges() -> str:
