@@ -36,6 +36,7 @@ from longctx.engines.checkpoints import FORMATS
 from longctx.job import Job
 from longctx.runtime import checkpoint, merge, parallel, trainer
 from longctx.runtime.saving import Saver
+from longctx.runtime.storage import ClosedReader
 
 WIDTH = 1000  # a layer has as many inputs, and as many outputs: a million parameters
 
@@ -168,9 +169,10 @@ def load_all_and_save(folder: Path, output: Path) -> list[Measured]:
     """What merging is without a bound of memory: all tensors are read, and torch.save writes them."""
 
     def merge_all() -> None:
-        sizes = merge._stored_tensors(folder / checkpoint.LAST, ("model", "optimizer"))
-        tensors = {f"{kind}/{name}": torch.empty(size, dtype=dtype) for kind, name, size, dtype in sizes}
-        checkpoint.read_shards(folder / checkpoint.LAST, tensors, no_dist=True)
+        reader = ClosedReader(folder / checkpoint.LAST)
+        stored = dict(merge.stored_tensors(reader))
+        tensors = {name: torch.empty(facts.size, dtype=facts.properties.dtype) for name, facts in stored.items()}
+        checkpoint.read_shards(reader, tensors, no_dist=True)
         torch.save(tensors, output)
         sync(output)
 

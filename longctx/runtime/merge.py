@@ -38,7 +38,7 @@ def merge(checkpoint: Checkpoint, output: Path) -> None:
         CheckpointError: the shards can't be read.
     """
     reader, hf = ClosedReader(checkpoint.path), dict(_hf_bytes(checkpoint.path / "hf"))
-    stored = {name: facts for name, facts in _stored_tensors(reader) if name.startswith(("model/", "optimizer/"))}
+    stored = {name: facts for name, facts in stored_tensors(reader) if name.startswith(("model/", "optimizer/"))}
     with whole_file(output) as aside, _saying_no_room():
         _lay_out(aside, _fake_entries(checkpoint.state, hf, stored))
         places = _places(aside)
@@ -106,7 +106,8 @@ def _read_tensor(reader: ClosedReader, name: str, facts: TensorStorageMetadata) 
     return tensor
 
 
-def _stored_tensors(reader: ClosedReader) -> Iterator[tuple[str, TensorStorageMetadata]]:
+def stored_tensors(reader: ClosedReader) -> Iterator[tuple[str, TensorStorageMetadata]]:
+    """Every tensor of a checkpoint folder, by its flat name."""
     for name, facts in reader.read_metadata().state_dict_metadata.items():
         assert isinstance(facts, TensorStorageMetadata), "ClosedReader refuses all else"
         yield name, facts
@@ -177,7 +178,7 @@ def _weights(checkpoint: Checkpoint) -> tuple[dict[str, torch.Size], Callable[[s
         return {name: tensor.shape for name, tensor in weights.items()}, weights.__getitem__
     reader = ClosedReader(checkpoint.path)
     prefix = "model/"
-    stored = {name.removeprefix(prefix): facts for name, facts in _stored_tensors(reader) if name.startswith(prefix)}
+    stored = {name.removeprefix(prefix): facts for name, facts in stored_tensors(reader) if name.startswith(prefix)}
     sizes = {name: facts.size for name, facts in stored.items()}
     return sizes, lambda name: _read_tensor(reader, prefix + name, stored[name])
 

@@ -20,6 +20,7 @@ from saved_rows import save_rows
 from test_checkpoint import write_checkpoint
 
 import ckpt_merger
+import train
 from longctx.data import rows
 from longctx.engines import TORCH
 from longctx.engines.builtin import cache
@@ -193,5 +194,6 @@ def of_dataset(folder: Path, n_flips: int) -> dict[str, Counter]:
 
 
 if __name__ == "__main__":
+    train.register_loss()
     for row in main(quick=False):
         print(row)
