@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from families import reference_loss, reference_model, small_config
-from ranks import start_server
+from ranks import environment_of_rank, start_server
 from saved_rows import save_rows
 from scripts import run_script, start_script
 
@@ -203,7 +203,7 @@ def test_a_process_that_hangs_with_pythons_lock_ends_too(tmp_path):
 def _torchrun(folder: Path) -> None:
     """Starts a rank that does nothing, and waits."""
     if os.fork() == 0:
-        os.environ["RANK"] = "0"
+        os.environ |= environment_of_rank(0, 1, 0)
         watch.start()
         (folder / str(os.getpid())).touch()
     threading.Event().wait()

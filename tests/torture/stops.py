@@ -201,7 +201,7 @@ def signal_the_agent(command: Command, moment: str, expected: list[float], drawn
 PARTS = {
     "one of two ranks killed, `--max-restarts 3`": (restart_after_a_kill, MOMENTS, 50),
     "all killed, the same command at once": (kill_all_and_start_again, MOMENTS, 15),
-    "torchrun killed, its ranks left behind": (kill_the_agent, ("start", "load", "step", "save"), 12),
+    "torchrun killed, its ranks left behind": (kill_the_agent, ("load", "step", "save"), 12),
     "SIGTERM to torchrun": (signal_the_agent, ("step", "save"), 12),
 }
 
