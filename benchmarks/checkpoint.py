@@ -230,7 +230,7 @@ def table(turns: list[dict[str, Measured]], n_bytes: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        description=(__doc__ or "").split("\n\n")[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
     )
     parser.add_argument("--millions", type=int, default=100, help="of parameters, 12 bytes each with AdamW's moments")
     parser.add_argument("--runs", type=int, default=5, help="turns, of which the median is taken")

@@ -81,7 +81,9 @@ class Saver:
     ):
         self.job, self.model, self.optimizer = job, model, optimizer
         self.write_hf_files = remember_files(save_hf_files) if dist.get_rank() == 0 else save_hf_files
-        self.group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        group = dist.new_group(backend="gloo", timeout=SAVE_TIMEOUT)
+        assert isinstance(group, dist.ProcessGroup), "every rank is in a group of all"
+        self.group = group
         self.stager = HostCopies(model.mesh.device_type)
         self.under_way: Future[Outcome] | None = None
         self.sealed: checkpoint.State | None = None  # what the newest that is whole is of
