@@ -33,7 +33,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 from torch.distributed.checkpoint.storage import WriteResult
 
 from longctx import seal
@@ -418,8 +418,9 @@ def check(path: Path, compare_digests: bool) -> None:
     seal.check_sizes(path, seals)
     if compare_digests:
         seal.verify(path, seals)
-    stored: Mapping[str, Any] = ClosedReader(path).read_metadata().state_dict_metadata
-    sizes = {name: (list(tensor.size), tensor.properties.dtype) for name, tensor in stored.items()}
+    stored = ClosedReader(path).read_metadata().state_dict_metadata
+    tensors = {name: tensor for name, tensor in stored.items() if isinstance(tensor, TensorStorageMetadata)}
+    sizes = {name: (list(tensor.size), tensor.properties.dtype) for name, tensor in tensors.items()}
     check_tensors(sizes, state.parameters, state.world_size)
 
 
