@@ -136,7 +136,7 @@ def newest_step(folder: Path) -> int:
 def kill_at_every_call(what: str, base: Path, step: int, quick: bool, **options) -> Row:
     """Saves `step` beside what is in `base`, again and again, ended one call later each time until it ends by itself.
 
-    Every time it is then saved once more, which leaves nothing of the save before. Quick: at every sixth call that is
+    Every time it is then saved once more, which leaves nothing of the save before. Quick: at every tenth call that is
     no write.
     """
     old, found, number, status = newest_step(base), Counter(), 1, KILLED
@@ -151,7 +151,7 @@ def kill_at_every_call(what: str, base: Path, step: int, quick: bool, **options)
             assert status_of(start(save_steps, copy, [step + 1], **options)) == 0
             assert newest_step(copy) == step + 1
             assert not [name for name in os.listdir(copy) if name.startswith(".")]
-        number += 6 if quick else 1
+        number += 10 if quick else 1
     outcome = ", ".join(f"{n} times {which} checkpoint was the newest" for which, n in sorted(found.items()))
     return Row(f"killed at each call of a save {what}", sum(found.values()), outcome)
 
@@ -232,8 +232,8 @@ def main(quick: bool) -> list[Row]:
                 ("that removes an older one", 2, {"keep_last_n": 1}),
             )
         ]
-        rows.append(fill_the_disk_at_every_call(base, every=12 if quick else 1))
-    rows.append(kill_at_random_times(3 if quick else 1000, random.Random(0)))
+        rows.append(fill_the_disk_at_every_call(base, every=25 if quick else 1))
+    rows.append(kill_at_random_times(2 if quick else 1000, random.Random(0)))
     return rows
 
 
