@@ -155,7 +155,8 @@ def test_a_run_whose_last_checkpoint_is_gone_goes_on_from_the_newest_that_is_who
     shutil.copytree(job / "uninterrupted", job / "gone", symlinks=True)
     shutil.rmtree(job / "gone" / "0001-000010")
     result = train(job, 2, "gone")
-    assert f"checkpoint: {job}/gone/last is missing or damaged, taking 0001-000008, the newest" in result.stdout
+    found = "last names 0001-000010, which is gone; taking 0001-000008, the newest that is whole"
+    assert f"checkpoint: {job}/gone/{found}" in result.stdout
     assert "0001-000008, after step 8" in result.stdout
     after = read_steps(job, 2, "gone")
     for step in range(1, STEPS + 1):
