@@ -41,7 +41,7 @@ from longctx.huggingface.build import build_model
 from longctx.proof import gradients_of
 from longctx.runtime import parallel
 
-LENGTH = 32
+LENGTH = 48
 
 train.register_loss()
 
@@ -60,14 +60,19 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
     """One of each op's legal partitions; placements of what layers take; which weights are plan-sharded."""
     draw = random.Random(seed)
     eager = draw.random()  # how often an op that can be split is
+    balanced = draw.choice([0, graph.inputs[0].shape[-1]])  # tokens that are split in balanced order
     partitions: dict[Op, Partition] = {}
     for op in (*graph.body, *(op for kind in graph.kinds for op in kind.ops)):
         if isinstance(op, Op):
-            whole, *split = legal_partitions(op, plan_size)
+            whole, *split = legal_partitions(op, plan_size, balanced)
             partitions[op] = draw.choice(split) if split and draw.random() < eager else whole
 
     def draw_placement(tensor: Tensor) -> Placement:
-        shards = [Shard(d) for d, size in enumerate(tensor.shape) if size % plan_size == 0]
+        shards = [
+            Shard(d, balanced=size == balanced)
+            for d, size in enumerate(tensor.shape)
+            if size % (plan_size * (1 + (size == balanced))) == 0
+        ]
         return draw.choice([REPLICATE, *shards])
 
     alike = graph.placed_alike()
@@ -78,8 +83,9 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
         ops = [op for op in (owner.body if isinstance(owner, Graph) else owner.ops) if isinstance(op, Op)]
         for tensor in owner.parameters.values():
             wanted = {partitions[op].inputs[i] for op in ops for i, t in enumerate(op.inputs) if t is tensor}
-            if len(wanted) == 1 and isinstance(placement := wanted.pop(), Shard) and draw.random() < 0.5:
-                plan_sharded[tensor] = placement.dim
+            dims = [d for d in range(len(tensor.shape)) if wanted == {Shard(d)}]
+            if dims and draw.random() < 0.5:
+                plan_sharded[tensor] = dims[0]
     boundary = draw_placement(graph.layer_calls[0].inputs[0]) if graph.layer_calls else REPLICATE
     return Assignment(plan_size, partitions, boundary, inputs, plan_sharded)
 

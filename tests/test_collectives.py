@@ -3,7 +3,8 @@
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 
 import pytest
 import torch
@@ -27,12 +28,14 @@ class Reference:
     """What a reshard means: `outputs` computes every rank's output from every rank's input, with plain torch ops.
 
     `same_input`: the input is Replicate, that is, all ranks have the same. `same_gradient`: so is the gradient that
-    arrives; then every rank computes the op that follows whole, and its part of the loss counts once.
+    arrives; then every rank computes the op that follows whole, and its part of the loss counts once. `options` are
+    those of the function.
     """
 
     outputs: Callable[..., Tensors]
     same_input: bool = False
     same_gradient: bool = False
+    options: dict[str, bool | int] = field(default_factory=dict)
 
 
 def gathered(xs: Tensors, dim: int) -> Tensors:
@@ -41,6 +44,23 @@ def gathered(xs: Tensors, dim: int) -> Tensors:
 
 def sliced(xs: Tensors, dim: int) -> Tensors:
     return list(xs[0].chunk(len(xs), dim))
+
+
+def in_balanced_order(whole: torch.Tensor, n_ranks: int, dim: int) -> Tensors:
+    """Each rank's part: the block of its number from the front, and that from the back."""
+    blocks = whole.chunk(2 * n_ranks, dim)
+    return [torch.cat([blocks[rank], blocks[-1 - rank]], dim) for rank in range(n_ranks)]
+
+
+def from_balanced_order(xs: Tensors, dim: int) -> torch.Tensor:
+    halves = [x.chunk(2, dim) for x in xs]
+    return torch.cat([*(front for front, _ in halves), *(back for _, back in reversed(halves))], dim)
+
+
+def copied(xs: Tensors, dim: int, copies: int) -> Tensors:
+    """What ranks have of a whole that is cut into fewer parts than they are."""
+    parts = xs[0].chunk(len(xs) // copies, dim)
+    return [parts[rank // copies] for rank in range(len(xs))]
 
 
 def summed(xs: Tensors) -> Tensors:
@@ -57,6 +77,41 @@ REFERENCES = {
     "all_reduce_both": Reference(summed),
     "reduce_scatter": Reference(lambda xs, dim: sliced(summed(xs), dim)),
 }
+BALANCED = {
+    "all_to_all to": Reference(
+        lambda xs, split, gather: in_balanced_order(torch.cat(xs, gather), len(xs), split),
+        options={"balanced_split": True},
+    ),
+    "all_to_all from": Reference(
+        lambda xs, split, gather: sliced([from_balanced_order(xs, gather)] * len(xs), split),
+        options={"balanced_gather": True},
+    ),
+    "all_gather from": Reference(
+        lambda xs, dim: [from_balanced_order(xs, dim)] * len(xs), same_gradient=True, options={"balanced": True}
+    ),
+    "all_gather_reduce from": Reference(
+        lambda xs, dim: [from_balanced_order(xs, dim)] * len(xs), options={"balanced": True}
+    ),
+    "take_slice to": Reference(
+        lambda xs, dim: in_balanced_order(xs[0], len(xs), dim), same_input=True, options={"balanced": True}
+    ),
+    "reduce_scatter to": Reference(
+        lambda xs, dim: in_balanced_order(sum(xs), len(xs), dim), options={"balanced": True}
+    ),
+    "reorder to": Reference(
+        lambda xs, dim: in_balanced_order(torch.cat(xs, dim), len(xs), dim), options={"balanced": True}
+    ),
+    "reorder from": Reference(
+        lambda xs, dim: sliced([from_balanced_order(xs, dim)] * len(xs), dim), options={"balanced": False}
+    ),
+}
+COPIED = {  # two neighbours have the same part
+    "all_to_all to copies": Reference(
+        lambda xs, split, gather: copied([torch.cat(xs, gather)] * len(xs), split, 2), options={"copies": 2}
+    ),
+    "take_slice of copies": Reference(lambda xs, dim: copied(xs, dim, 2), same_input=True, options={"copies": 2}),
+    "reduce_scatter of copies": Reference(lambda xs, dim: copied([sum(xs)] * len(xs), dim, 2), options={"copies": 2}),
+}
 
 
 def draw_tensor(shape: list[int], draw: random.Random, dtype: torch.dtype) -> torch.Tensor:
@@ -68,9 +123,10 @@ def draw_tensor(shape: list[int], draw: random.Random, dtype: torch.dtype) -> to
 
 
 def check_reshard(name: str, plan_size: int, rank: int, draw: random.Random, dtype: torch.dtype) -> None:
-    reference, reshard = REFERENCES[name], getattr(collectives, name)
-    shape = [plan_size * draw.randint(1, 3) for _ in range(draw.randint(2, 4))]
-    n_dims = {"all_to_all": 2, "replicate": 0, "all_reduce": 0, "all_reduce_both": 0}.get(name, 1)
+    function, reference = name.split(" ")[0], (REFERENCES | BALANCED | COPIED)[name]
+    reshard = partial(getattr(collectives, function), **reference.options)
+    shape = [2 * plan_size * draw.randint(1, 3) for _ in range(draw.randint(2, 4))]
+    n_dims = {"all_to_all": 2, "replicate": 0, "all_reduce": 0, "all_reduce_both": 0}.get(function, 1)
     dims = [dim - draw.choice([0, len(shape)]) for dim in draw.sample(range(len(shape)), n_dims)]
 
     inputs = [draw_tensor(shape, draw, dtype).requires_grad_() for _ in range(plan_size)]
@@ -207,7 +263,7 @@ def check_everything() -> None:
         assert collectives.plan_size() == plan_size
         rank = collectives.plan_rank()
         draw = random.Random(plan_size)  # every rank draws the same
-        for name in REFERENCES:
+        for name in (*REFERENCES, *BALANCED, *(COPIED if plan_size % 2 == 0 else ())):
             for case in range(CASES):
                 check_reshard(name, plan_size, rank, draw, (torch.float32, torch.bfloat16)[case % 2])
         check_own_slice_and_scale_gradient(plan_size, rank)

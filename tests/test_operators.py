@@ -19,19 +19,20 @@ from hypothesis import strategies as st
 from torch.fx.node import map_aggregate
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
-from longctx.compiler.ir import DEVICE, Device, Graph, Op, Tensor, map_tensors
+from longctx.compiler.ir import DEVICE, Device, Graph, Op, OwnStarts, Tensor, map_tensors
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.ops import REGISTERED_OPS, aten, is_known, legal_partitions, register_op, spec_of, target_of
 from longctx.compiler.ops import expression as write_expression
 from longctx.compiler.ops.python import ATOM, PRODUCT, SUM, UNARY, Expression, Values
 from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard
-from longctx.kernels.attention import attention
+from longctx.kernels.attention import alibi_attention, attention, sink_attention
 from longctx.kernels.causal_conv1d import causal_conv1d
 from longctx.kernels.linear_attention import decaying_linear_attention, gated_delta_rule
 from longctx.kernels.rms_norm import rms_norm
 from longctx.kernels.selective_scan import bounded_sqrt, linear_recurrence, selective_scan
 
-ATTENTION, RMS_NORM, LOSS = map(target_of, (attention, rms_norm, chunk_linear_cross_entropy))
+ATTENTION, ALIBI, SINKS = map(target_of, (attention, alibi_attention, sink_attention))
+RMS_NORM, LOSS = map(target_of, (rms_norm, chunk_linear_cross_entropy))
 CONVOLUTION, SCAN, RECURRENCE, ROOT = map(target_of, (causal_conv1d, selective_scan, linear_recurrence, bounded_sqrt))
 DELTA_RULE, LINEAR_ATTENTION = map(target_of, (gated_delta_rule, decaying_linear_attention))
 FLOAT, INT, BOOL, CONTIGUOUS = torch.float64, torch.int64, torch.bool, torch.contiguous_format
@@ -65,11 +66,12 @@ def as_op(call: Call) -> tuple[Op, list[torch.Tensor]]:
     return replace(op, outputs=tuple(made)), values
 
 
-def compute(op: Op, values: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The real operator's outputs for these values of op.inputs; dropout drops the same every time."""
+def compute(op: Op, values: Sequence[torch.Tensor], rank: int = 0, n_ranks: int = 1) -> list[torch.Tensor]:
+    """The real operator's outputs for these values of op.inputs on a rank; dropout drops the same every time."""
     remaining = iter(values)
     args, kwargs = map_tensors((op.args, op.kwargs), lambda _: next(remaining))
-    kwargs = {name: "cpu" if isinstance(value, Device) else value for name, value in kwargs.items()}
+    stands_for = {Device: lambda _: "cpu", OwnStarts: lambda own: (rank * (own.length // n_ranks),)}
+    kwargs = {name: stands_for.get(type(value), lambda given: given)(value) for name, value in kwargs.items()}
     registered = REGISTERED_OPS.get(op.target)
     function = registered.fn if registered else python_operator.attrgetter(op.target)(torch.ops)
     torch.manual_seed(0)
@@ -361,13 +363,15 @@ def draw_repeat_interleave(draw: Draw) -> Call:
     return Call("aten.repeat_interleave.self_int", (x, times, *rest), kwargs)
 
 
-def draw_attention(draw: Draw) -> Call:
+def draw_attention(target: str, draw: Draw) -> Call:
     (b, kv_heads, groups), (length, d, e) = draw.shape(3, 3), draw.shape(3, 3)
     query, key = draw.values([b, kv_heads * groups, length, d]), draw.values([b, kv_heads, length, d])
     options = draw.one_of({}, {"window": 2}, {"softcap": 3.0}, {"implementation": "eager"})
-    tolerance = 1e-9 if set(options) <= {"window"} else 1e-5  # the others have their scores in float32
+    exact = target == ATTENTION and set(options) <= {"window"}
     value = draw.values([b, kv_heads, length, e])
-    return Call(ATTENTION, (query, key, value), {"scale": 0.5, **options}, tolerance)
+    per_head = [] if target == ATTENTION else [draw.values([kv_heads * groups], dtype=torch.float32)]
+    tolerance = 1e-9 if exact else 1e-5  # the others have their scores in float32
+    return Call(target, (query, key, value, *per_head), {"scale": 0.5, **options}, tolerance)
 
 
 def draw_rms_norm(draw: Draw) -> Call:
@@ -502,7 +506,7 @@ CALLS: dict[str, MakeCall] = {
     "zeros": out_of_nothing("zeros.default", ([2, 3],), ([4],)),
     "full": out_of_nothing("full.default", ([2, 3], 0.1), ([4], float("-inf")), ([4], 2)),
     "scalar_tensor": out_of_nothing("scalar_tensor.default", (0.1,), (float("nan"),)),
-    ATTENTION: draw_attention,
+    **{name: partial(draw_attention, name) for name in (ATTENTION, ALIBI, SINKS)},
     RMS_NORM: draw_rms_norm,
     LOSS: draw_loss,
     CONVOLUTION: draw_convolution,
@@ -522,7 +526,9 @@ UNKNOWN: dict[str, MakeCall] = {  # operators that have no entry at all
 
 def part(value: torch.Tensor, placement: Placement, rank: int, n_ranks: int) -> torch.Tensor:
     """What a rank has of a value: its slice of a split one, else all of it."""
-    return value.chunk(n_ranks, placement.dim)[rank].contiguous() if isinstance(placement, Shard) else value
+    if not isinstance(placement, Shard):
+        return value
+    return value.chunk(n_ranks // placement.copies, placement.dim)[rank // placement.copies].contiguous()
 
 
 def rank_op(op: Op, partition: Partition, n_ranks: int) -> Op:
@@ -532,10 +538,12 @@ def rank_op(op: Op, partition: Partition, n_ranks: int) -> Op:
     return next(item for item in local.body if item.target == op.target)
 
 
-def with_gradients(op: Op, values: list[torch.Tensor], arriving: list[torch.Tensor]) -> tuple[list, list]:
+def with_gradients(
+    op: Op, values: list[torch.Tensor], arriving: list[torch.Tensor], rank: int = 0, n_ranks: int = 1
+) -> tuple[list, list]:
     """The op's outputs, and its inputs' gradients when `arriving` are its outputs'; None for what has none."""
     leaves = [value.detach().clone().requires_grad_(value.is_floating_point()) for value in values]
-    outputs = compute(op, leaves)
+    outputs = compute(op, leaves, rank, n_ranks)
     trained = [i for i, output in enumerate(outputs) if output.requires_grad]
     if not trained:
         return outputs, [None] * len(values)
@@ -560,7 +568,7 @@ def check_partition(op: Op, values: list[torch.Tensor], partition: Partition, n_
     for rank in range(n_ranks):
         parts = [part(v, p, rank, n_ranks) for v, p in zip(values, partition.inputs, strict=True)]
         seeds = [part(g, p, rank, n_ranks) for g, p in zip(arriving, partition.outputs, strict=True)]
-        ranks.append(with_gradients(local, parts, seeds))
+        ranks.append(with_gradients(local, parts, seeds, rank, n_ranks))
 
     for i, placement in enumerate(partition.outputs):
         if placement == PARTIAL:
@@ -571,11 +579,10 @@ def check_partition(op: Op, values: list[torch.Tensor], partition: Partition, n_
     for i, placement in enumerate(partition.inputs):
         if gradients[i] is None:
             continue
-        if placement == REPLICATE and partition.dim is not None:
-            same(sum(found[i] for _, found in ranks), gradients[i])
-        else:
-            for rank, (_, found) in enumerate(ranks):
-                same(found[i], part(gradients[i], placement, rank, n_ranks))
+        sharing = getattr(placement, "copies", n_ranks if partition.dim is not None else 1)  # ranks with the same part
+        for first in range(0, n_ranks, sharing):
+            total = sum(found[i] for _, found in ranks[first : first + sharing])
+            same(total, part(gradients[i], placement, first, n_ranks))
 
 
 @pytest.mark.parametrize("name", [*CALLS, *UNKNOWN])
@@ -612,6 +619,7 @@ UNARY_NAMES += "contiguous clone detach alias ones_like zeros_like logical_not"
 EVERY_DIM, IN_BOTH = "S0 -> S0, S1 -> S1, S2 -> S2", "S0 S0 -> S0, S1 S1 -> S1, S2 S2 -> S2"
 HEADS = (zeros(2, 6, 2, 8), zeros(2, 6, 2, 8), zeros(2, 6, 4, 2))  # 4 value heads for 2 key heads
 ONE_KEY_HEAD = (zeros(2, 6, 1, 8), zeros(2, 6, 1, 8), zeros(2, 6, 4, 2))
+QUERY, KEY, GROUPED = zeros(2, 4, 6, 8), zeros(2, 4, 6, 8), zeros(2, 2, 6, 8)
 OFFERED = [
     *((f"aten.{name}.default", (X,), EVERY_DIM) for name in UNARY_NAMES.split()),
     ("aten.bitwise_not.default", (MASK,), EVERY_DIM),
@@ -682,7 +690,13 @@ OFFERED = [
     ("aten.zeros.default", ([4, 4],), ""),
     ("aten.full.default", ([4, 4], 1.0), ""),
     ("aten.scalar_tensor.default", (1.0,), ""),
-    (ATTENTION, (zeros(2, 4, 6, 8), zeros(2, 4, 6, 8), zeros(2, 4, 6, 2), 1.0), "S0 S0 S0 -> S0, S1 S1 S1 -> S2"),
+    (
+        ATTENTION,
+        (zeros(2, 4, 6, 8), zeros(2, 4, 6, 8), zeros(2, 4, 6, 2), 1.0),
+        "S0 S0 S0 -> S0, S1 S1 S1 -> S2, S2 R R -> S1",
+    ),
+    (ALIBI, (QUERY, KEY, KEY, zeros(4), 1.0), "S0 S0 S0 R -> S0, S1 S1 S1 S0 -> S2, S2 R R R -> S1"),
+    (SINKS, (QUERY, KEY, KEY, zeros(4), 1.0), "S0 S0 S0 R -> S0, S1 S1 S1 S0 -> S2, S2 R R R -> S1"),
     (RMS_NORM, (X, zeros(6), 1e-5), "S0 R -> S0, S1 R -> S1"),
     (LOSS, (X, zeros(8, 6), TOKENS), "S0 R S0 -> S0, S1 R S1 -> S1"),
     ("aten.baddbmm.default", (zeros(2, 1, 8), X, zeros(2, 6, 8)), "R S1 R -> S1, S0 S0 S0 -> S0, S2 R S2 -> S2"),
@@ -706,13 +720,12 @@ def test_an_operator_is_offered_the_partitions_that_are_right_and_no_other(targe
 
 
 def test_every_operator_of_the_tables_is_tested():
-    ours = {ATTENTION, RMS_NORM, LOSS, CONVOLUTION, DELTA_RULE, LINEAR_ATTENTION, SCAN, RECURRENCE, ROOT}
+    ours = {ATTENTION, ALIBI, SINKS, RMS_NORM, LOSS, CONVOLUTION, DELTA_RULE, LINEAR_ATTENTION, SCAN, RECURRENCE, ROOT}
     known = {*aten.ATEN, *ours}
     assert set(CALLS) == known
     assert {name_of(target) for target, _, _ in OFFERED} == known
 
 
-QUERY, KEY, GROUPED = zeros(2, 4, 6, 8), zeros(2, 4, 6, 8), zeros(2, 2, 6, 8)
 NEVER = {  # what an operator works across: input i is never split along dimension d
     "softmax over its dimension": ("aten.softmax.int", (X, 1), 0, 1),
     "log_softmax over its dimension": ("aten.log_softmax.int", (X, -1), 0, 2),
@@ -725,7 +738,6 @@ NEVER = {  # what an operator works across: input i is never split along dimensi
     "layer norm's weight": ("aten.layer_norm.default", (X, [6], zeros(6)), 1, 0),
     "RMSNorm over what it normalizes": (RMS_NORM, (X, zeros(6), 1e-5), 0, 2),
     "RMSNorm's weight": (RMS_NORM, (X, zeros(6), 1e-5), 1, 0),
-    "attention along the queries": (ATTENTION, (QUERY, KEY, KEY, 1.0), 0, 2),
     "attention along the keys": (ATTENTION, (QUERY, KEY, KEY, 1.0), 1, 2),
     "attention inside a head": (ATTENTION, (QUERY, KEY, KEY, 1.0), 0, 3),
     "attention inside a value's head": (ATTENTION, (QUERY, KEY, KEY, 1.0), 2, 3),
@@ -755,10 +767,15 @@ def test_a_dimension_that_an_operator_works_across_is_never_split(target, args, 
     assert all(partition.inputs[i] != Shard(dim) for partition in legal_partitions(op, 2))
 
 
-def test_grouped_queries_are_split_by_their_key_value_heads_where_these_come_out_even():
-    arguments = (QUERY, GROUPED, GROUPED, 1.0)
-    assert offered(ATTENTION, *arguments, n_ranks=2) == ["S0 S0 S0 -> S0", "S1 S1 S1 -> S2"]
-    assert offered(ATTENTION, *arguments, n_ranks=4) == []  # 4 heads, but 2 key-value heads
+def test_grouped_queries_are_split_with_the_keys_that_they_share_and_by_neighbours_where_ranks_are_more_than_keys():
+    grouped = (QUERY, GROUPED, GROUPED, 1.0)  # 4 heads, 2 key-value heads
+    assert offered(ATTENTION, *grouped, n_ranks=2) == ["S0 S0 S0 -> S0", "S1 S1 S1 -> S2", "S2 R R -> S1"]
+    assert offered(ATTENTION, *grouped, n_ranks=4) == ["S1 S1 x2 S1 x2 -> S2"]
+    one_key = (QUERY, zeros(2, 1, 6, 8), zeros(2, 1, 6, 8), 1.0)
+    assert offered(ATTENTION, *one_key, n_ranks=4) == ["S1 R R -> S2"]
+    odd = (zeros(1, 6, 5, 8), zeros(1, 3, 5, 8), zeros(1, 3, 5, 8), 1.0)  # half of a key's queries are no whole head
+    assert offered(ATTENTION, *odd, n_ranks=12) == offered(ATTENTION, *odd, n_ranks=2) == []
+    assert offered(ATTENTION, *odd, n_ranks=5) == ["S2 R R -> S1"]
 
 
 def test_a_dimension_that_the_ranks_can_not_share_evenly_is_not_split():

@@ -41,7 +41,8 @@ def other_plans(graph: Graph, plan: Plan, setting: Setting) -> list[Other]:
     same = {op: partition.dim for op, partition in chosen.items()}
     for policy, name in ((Recompute.EVERYTHING, "every layer recomputed"), (Recompute.NOTHING, "no layer recomputed")):
         if set(plan.recompute) != {policy}:
-            asked.append((name, Fixed(same, boundary=plan.assignment.boundary, policy=policy)))
+            order = plan.assignment.balanced
+            asked.append((name, Fixed(same, boundary=plan.assignment.boundary, policy=policy, balanced=order)))
     return [_planned(name, graph, setting, fixed) for name, fixed in asked]
 
 
@@ -56,7 +57,8 @@ def at_other_lengths(graph: Graph, plan: Plan, setting: Setting) -> list[Other]:
             found.append(Other(f"{length:,}", why_not=why))
             continue
         dims = {op.outputs[0].name: partition.dim for op, partition in plan.assignment.partitions.items()}
-        fixed = Fixed({op: dims[op.outputs[0].name] for op in other.all_ops()}, boundary=plan.assignment.boundary)
+        partitions = {op: dims[op.outputs[0].name] for op in other.all_ops()}
+        fixed = Fixed(partitions, boundary=plan.assignment.boundary, balanced=plan.assignment.balanced)
         found.append(_planned(f"{length:,}", other, setting, fixed))
     return found
 

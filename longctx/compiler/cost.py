@@ -16,7 +16,7 @@ from longctx.compiler.hardware import Hardware, collective_seconds
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.layout import Layout
 from longctx.compiler.lifetimes import saved_tensors, wants_gradient
-from longctx.compiler.ops import Shares, spec_of
+from longctx.compiler.ops import Flops, Shares, spec_of
 from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape
@@ -36,12 +36,24 @@ def bytes_of(tensor: Tensor, placement: Placement = REPLICATE, plan_size: int = 
     return prod(local_shape(tensor.shape, placement, plan_size)) * tensor.dtype.itemsize
 
 
-def op_seconds(op: Op, partition: Partition, layout: Layout, plan_size: int, hardware: Hardware) -> Seconds:
-    """The time that a rank takes for its part of an op; `layout` is that of the body which the op is in."""
-    forward = _phase_seconds(op, "forward", partition, layout, plan_size, hardware)
+def op_seconds(
+    op: Op, partition: Partition, layout: Layout, plan_size: int, hardware: Hardware, evenly: bool = False
+) -> Seconds:
+    """The time that the busiest rank takes for its part of an op.
+
+    Args:
+        layout: that of the body which the op is in.
+        evenly: whether to take all ranks to have as much to compute, even where they have not.
+    """
+    flops = spec_of(op).flops(op)
+    if partition.dim is not None:
+        flops = Flops(flops.forward / plan_size, flops.backward / plan_size)
+    if partition_is_told(op, partition) and not evenly:
+        flops = flops_of_busiest(op, partition, plan_size)
+    forward = _phase_seconds(op, "forward", flops.forward, partition, layout, plan_size, hardware)
     if not wants_gradient(op):
         return Seconds(forward)
-    backward = _phase_seconds(op, "backward", partition, layout, plan_size, hardware)
+    backward = _phase_seconds(op, "backward", flops.backward, partition, layout, plan_size, hardware)
     for place in layout.added_gradients.get(op, ()):  # both are read, and the sum is written
         size = bytes_of(op.inputs[place], partition.inputs[place], plan_size)
         backward += hardware.copy_seconds(Work.COPIES, 3 * size)
@@ -49,11 +61,9 @@ def op_seconds(op: Op, partition: Partition, layout: Layout, plan_size: int, har
 
 
 def _phase_seconds(
-    op: Op, phase: str, partition: Partition, layout: Layout, plan_size: int, hardware: Hardware
+    op: Op, phase: str, flops: float, partition: Partition, layout: Layout, plan_size: int, hardware: Hardware
 ) -> float:
     spec = spec_of(op)
-    share = plan_size if partition.dim is not None else 1
-    flops = getattr(spec.flops(op), phase) / share
     rate = (
         hardware.product_rate(spec.rates[phase == "backward"], op.inputs[0].dtype) * spec.efficiency if flops else 1.0
     )
@@ -61,6 +71,20 @@ def _phase_seconds(
     moved = _local_bytes(op, _traffic(op, phase, layout), partition, plan_size)
     passed = _local_bytes(op, spec.passes(op, phase), partition, plan_size)
     return max(flops / rate, hardware.copy_seconds(work, moved)) + hardware.copy_seconds(Work.COPIES, passed)
+
+
+def partition_is_told(op: Op, partition: Partition) -> bool:
+    """Whether an op is split along a dimension of which a rank has to know where its part begins."""
+    told = spec_of(op).told
+    return told is not None and partition.dim == told.dim
+
+
+def flops_of_busiest(op: Op, partition: Partition, plan_size: int) -> Flops:
+    """FLOPs of the rank that has the most, of an op that is told where a rank's part begins."""
+    told, (place, placement) = spec_of(op).told, partition.first_split
+    assert told is not None
+    starts, n = placement.blocks(op.inputs[place].shape[placement.dim], plan_size)
+    return max((told.flops(op, own, n) for own in starts), key=lambda flops: flops.forward)
 
 
 def _local_bytes(op: Op, shares: Shares, partition: Partition, plan_size: int) -> float:
@@ -109,9 +133,12 @@ def collective_time(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
     resharding = spec_of(op).resharding
     if resharding is None or plan_size == 1:
         return Seconds()
-    whole = max(map(nbytes, (op.inputs[0], op.outputs[0])))
+    before, after = nbytes(op.inputs[0]), nbytes(op.outputs[0])
+    whole = max(before, after)
     if resharding.forward == "all_to_all":  # a rank has only a part of the tensor, before and after
-        whole = nbytes(op.inputs[0]) * plan_size
+        whole *= plan_size
+    elif after < before:  # of which several ranks may have the same part
+        whole = after * plan_size
     forward, backward = (
         collective_seconds(hardware, kind, whole, plan_size) if kind else 0.0
         for kind in (resharding.forward, resharding.backward)

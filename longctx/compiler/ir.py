@@ -25,6 +25,14 @@ class Device:
 DEVICE = Device()
 
 
+@dataclass(frozen=True)
+class OwnStarts:
+    """Stands, among the arguments of an op, for where a rank's blocks of a dimension of this length begin."""
+
+    length: int
+    balanced: bool = False
+
+
 @dataclass(frozen=True, eq=False)
 class Tensor:
     """A value of the graph. Two are equal only if they are the same object."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from longctx.compiler.ir import Graph, LayerCall, Op, Tensor, map_tensors
+from longctx.compiler.ir import Graph, LayerCall, Op, OwnStarts, Tensor, map_tensors
 from longctx.compiler.ops import spec_of
 from longctx.compiler.ops.aten import CAST
 from longctx.compiler.ops.reshards import target_of_reshard
@@ -31,6 +31,12 @@ class Assignment:
     boundary: Placement = REPLICATE
     inputs: dict[Tensor, Placement] = field(default_factory=dict)
     plan_sharded: dict[Tensor, int] = field(default_factory=dict)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether a row's tokens are split in balanced order."""
+        split = (p for partition in self.partitions.values() for p in (*partition.inputs, *partition.outputs))
+        return any(isinstance(p, Shard) and p.balanced for p in split)
 
 
 def localize(graph: Graph, assignment: Assignment) -> Graph:
@@ -106,8 +112,18 @@ class _Localizer:
         for tensor, placement in zip(op.outputs, partition.outputs, strict=True):
             outputs.append(self.add_input(tensor, placement))
         draws_own = partition.dim is not None and spec_of(op).draws_random(op)
+        kwargs = {**kwargs, **self._own_starts(op, partition)}
         local = replace(op, args=args, kwargs=kwargs, outputs=tuple(outputs), draws_own=draws_own)
         self.ops.append(replace(local, args=_local_sizes(local)))
+
+    def _own_starts(self, op: Op, partition: Partition) -> dict[str, OwnStarts]:
+        """The argument that tells an op where this rank's part begins, if it is split along a dimension of which it has
+        to know that."""
+        told = spec_of(op).told
+        if told is None or partition.dim != told.dim:
+            return {}
+        place, placement = partition.first_split
+        return {told.argument: OwnStarts(op.inputs[place].shape[placement.dim], placement.balanced)}
 
     def add_layer(self, call: LayerCall, wanted: dict[Tensor, Placement], boundary: Placement) -> None:
         """Appends the call of a layer, after the reshards to the placements that layers take their inputs in."""
@@ -145,7 +161,8 @@ class _Localizer:
             return self._insert(CAST, (local, tensor.dtype), {}, local.shape, tensor, op)
         if isinstance(target, Shard):
             shape = local_shape(tensor.shape, target, self.assignment.plan_size)
-            return self._insert(target_of_reshard("own_slice"), (local,), {"dim": target.dim}, shape, tensor, op)
+            which = {"dim": target.dim} | ({"copies": target.copies} if target.copies > 1 else {})
+            return self._insert(target_of_reshard("own_slice"), (local,), which, shape, tensor, op)
         if partition.dim is not None or not tensor.requires_grad or self.assignment.plan_size == 1:
             return local
         arguments = (local, 1 / self.assignment.plan_size)

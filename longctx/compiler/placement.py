@@ -8,7 +8,7 @@ that is replicated under a partitioned operator receives a gradient that is part
 rank computes whole one that is replicated. So a reshard depends on whether its consumer is partitioned.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from longctx.compiler.annotation import Annotation, Dim, expand_leading, lengths
@@ -32,12 +32,29 @@ class Partial:
 
 @dataclass(frozen=True)
 class Shard:
-    """Rank r of P has the r-th of P equal parts along `dim`."""
+    """Rank r of P has the r-th of P equal parts along `dim`; with `copies`, the (r / copies)-th of P / copies parts.
+
+    What each of several neighbours has is wanted of keys and values that their query heads share. A gradient is then
+    the sum of theirs.
+
+    In balanced order rank r has the r-th of 2 P blocks and the r-th from the end. Later tokens of a row see more keys
+    than earlier ones, so that ranks have as much of causal attention to compute. All else is the same in either order.
+    """
 
     dim: int
+    copies: int = 1
+    balanced: bool = False
 
     def __str__(self) -> str:
-        return f"S{self.dim}"
+        return f"S{self.dim}{f' x{self.copies}' if self.copies > 1 else ''}{' balanced' if self.balanced else ''}"
+
+    def blocks(self, length: int, plan_size: int) -> tuple[list[tuple[int, ...]], int]:
+        """Where each rank's blocks of a dimension of this length begin, and how long a block is."""
+        if not self.balanced:
+            n = length // plan_size
+            return [(rank * n,) for rank in range(plan_size)], n
+        n = length // (2 * plan_size)
+        return [(rank * n, length - (rank + 1) * n) for rank in range(plan_size)], n
 
 
 Placement = Replicate | Partial | Shard
@@ -52,15 +69,20 @@ def parse_placement(text: str) -> Placement:
     """
     if text in ("R", "P"):
         return REPLICATE if text == "R" else PARTIAL
-    if text[:1] == "S" and text[1:].isdigit():
-        return Shard(int(text[1:]))
+    number, _, order = text[1:].partition(" ")
+    if text[:1] == "S" and number.isdigit() and order in ("", "balanced"):
+        return Shard(int(number), balanced=bool(order))
     raise ValueError(f"{text!r} is no placement")
 
 
 def local_shape(shape: tuple[int, ...], placement: Placement, plan_size: int) -> tuple[int, ...]:
     """The shape of a rank's part of a tensor."""
-    dim = placement.dim if isinstance(placement, Shard) else None
-    return tuple(size // plan_size if d == dim else size for d, size in enumerate(shape))
+    if not isinstance(placement, Shard):
+        return tuple(shape)
+    return tuple(size * placement.copies // plan_size if d == placement.dim else size for d, size in enumerate(shape))
+
+
+Dims = tuple[tuple[Dim, ...], ...]  # of a tensor, each with its factors
 
 
 # --- partitions ------------------------------------------------------------------------------------------------------
@@ -70,6 +92,8 @@ def local_shape(shape: tuple[int, ...], placement: Placement, plan_size: int) ->
 class Partition:
     """One way for a plan's ranks to compute an operator: along the identifier `dim`, or, if None, whole on each rank.
 
+    Of two identifiers, "k g", the first is split into parts of length 1 and these along the second.
+
     An input that is replicated receives a gradient that is partial if the operator is partitioned, and replicated if it
     is not. A gradient has otherwise its tensor's placement; an output that is partial receives one that is replicated.
     """
@@ -78,12 +102,24 @@ class Partition:
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
 
+    @property
+    def first_split(self) -> tuple[int, Shard]:
+        """The place of the first input that is split, and its placement."""
+        return next((place, p) for place, p in enumerate(self.inputs) if isinstance(p, Shard))
 
-def partitions(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None], plan_size: int) -> list[Partition]:
+
+def partitions(
+    annotation: Annotation,
+    shapes: Sequence[tuple[int, ...] | None],
+    plan_size: int,
+    balanced: Collection[str] = (),
+) -> list[Partition]:
     """Every legal partition of an operator over `plan_size` ranks, the whole one first.
 
     An identifier may be partitioned if its length divides evenly and it is the outermost factor of its dimension
-    wherever it is, once a tensor at most.
+    wherever it is, once a tensor at most. If there are more ranks than its length, those that have the same part of it
+    may share out the factor behind it: query heads that share keys. The identifiers in `balanced` are split in balanced
+    order, for which twice as many parts have to come out even.
     """
     whole = Partition(None, (REPLICATE,) * len(annotation.inputs), (REPLICATE,) * len(annotation.outputs))
     known = lengths(annotation, shapes)
@@ -96,31 +132,64 @@ def partitions(annotation: Annotation, shapes: Sequence[tuple[int, ...] | None],
     marks = {dim.name: dim.reduce for dims in entries for factors in dims for dim in factors}
     legal = [whole]
     for name, mark in marks.items():
-        if mark == "^" or name not in known or known[name] % plan_size or plan_size == 1:
+        if mark == "^" or name not in known or plan_size == 1:
             continue
-        if all(_can_be_sharded(name, dims) for dims in (*entries, *outputs)):
+        if not all(_can_be_sharded(name, dims) for dims in (*entries, *outputs)):
+            continue
+        in_order = name in balanced
+        if known[name] % (plan_size * (1 + in_order)) == 0:
             elsewhere = PARTIAL if mark == "+" else REPLICATE
-            inputs = tuple(_placement(name, dims, REPLICATE) for dims in entries)
-            results = tuple(_placement(name, dims, elsewhere) for dims in outputs)
+            inputs = tuple(_placement(name, dims, REPLICATE, in_order) for dims in entries)
+            results = tuple(_placement(name, dims, elsewhere, in_order) for dims in outputs)
             legal.append(Partition(name, inputs, results))
+        elif inner := _shared_factor(name, entries, outputs, known, plan_size):
+            inputs = tuple(
+                _nested_placement(name, inner, dims, plan_size // known[name], plan_size) for dims in entries
+            )
+            results = tuple(_placement(name, dims, REPLICATE) for dims in outputs)
+            legal.append(Partition(f"{name} {inner}", inputs, results))
     return legal
 
 
-def _dims_with(name: str, dims: tuple[tuple[Dim, ...], ...]) -> list[int]:
+def _dims_with(name: str, dims: Dims) -> list[int]:
     """The dimensions of a tensor that have `name` among their factors."""
     return [place for place, factors in enumerate(dims) if name in {dim.name for dim in factors}]
 
 
-def _can_be_sharded(name: str, dims: tuple[tuple[Dim, ...], ...]) -> bool:
+def _can_be_sharded(name: str, dims: Dims) -> bool:
     """Whether a tensor has `name` in one dimension at most, and there as the outermost factor."""
     found = _dims_with(name, dims)
     return len(found) <= 1 and all(dims[place][0].name == name for place in found)
 
 
-def _placement(name: str, dims: tuple[tuple[Dim, ...], ...], elsewhere: Placement) -> Placement:
+def _placement(name: str, dims: Dims, elsewhere: Placement, balanced: bool = False) -> Placement:
     """A tensor's placement under a partition along `name`; `elsewhere` if no dimension of the tensor has that name."""
     found = _dims_with(name, dims)
-    return Shard(found[0]) if found else elsewhere
+    return Shard(found[0], balanced=balanced) if found else elsewhere
+
+
+def _shared_factor(
+    name: str, entries: Sequence[Dims], outputs: Sequence[Dims], known: dict[str, int], plan_size: int
+) -> str | None:
+    """The factor that ranks with the same part of `name` share out: it is behind that wherever it is, and in all
+    outputs; None if there is none that comes out even."""
+    behind = [factors[1:2] for dims in (*entries, *outputs) for factors in dims if factors[0].name == name]
+    inner = next((factors[0] for factors in behind if factors), None)
+    if inner is None or inner.reduce or inner.name not in known or plan_size % known[name]:
+        return None
+    of_outputs = [factors[1:2] for dims in outputs for factors in dims if factors[0].name == name]
+    everywhere = [dim for dims in (*entries, *outputs) for factors in dims for dim in factors if dim.name == inner.name]
+    if len(everywhere) != behind.count((inner,)) or of_outputs != [(inner,)] * len(outputs):
+        return None
+    return inner.name if known[inner.name] % (plan_size // known[name]) == 0 else None
+
+
+def _nested_placement(name: str, inner: str, dims: Dims, copies: int, plan_size: int) -> Placement:
+    """A tensor's placement where `copies` ranks with the same part of `name` share out `inner`."""
+    placement = _placement(name, dims, REPLICATE)
+    if not isinstance(placement, Shard) or inner in {dim.name for dim in dims[placement.dim]}:
+        return placement
+    return Shard(placement.dim, copies) if copies < plan_size else REPLICATE
 
 
 # --- reshards --------------------------------------------------------------------------------------------------------
@@ -131,7 +200,7 @@ class Reshard:
     """A function of longctx.runtime.collectives, and its arguments behind the tensor."""
 
     function: str
-    arguments: tuple[tuple[str, int], ...] = ()
+    arguments: tuple[tuple[str, int | bool], ...] = ()
 
 
 def find_reshard(
@@ -141,15 +210,32 @@ def find_reshard(
     partial_gradient = consumer_partitioned and requires_grad  # of a target that is replicated
     match source, target:
         case Shard(i), Shard(j):
-            return None if i == j else Reshard("all_to_all", (("split", j), ("gather", i)))
+            if source == target:
+                return None
+            if i == j:
+                return Reshard("reorder", (("dim", i), ("balanced", target.balanced)))
+            orders = (("balanced_split", target.balanced), ("balanced_gather", source.balanced))
+            where = (("split", j), ("gather", i), *_copies(target))
+            return Reshard("all_to_all", (*where, *(order for order in orders if order[1])))
         case Shard(i), Replicate():
-            return Reshard("all_gather_reduce" if partial_gradient else "all_gather", (("dim", i),))
+            function = "all_gather_reduce" if partial_gradient else "all_gather"
+            return Reshard(function, (("dim", i), *_order(source)))
         case Partial(), Shard(j):
-            return Reshard("reduce_scatter", (("dim", j),))
+            return Reshard("reduce_scatter", (("dim", j), *_copies(target), *_order(target)))
         case Partial(), Replicate():
             return Reshard("all_reduce_both" if consumer_partitioned else "all_reduce")
         case Replicate(), Shard(j):
-            return Reshard("take_slice", (("dim", j),))
+            return Reshard("take_slice", (("dim", j), *_copies(target), *_order(target)))
         case Replicate(), Replicate():
             return Reshard("replicate") if partial_gradient else None
     raise AssertionError(f"no consumer takes a value that is {target}")
+
+
+def _copies(target: Shard) -> tuple[tuple[str, int], ...]:
+    """The argument of a reshard that says how many neighbours have the same part, if it is more than one."""
+    return (("copies", target.copies),) if target.copies > 1 else ()
+
+
+def _order(split: Shard) -> tuple[tuple[str, bool], ...]:
+    """The argument of a reshard that says in which order a dimension is split, unless it is from first to last."""
+    return (("balanced", True),) if split.balanced else ()

@@ -46,6 +46,7 @@ class Fixed:
     not_partitions: dict[Op, str | None] = field(default_factory=dict)
     boundary: Placement | None = None
     policy: Recompute | None = None  # of every layer
+    balanced: bool | None = None  # whether a row's tokens are split in balanced order; None if that is open
 
 
 def describe(graph: Graph, plan: Plan) -> dict:
@@ -53,6 +54,7 @@ def describe(graph: Graph, plan: Plan) -> dict:
     partitions = plan.assignment.partitions
     return {
         "boundary": str(plan.assignment.boundary),
+        "balanced": plan.assignment.balanced,
         "ops": {name: [[spec_of(op).name, partitions[op].dim] for op in ops] for name, ops in graph.bodies()},
     }
 
@@ -66,6 +68,9 @@ def fix(graph: Graph, decisions: Any) -> Fixed:
     partitions: dict[Op, str | None] = {}
     try:
         boundary = parse_placement(decisions["boundary"])
+        balanced = decisions.get("balanced", False)  # earlier versions knew one order
+        if not isinstance(balanced, bool):
+            raise TypeError("it is true or false")
         stored = {name: [(operator, dim) for operator, dim in ops] for name, ops in decisions["ops"].items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise DecisionsError(
@@ -80,4 +85,4 @@ def fix(graph: Graph, decisions: Any) -> Fixed:
             )
         for op, (_, dim) in zip(ops, decided, strict=True):
             partitions[op] = dim
-    return Fixed(partitions, boundary=boundary)
+    return Fixed(partitions, boundary=boundary, balanced=balanced)

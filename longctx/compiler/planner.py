@@ -10,6 +10,7 @@ asked again with a lower limit, and what is found in the end says how far it may
 import math
 from dataclasses import dataclass, replace
 
+from longctx.compiler.cost import partition_is_told
 from longctx.compiler.ir import Graph
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.memory import MemoryPrediction, predict
@@ -38,10 +39,10 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     """
     check_splittable(graph, setting.plan_size)
     check_layer_names(graph, setting)
-    program = Program(graph, setting, fixed or Fixed())
-    plan, at_least_seconds = fastest(program)
+    fixed = fixed or Fixed()
+    plan, at_least_seconds = fastest_in_any_order(graph, setting, fixed)
     if plan is None:
-        plan, at_least = leanest(program)
+        plan, at_least = leanest(Program(graph, setting, replace(fixed, balanced=bool(fixed.balanced))))
         if plan.memory > setting.memory_limit:
             missing = math.ceil(10 * (plan.memory - setting.memory_limit) / GB) / 10
             raise DoesNotFit(say_need(plan.memory, at_least), missing)
@@ -50,7 +51,28 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
 
 def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
     """The fastest plan that fits under what is fixed, or None; found as the best one is, so that the two compare."""
-    return fastest(Program(graph, setting, fixed))[0]
+    return fastest_in_any_order(graph, setting, fixed)[0]
+
+
+def fastest_in_any_order(graph: Graph, setting: Setting, fixed: Fixed) -> tuple[Plan | None, float]:
+    """`fastest`, of plans that split a row's tokens from first to last, or in balanced order.
+
+    The order matters only to a plan that splits attention along its queries. If no such plan is the fastest although
+    attention is taken to be shared out evenly, that is all; else either order is searched.
+    """
+    plan, at_least = fastest(Program(graph, setting, fixed))
+    if plan is None or fixed.balanced is not None or not splits_queries(plan.assignment):
+        return plan, at_least
+    orders = [False, True] if graph.inputs[0].shape[-1] % (2 * setting.plan_size) == 0 else [False]
+    found = [fastest(Program(graph, setting, replace(fixed, balanced=balanced))) for balanced in orders]
+    plans = [plan for plan, _ in found if plan is not None]
+    bounds = [at_least for _, at_least in found if at_least]
+    return min(plans, key=lambda plan: plan.seconds, default=None), min(bounds, default=0.0)
+
+
+def splits_queries(assignment: Assignment) -> bool:
+    """Whether an op is split along a dimension of which a rank has to know where its part begins."""
+    return any(partition_is_told(op, partition) for op, partition in assignment.partitions.items())
 
 
 def fastest(program: Program) -> tuple[Plan | None, float]:

@@ -106,12 +106,17 @@ class _Scope:
 
 
 class Program(LinearProgram):
-    """The program of a model, built once and solved for any memory limit. Costs are in seconds, memory in GB."""
+    """The program of a model, built once and solved for any memory limit. Costs are in seconds, memory in GB.
+
+    Where the order of a row's tokens is open, it is as if they were split from first to last, and all ranks had as much
+    of attention to compute: a bound from below for either order, and right for plans that don't split attention so.
+    """
 
     def __init__(self, graph: Graph, setting: Setting, fixed: Fixed):
         super().__init__()
         self.graph, self.setting, self.fixed = graph, setting, fixed
         self.plan_size = setting.plan_size
+        self.balanced = graph.inputs[0].shape[-1] if fixed.balanced else 0  # tokens, if they are in balanced order
         self.x: dict[Op, list[tuple[Partition, int]]] = {}
         self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
         self.chains: list[tuple[list[Recompute], tuple[int, ...]]] = []  # a kind's policies, and c of all but the first
@@ -142,7 +147,12 @@ class Program(LinearProgram):
     def placements(self, tensor: Tensor, fixed: Placement | None = None) -> list[Placement]:
         """Those that a value may have between layers."""
         splittable = self.plan_size > 1
-        shards = [Shard(d) for d, size in enumerate(tensor.shape) if splittable and size % self.plan_size == 0]
+        orders = [size == self.balanced for size in tensor.shape]
+        shards = [
+            Shard(d, balanced=in_order)
+            for d, (size, in_order) in enumerate(zip(tensor.shape, orders, strict=True))
+            if splittable and size % (self.plan_size * (1 + in_order)) == 0
+        ]
         return [p for p in (REPLICATE, *shards) if fixed in (None, p)]
 
     # --- the root and the layer kinds
@@ -207,7 +217,8 @@ class Program(LinearProgram):
         self.row({x: 1.0 for _, x in self.x[op]}, 1, 1)
         recomputed = scope.repeats.get(op)
         for partition, x in self.x[op]:
-            seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware)
+            evenly = self.fixed.balanced is None
+            seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware, evenly)
             self.costs[x] = scope.times * (seconds.forward + seconds.backward)
             scope.compute[x] = self.costs[x]
             if recomputed is not None and seconds.forward and op not in scope.layout.not_repeated:
@@ -224,7 +235,7 @@ class Program(LinearProgram):
         Raises:
             DecisionsError: the fixed one is not legal here.
         """
-        legal = legal_partitions(op, self.plan_size)
+        legal = legal_partitions(op, self.plan_size, self.balanced)
         if op in self.fixed.partitions:
             dim = self.fixed.partitions[op]
             legal = [p for p in legal if p.dim == dim]

@@ -1,9 +1,11 @@
 """Causal attention, as generated code calls it: by a fused kernel where there is one, in blocks of queries elsewhere.
 
-The first half of the file is the function; its fused kernels are in fused.py. The second half is what the compiler has
-to know of it: its FLOPs, what autograd saves, and its workspace.
+The first half of the file is the function; its fused kernels are in fused.py, and what they need for some of a row's
+queries in pieces.py. The second half is what the compiler has to know of it: its FLOPs, what autograd saves, and its
+workspace.
 """
 
+from collections.abc import Callable, Sequence
 from functools import partial
 from math import ceil
 from typing import Any
@@ -14,9 +16,10 @@ from torch.utils.checkpoint import checkpoint
 
 from longctx.compiler.ir import Op, Tensor, nbytes
 from longctx.compiler.ops.registered import arguments_of, register_op
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares
+from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, Told
 from longctx.compiler.work import Work
 from longctx.kernels.fused import HALF, resolve, sdpa
+from longctx.kernels.pieces import KEYS, attention_in_pieces, can_be_pieces
 
 try:
     from flash_attn import flash_attn_func
@@ -37,8 +40,11 @@ def attention(
     dropout: float = 0.0,
     implementation: str = "auto",
     deterministic: bool = False,
+    starts: Sequence[int] = (),
 ) -> torch.Tensor:
-    """Causal attention: [b, heads, l, d], [b, kv_heads, l, d], [b, kv_heads, l, e] -> [b, l, heads, e].
+    """Causal attention: [b, heads, q, d], [b, kv_heads, l, d], [b, kv_heads, l, e] -> [b, q, heads, e].
+
+    The queries are those of all l tokens, or of some of them.
 
     Args:
         scale: the factor by which the scores are multiplied, usually d ** -0.5.
@@ -51,18 +57,27 @@ def attention(
             prefers of its own, and 'eager' the formula.
         deterministic: whether the backward gives the same bits each time. PyTorch's kernels ask
             torch.are_deterministic_algorithms_enabled(), which has to say so too.
+        starts: the tokens at which the blocks begin, all of one length, that the queries are of, if these are not of
+            all tokens. Left out, they are of the last ones.
 
     Raises:
         RuntimeError: the kernel that was asked for does not take these tensors.
     """
-    masks_more = bool(softcap or 0 < window < query.shape[2])  # than the keys that come after a query
+    masks_more = bool(softcap or 0 < window < key.shape[2])  # than the keys that come after a query
     kernel = resolve(implementation)
     if kernel == "flash_attention_2" or (masks_more and _is_for_flash_attn(implementation, query)):
-        return _flash_attn(query, key, value, None, scale, window, softcap, dropout, deterministic)
-    if implementation == "eager" or masks_more:
-        attend = _attend_in_float32 if softcap or implementation == "eager" else _attend_masked
-        return _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend)
-    return sdpa(query, key, value, scale, dropout, kernel, is_causal=True).transpose(1, 2)
+        attend = partial(_flash_attn, slopes=None, deterministic=deterministic)
+    elif implementation == "eager" or masks_more:
+        of_rows = _attend_in_float32 if softcap or implementation == "eager" else _attend_masked
+        attend = partial(_blockwise_attention, attend=of_rows)
+    elif query.shape[2] == key.shape[2]:
+        return sdpa(query, key, value, scale, dropout, kernel, is_causal=True).transpose(1, 2)
+    elif can_be_pieces(query, value, dropout):
+        starts = starts or [key.shape[2] - query.shape[2]]
+        return attention_in_pieces(query, key, value, starts, scale, kernel)[0].transpose(1, 2)
+    else:
+        attend = partial(_blockwise_attention, attend=_attend_masked)
+    return _each_block(attend, query, key, value, starts, scale, window, softcap, dropout)
 
 
 def alibi_attention(
@@ -76,6 +91,7 @@ def alibi_attention(
     dropout: float = 0.0,
     implementation: str = "auto",
     deterministic: bool = False,
+    starts: Sequence[int] = (),
 ) -> torch.Tensor:
     """`attention` with linear biases (ALiBi, arXiv:2108.12409, section 3), which take the place of positions.
 
@@ -83,9 +99,10 @@ def alibi_attention(
     float32, [heads]. Of the fused kernels flash-attn's knows biases; elsewhere blocks of queries are taken.
     """
     if resolve(implementation) == "flash_attention_2" or _is_for_flash_attn(implementation, query):
-        return _flash_attn(query, key, value, slopes, scale, window, softcap, dropout, deterministic)
-    attend = partial(_attend_in_float32, slopes=slopes)
-    return _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend)
+        attend = partial(_flash_attn, slopes=slopes, deterministic=deterministic)
+    else:
+        attend = partial(_blockwise_attention, attend=partial(_attend_in_float32, slopes=slopes))
+    return _each_block(attend, query, key, value, starts, scale, window, softcap, dropout)
 
 
 def sink_attention(
@@ -99,14 +116,15 @@ def sink_attention(
     dropout: float = 0.0,
     implementation: str = "auto",
     deterministic: bool = False,
+    starts: Sequence[int] = (),
 ) -> torch.Tensor:
     """`attention` with a sink for each head, as GPT-OSS has it (arXiv:2508.10925, section 2.3).
 
     `sinks`, [heads], are scores of one more key that every query sees, whose value is 0. No fused kernel here knows
     them, so blocks of queries are taken, whatever the implementation.
     """
-    attend = partial(_attend_in_float32, sinks=sinks)
-    return _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend)
+    attend = partial(_blockwise_attention, attend=partial(_attend_in_float32, sinks=sinks))
+    return _each_block(attend, query, key, value, starts, scale, window, softcap, dropout)
 
 
 def _is_for_flash_attn(implementation: str, query: torch.Tensor) -> bool:
@@ -114,8 +132,25 @@ def _is_for_flash_attn(implementation: str, query: torch.Tensor) -> bool:
     return implementation == "auto" and flash_attn_func is not None and query.is_cuda and query.dtype in HALF
 
 
-def _flash_attn(query, key, value, slopes, scale, window, softcap, dropout, deterministic) -> torch.Tensor:
-    """FlashAttention-2 by the package flash-attn, which adds -slope * |i - j| to the scores, if there are slopes."""
+def _each_block(attend: Callable[..., torch.Tensor], query, key, value, starts, *mask) -> torch.Tensor:
+    """Attention of each block of queries by `attend`, against the keys that are not after the block; [b, q, heads, e].
+
+    So the last query that `attend` is given and the last key are of one token.
+    """
+    starts = starts or (key.shape[2] - query.shape[2],)
+    n = query.shape[2] // len(starts)
+    blocks = [
+        attend(rows, key[:, :, : start + n], value[:, :, : start + n], *mask)
+        for rows, start in zip(query.split(n, 2), starts, strict=True)
+    ]
+    return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
+
+
+def _flash_attn(query, key, value, scale, window, softcap, dropout, slopes, deterministic) -> torch.Tensor:
+    """FlashAttention-2 by the package flash-attn, which adds -slope * |i - j| to the scores, if there are slopes.
+
+    It takes the last query and the last key to be of one token.
+    """
     return flash_attn_func(
         *(x.transpose(1, 2) for x in (query, key, value)),
         dropout,
@@ -131,15 +166,16 @@ def _flash_attn(query, key, value, slopes, scale, window, softcap, dropout, dete
 def _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend) -> torch.Tensor:
     """Attention for one block of queries after another, over the keys that the block sees, by `attend`.
 
-    The scores are recomputed in the backward. At any time, QUERY_BLOCK x (QUERY_BLOCK + window) scores of each head are
-    held, or QUERY_BLOCK x l without a window.
+    The last query and the last key are of one token. The scores are recomputed in the backward. At any time,
+    QUERY_BLOCK x (QUERY_BLOCK + window) scores of each head are held, or QUERY_BLOCK x l without a window.
     """
-    window = window if window < query.shape[2] else 0  # a window over all keys is no window
+    before = key.shape[2] - query.shape[2]  # keys before the first query's
+    window = window if window < key.shape[2] else 0  # a window over all keys is no window
     blocks = []
     for start in range(0, query.shape[2], QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, query.shape[2])
-        first = max(0, start - window + 1) if window else 0
-        k, v = key[:, :, first:stop], value[:, :, first:stop]
+        first = max(0, before + start - window + 1) if window else 0
+        k, v = key[:, :, first : before + stop], value[:, :, first : before + stop]
         block = (query[:, :, start:stop], k, v, scale, window, softcap, dropout)
         blocks.append(checkpoint(attend, *block, use_reentrant=False))
     return torch.cat(blocks, dim=2).transpose(1, 2)
@@ -203,7 +239,7 @@ def _holds_scores(op: Op) -> bool:
 
 def _windowed(op: Op) -> bool:
     """Whether there is a window that does not span all keys."""
-    return 0 < arguments_of(op)["window"] < op.inputs[0].shape[2]
+    return 0 < arguments_of(op)["window"] < op.inputs[1].shape[2]
 
 
 def flops(op: Op) -> Flops:
@@ -212,10 +248,18 @@ def flops(op: Op) -> Flops:
     The backward of a fused kernel has four products and computes the scores again: five products, or 2.5 times the
     forward (arXiv:2307.08691, section 3.1.2).
     """
-    length = op.inputs[0].shape[2]
-    window = arguments_of(op)["window"] or length
-    seen = length * (length + 1) / 2 - max(0, length - window) * (length - window + 1) / 2
-    forward = _forward_flops(op, seen)
+    return flops_of_queries(op, (0,), op.inputs[1].shape[2])
+
+
+def flops_of_queries(op: Op, starts: Sequence[int], n: int) -> Flops:
+    """Those of blocks of n queries, which begin at these tokens of a row."""
+    window = arguments_of(op)["window"] or op.inputs[1].shape[2]
+
+    def seen_by_first(n: int) -> float:
+        """Keys that the first n queries of a row see together."""
+        return n * (n + 1) / 2 - max(0, n - window) * (n - window + 1) / 2
+
+    forward = _forward_flops(op, sum(seen_by_first(start + n) - seen_by_first(start) for start in starts))
     return Flops(forward, 2.5 * forward)
 
 
@@ -258,7 +302,10 @@ def saves_besides(op: Op) -> Shares:
 
 def workspace(op: Op, phase: str) -> Shares:
     """What attention holds while it runs, besides its inputs, its output and their gradients."""
-    return _blocks_workspace(op, phase) if takes_blocks(op) else _fused_workspace(op, phase)
+    if takes_blocks(op):
+        return _blocks_workspace(op, phase)
+    is_whole = op.inputs[0].shape[2] == op.inputs[1].shape[2]
+    return _fused_workspace(op, phase) if is_whole else _pieces_workspace(op, phase)
 
 
 def _fused_workspace(op: Op, phase: str) -> Shares:
@@ -277,6 +324,24 @@ def _fused_workspace(op: Op, phase: str) -> Shares:
     grouped = 2.0 if key.shape[1] != query.shape[1] else 0.0
     copied_output = 1.0 if _is_flash(op) else 0.0
     return {query: float32 * _query_gradients(op) + float32 / query.shape[-1] + grouped + copied_output}
+
+
+def _pieces_workspace(op: Op, phase: str) -> Shares:
+    """The workspace of attention in pieces: in the forward, a block's output in float32, twice while pieces are merged,
+    and that of a piece.
+
+    The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, a piece's, and
+    the output and its gradient in order; the gradients of a piece's keys and values; and these for each query head, if
+    several share them.
+    """
+    query, key, value = op.inputs[:3]
+    float32 = FLOAT32_BYTES / query.dtype.itemsize
+    if phase == "forward":
+        return {query: 3 * float32 + 1.0}
+    piece = min(1.0, KEYS / key.shape[2])
+    groups = query.shape[1] / key.shape[1]
+    of_keys = piece * (1.0 + (groups if groups > 1 else 0.0))
+    return {query: 2 * float32 + float32 / query.shape[-1] + 3.0, key: of_keys, value: of_keys}
 
 
 def _is_flash(op: Op) -> bool:
@@ -309,15 +374,15 @@ def _blocks_workspace(op: Op, phase: str) -> Shares:
     the keys and values for all heads with their gradients, whichever is larger.
     """
     query, key, value = op.inputs[:3]
-    length, window = query.shape[2], arguments_of(op)["window"]
-    rows = min(QUERY_BLOCK, length)
+    n_queries, length, window = query.shape[2], key.shape[2], arguments_of(op)["window"]
+    rows = min(QUERY_BLOCK, n_queries)
     keys = min(length, window + rows) if window else length
     if _holds_scores(op):
-        scores = rows * keys * FLOAT32_BYTES / (length * query.shape[-1] * query.dtype.itemsize)
+        scores = rows * keys * FLOAT32_BYTES / (n_queries * query.shape[-1] * query.dtype.itemsize)
         block = (3 if phase == "forward" else 4) * scores
     else:
         mask = rows * keys * (8 + 3) / nbytes(query)
-        block = max(mask, (2 if phase == "forward" else 4) * keys / length)
+        block = max(mask, (2 if phase == "forward" else 4) * keys / n_queries)
     return {query: 1 + block} | ({key: 1.0, value: 1.0} if phase == "backward" else {})
 
 
@@ -341,9 +406,10 @@ def fused_shapes(op: Op) -> tuple[tuple[int, ...], ...]:
     return () if takes_blocks(op) else tuple(tensor.shape for tensor in op.inputs[:3])
 
 
-def key_value_heads(op: Op) -> str:
+def heads_and_queries(op: Op) -> str:
     """What the ranks of a plan share out, besides rows."""
-    return f"its {op.inputs[1].shape[1]} key-value heads"
+    heads, length = op.inputs[0].shape[1:3]
+    return f"its {heads} heads and {length} queries"
 
 
 RULES = {
@@ -357,8 +423,9 @@ RULES = {
     "strides": strides,
     "draws_random": draws_random,
     "can_be_kept": is_one_kernel,
-    "shared_out": key_value_heads,
+    "shared_out": heads_and_queries,
+    "told": Told("q", "starts", flops_of_queries),
 }
-register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^ -> b l^ (k g) e^", **RULES)(attention)
-register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^, (k g) -> b l^ (k g) e^", **RULES)(alibi_attention)
-register_op("b (k g) l^ d^, b k l^ d^, b k l^ e^, (k g) -> b l^ (k g) e^", **RULES)(sink_attention)
+register_op("b (k g) q d^, b k l^ d^, b k l^ e^ -> b q (k g) e^", **RULES)(attention)
+register_op("b (k g) q d^, b k l^ d^, b k l^ e^, (k g) -> b q (k g) e^", **RULES)(alibi_attention)
+register_op("b (k g) q d^, b k l^ d^, b k l^ e^, (k g) -> b q (k g) e^", **RULES)(sink_attention)

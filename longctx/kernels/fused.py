@@ -173,14 +173,14 @@ def sdpa(
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     kernel = KERNELS.get(implementation)
     if grouped:  # no FlashAttention takes a mask, and none may be changed between a forward and its backward
-        _activate(kernel.activates if kernel else None)
+        activate(kernel.activates if kernel else None)
     with sdpa_kernel([kernel.backend] if kernel else _IN_ORDER, set_priority=implementation == "auto"):
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, scale=scale, enable_gqa=grouped, **mask
         )
 
 
-def _activate(flash_attention: str | None) -> None:
+def activate(flash_attention: str | None) -> None:
     """Puts this FlashAttention behind PyTorch's flash backend, for all calls that follow, or PyTorch's own for None.
 
     The backward pass calls what is there when it runs, so between a forward and its backward it must not be changed.

@@ -13,6 +13,12 @@ byte counts in the docstrings are what each rank sends, which equals what it rec
 in bytes, and n the length of the dimension that is split. All-gather, reduce-scatter and all-reduce are counted as
 bandwidth-optimal algorithms do them (Patarasuk and Yuan, doi:10.1016/j.jpdc.2008.09.002).
 
+With `copies`, the part of a split dimension that a rank holds is also held by its neighbours, so many in all: it is
+the (r / copies)-th of plan_size / copies parts. N and n are then those of a tensor with so many copies of each part.
+
+With `balanced` a dimension is in balanced order: it is cut into 2 * plan_size blocks, and rank r holds block r and the
+r-th from the end. A tensor that is whole is always in the model's own order.
+
 Inputs may have any strides. Every function that splits a dimension raises ValueError if plan_size doesn't divide it.
 """
 
@@ -63,38 +69,66 @@ def draw_own(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         return compute()
 
 
-def all_to_all(x: torch.Tensor, split: int, gather: int) -> torch.Tensor:
+def own_starts(length: int, balanced: bool = False) -> tuple[int, ...]:
+    """Where this rank's blocks of a dimension of that length begin, for an op that has to know: one, or two."""
+    if not balanced:
+        return (plan_rank() * (length // plan_size()),)
+    block = length // (2 * plan_size())
+    return tuple(block * number for number in _blocks_of(plan_rank(), balanced))
+
+
+def all_to_all(
+    x: torch.Tensor,
+    split: int,
+    gather: int,
+    copies: int = 1,
+    balanced_split: bool = False,
+    balanced_gather: bool = False,
+) -> torch.Tensor:
     """Shard(gather) -> Shard(split): [.., s, .., g/plan_size, ..] -> [.., s/plan_size, .., g, ..].
 
     Backward is the inverse, Shard(split) -> Shard(gather). Each sends N/plan_size * (plan_size-1)/plan_size bytes.
     """
-    return _reshard(x, partial(_exchanged, split=split, gather=gather), partial(_exchanged, split=gather, gather=split))
+    x, one, other = _with_copies(x, split, copies), (split, balanced_split), (gather, balanced_gather)
+    return _reshard(x, partial(_exchanged, split=one, gather=other), partial(_exchanged, split=other, gather=one))
 
 
-def all_gather(x: torch.Tensor, dim: int) -> torch.Tensor:
+def reorder(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
+    """Shard(dim) -> Shard(dim) in balanced order, or from that if not `balanced`: [.., n/plan_size, ..], the same.
+
+    Backward is the inverse. Each sends N/plan_size bytes at the most.
+    """
+    return _reshard(
+        x, partial(_reordered, dim=dim, balanced=balanced), partial(_reordered, dim=dim, balanced=not balanced)
+    )
+
+
+def all_gather(x: torch.Tensor, dim: int, balanced: bool = False) -> torch.Tensor:
     """Shard(dim) -> Replicate, for an op that every rank computes whole: [.., n/plan_size, ..] -> [.., n, ..].
 
     Forward sends N * (plan_size-1)/plan_size bytes. The gradient is Replicate, and backward takes this rank's slice of
     it, which sends nothing.
     """
-    return _reshard(x, partial(_gathered, dim=dim), partial(_sliced, dim=dim))
+    return _reshard(x, partial(_gathered, dim=dim, balanced=balanced), partial(_sliced, dim=dim, balanced=balanced))
 
 
-def all_gather_reduce(x: torch.Tensor, dim: int) -> torch.Tensor:
+def all_gather_reduce(x: torch.Tensor, dim: int, balanced: bool = False) -> torch.Tensor:
     """Shard(dim) -> Replicate, for a partitioned op: [.., n/plan_size, ..] -> [.., n, ..].
 
     The gradient is Partial, and backward reduce-scatters it. Each sends N * (plan_size-1)/plan_size bytes.
     """
-    return _reshard(x, partial(_gathered, dim=dim), partial(_reduce_scattered, dim=dim))
+    gradient = partial(_reduce_scattered, dim=dim, balanced=balanced)
+    return _reshard(x, partial(_gathered, dim=dim, balanced=balanced), gradient)
 
 
-def take_slice(x: torch.Tensor, dim: int) -> torch.Tensor:
+def take_slice(x: torch.Tensor, dim: int, copies: int = 1, balanced: bool = False) -> torch.Tensor:
     """Replicate -> Shard(dim): [.., n, ..] -> [.., n/plan_size, ..], copied so that the whole tensor can be freed.
 
     Forward sends nothing. Backward all-gathers the gradient, which sends N * (plan_size-1)/plan_size bytes; integers
     have no gradient.
     """
-    return _reshard(x, partial(_sliced, dim=dim), partial(_gathered, dim=dim))
+    x = _with_copies(x, dim, copies)
+    return _reshard(x, partial(_sliced, dim=dim, balanced=balanced), partial(_gathered, dim=dim, balanced=balanced))
 
 
 def replicate(x: torch.Tensor) -> torch.Tensor:
@@ -123,12 +157,13 @@ def all_reduce_both(x: torch.Tensor) -> torch.Tensor:
     return _reshard(x, _all_reduced, _all_reduced)
 
 
-def reduce_scatter(x: torch.Tensor, dim: int) -> torch.Tensor:
+def reduce_scatter(x: torch.Tensor, dim: int, copies: int = 1, balanced: bool = False) -> torch.Tensor:
     """Partial -> Shard(dim): [.., n, ..] -> [.., n/plan_size, ..], this rank's slice of the sum over ranks.
 
     Backward all-gathers the gradient. Each sends N * (plan_size-1)/plan_size bytes.
     """
-    return _reshard(x, partial(_reduce_scattered, dim=dim), partial(_gathered, dim=dim))
+    forward = partial(_reduce_scattered, dim=dim, balanced=balanced)
+    return _reshard(_with_copies(x, dim, copies), forward, partial(_gathered, dim=dim, balanced=balanced))
 
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -141,14 +176,15 @@ def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     return _Reshard.apply(x, _same, partial(torch.mul, other=factor))
 
 
-def own_slice(weight: torch.Tensor, dim: int) -> torch.Tensor:
+def own_slice(weight: torch.Tensor, dim: int, copies: int = 1) -> torch.Tensor:
     """This rank's slice of a weight that FSDP has gathered: [.., n, ..] -> [.., n/plan_size, ..]. Nothing is sent.
 
     Unlike take_slice's copy, this is a view: FSDP frees the gathered weight's memory and fills it again, and a view
     follows that. Outside the slice the gradient is zero, so it is Partial, and FSDP's own sum over ranks completes it.
     """
-    start, length = _own_range(weight, dim)
-    return weight.narrow(dim, start, length)
+    n_parts = plan_size() // copies
+    length = _part_length(weight, dim, n_parts)
+    return weight.narrow(dim, plan_rank() // copies * length, length)
 
 
 class _Reshard(torch.autograd.Function):
@@ -175,60 +211,88 @@ def _group() -> dist.ProcessGroup:
     return _plan_group
 
 
-def _part_length(x: torch.Tensor, dim: int) -> int:
-    """The length of one rank's part of dimension `dim`; raises ValueError if the parts would not be equal."""
-    length, size = x.shape[dim], plan_size()
+def _with_copies(x: torch.Tensor, dim: int, copies: int) -> torch.Tensor:
+    """As many of each of a dimension's plan_size / copies parts as neighbours hold it; the gradient is their sum."""
+    if copies == 1:
+        return x
+    dim %= x.dim()
+    length = _part_length(x, dim, plan_size() // copies)
+    return x.unflatten(dim, (-1, 1, length)).repeat_interleave(copies, dim + 1).flatten(dim, dim + 2)
+
+
+def _part_length(x: torch.Tensor, dim: int, n_parts: int | None = None) -> int:
+    """The length of one rank's part of dimension `dim`, of which there are plan_size unless told otherwise; raises
+    ValueError if the parts would not be equal."""
+    length, size = x.shape[dim], n_parts or plan_size()
     if length % size:
         raise ValueError(f"dimension {dim} of shape {list(x.shape)} can't be split evenly over {size} ranks")
     return length // size
 
 
-def _own_range(x: torch.Tensor, dim: int) -> tuple[int, int]:
-    """Start and length of this rank's part of dimension `dim`."""
-    length = _part_length(x, dim)
-    return plan_rank() * length, length
+def _blocks_of(rank: int, balanced: bool) -> tuple[int, int]:
+    """The numbers of the two of 2 * plan_size blocks that a rank's part of a dimension is made of."""
+    return (rank, 2 * plan_size() - 1 - rank) if balanced else (2 * rank, 2 * rank + 1)
 
 
-def _parts_first(x: torch.Tensor, dim: int) -> torch.Tensor:
+def _blocks(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
+    """The 2 * plan_size blocks of dimension `dim`; raises ValueError if they would not be equal."""
+    return x.split(_part_length(x, dim, 2 * plan_size()), dim)
+
+
+def _parts_first(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
     """[.., n, ..] -> [plan_size, .., n/plan_size, ..], contiguous: a collective's input, part r being rank r's."""
     dim %= x.dim()
-    return x.unflatten(dim, (plan_size(), _part_length(x, dim))).movedim(dim, 0).contiguous()
+    if not balanced:
+        return x.unflatten(dim, (plan_size(), _part_length(x, dim))).movedim(dim, 0).contiguous()
+    blocks = _blocks(x, dim)
+    parts = x.new_empty(plan_size(), *(2 * size if d == dim else size for d, size in enumerate(blocks[0].shape)))
+    for rank, part in enumerate(parts):
+        torch.cat([blocks[number] for number in _blocks_of(rank, balanced)], dim, out=part)
+    return parts
 
 
-def _joined(parts: torch.Tensor, dim: int) -> torch.Tensor:
+def _joined(parts: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
     """[plan_size, .., n/plan_size, ..] -> [.., n, ..], the inverse of _parts_first.
 
     It is a view where every dimension before `dim` has length 1, and a copy elsewhere. Its elements lie in the order of
     its dimensions, so that it can be viewed as the whole graph's tensor is; flatten sees to that, but for parts that
-    have length 1 along `dim`.
+    have length 1 along `dim`. From balanced order it is always a copy.
     """
     dim %= parts.dim() - 1
-    return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+    if not balanced:
+        return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
+    front, back = parts.chunk(2, dim + 1)
+    return torch.cat([*front, *reversed(back.unbind())], dim)
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
     return x.view_as(x)
 
 
-def _sliced(x: torch.Tensor, dim: int) -> torch.Tensor:
+def _sliced(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
     """This rank's part of dimension `dim`, as a copy, so that the whole tensor can be freed.
 
     One number that is expanded, as the gradient of a sum is, stays one, which takes no memory. Its strides tell the
     loss that all gradients are equal, so that the host need not wait for the device to compare them.
     """
-    part = x.narrow(dim, *_own_range(x, dim))
-    return part.clone(memory_format=torch.contiguous_format) if any(part.stride()) else part
+    length = _part_length(x, dim)
+    if not any(x.stride()):
+        return x.narrow(dim, 0, length)
+    if balanced:
+        blocks = _blocks(x, dim)
+        return torch.cat([blocks[number] for number in _blocks_of(plan_rank(), balanced)], dim)
+    return x.narrow(dim, plan_rank() * length, length).clone(memory_format=torch.contiguous_format)
 
 
-def _gathered(x: torch.Tensor, dim: int) -> torch.Tensor:
+def _gathered(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
     parts = x.new_empty(plan_size(), *x.shape)
     # Both are flat, since gloo takes the output as a concatenation of the inputs and not as a stack of them.
     all_gather_single(parts.view(-1), x.contiguous().view(-1), group=_group())
-    return _joined(parts, dim)
+    return _joined(parts, dim, balanced)
 
 
-def _reduce_scattered(x: torch.Tensor, dim: int) -> torch.Tensor:
-    parts = _parts_first(x, dim)
+def _reduce_scattered(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
+    parts = _parts_first(x, dim, balanced)
     own = torch.empty_like(parts[0])
     reduce_scatter_single(own.view(-1), parts.view(-1), group=_group())
     return own
@@ -240,8 +304,24 @@ def _all_reduced(x: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def _exchanged(x: torch.Tensor, split: int, gather: int) -> torch.Tensor:
-    parts = _parts_first(x, split)
+def _exchanged(x: torch.Tensor, split: tuple[int, bool], gather: tuple[int, bool]) -> torch.Tensor:
+    """Each dimension with whether it is in balanced order."""
+    parts = _parts_first(x, *split)
     received = torch.empty_like(parts)
     dist.all_to_all_single(received, parts, group=_group())
-    return _joined(received, gather)
+    return _joined(received, *gather)
+
+
+def _reordered(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
+    """Each rank's two blocks go to the ranks that hold them in the other order."""
+    me, ranks, dim = plan_rank(), range(plan_size()), dim % x.dim()
+    holder = {number: rank for rank in ranks for number in _blocks_of(rank, balanced)}
+    leaves = [sorted(_blocks_of(rank, not balanced), key=holder.__getitem__) for rank in ranks]
+    block = dict(zip(_blocks_of(me, not balanced), x.chunk(2, dim), strict=True))
+    sent = torch.stack([block[number] for number in leaves[me]])
+    received = torch.empty_like(sent)
+    to_each = [[holder[number] for number in leaves[me]].count(rank) for rank in ranks]
+    from_each = [[holder[number] for number in leaves[rank]].count(me) for rank in ranks]
+    dist.all_to_all_single(received, sent, from_each, to_each, group=_group())
+    arrived = [number for rank in ranks for number in leaves[rank] if holder[number] == me]
+    return torch.cat([received[arrived.index(number)] for number in _blocks_of(me, balanced)], dim)

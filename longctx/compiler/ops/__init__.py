@@ -12,10 +12,10 @@ scores.py       attention that is written out in PyTorch's operators
 """
 
 from longctx.compiler import placement
-from longctx.compiler.annotation import Annotation, Entry, parse
-from longctx.compiler.ir import Op, Tensor
+from longctx.compiler.annotation import Annotation, Entry, expand_leading, parse
+from longctx.compiler.ir import Op, OwnStarts, Tensor
 from longctx.compiler.ops import aten
-from longctx.compiler.ops.python import Expression, Values, overload
+from longctx.compiler.ops.python import OWN_STARTS, Expression, Values, overload
 from longctx.compiler.ops.registered import REGISTERED_OPS, RegisteredOp, arguments_of, register_op, target_of
 from longctx.compiler.ops.reshards import COLLECTIVES, RESHARDS
 from longctx.compiler.ops.spec import Flops, OpSpec, Shares, View
@@ -72,15 +72,33 @@ def _registered_annotation(op: Op) -> Annotation:
     return Annotation(annotation.text, inputs, annotation.outputs)
 
 
-def legal_partitions(op: Op, plan_size: int) -> list[placement.Partition]:
-    """The legal partitions of an op over the ranks of a plan, the one that every rank computes whole first."""
-    return placement.partitions(annotation_of(op), [t.shape for t in op.inputs], plan_size)
+def legal_partitions(op: Op, plan_size: int, balanced: int = 0) -> list[placement.Partition]:
+    """The legal partitions of an op over the ranks of a plan, the one that every rank computes whole first.
+
+    Args:
+        balanced: the length of the dimension that is split in balanced order, the tokens of a row; 0 if none is.
+    """
+    annotation, shapes = annotation_of(op), [t.shape for t in op.inputs]
+    return placement.partitions(annotation, shapes, plan_size, _of_length(balanced, annotation, op) if balanced else ())
+
+
+def _of_length(length: int, annotation: Annotation, op: Op) -> set[str]:
+    """The identifiers of a dimension of this length, less those that weights have: these are split in one order."""
+    names: set[str] = set()
+    of_weights: set[str] = set()
+    for entry, tensor in zip(annotation.inputs, op.inputs, strict=True):
+        dims = () if entry.replicated else expand_leading(entry, len(tensor.shape))
+        if tensor.kind == "parameter":
+            of_weights |= {factors[0].name for factors in dims}
+        names |= {factors[0].name for factors, size in zip(dims, tensor.shape, strict=False) if size == length}
+    return names - of_weights
 
 
 def imports_of(op: Op) -> list[tuple[str, str]]:
     """The modules and the names that generated code imports to call an op; none for PyTorch's own operators."""
     targets = [] if aten.is_aten(op) else [op.target]
     targets += [f"{COLLECTIVES}.{DRAW_OWN}"] if op.draws_own else []
+    targets += [f"{COLLECTIVES}.{OWN_STARTS}" for value in op.kwargs.values() if isinstance(value, OwnStarts)]
     return [(module, name) for module, _, name in (target.rpartition(".") for target in targets)]
 
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
-from longctx.compiler.ir import Device, Op, Tensor
+from longctx.compiler.ir import Device, Op, OwnStarts, Tensor
 
 # How tightly an expression binds, for parentheses: a name or a call, a unary minus, a product, a sum.
 ATOM, UNARY, PRODUCT, SUM = 3, 2, 1, 0
+OWN_STARTS = "own_starts"  # of collectives: where this rank's parts of a dimension begin
 OPEN_END = 2**63 - 1  # how ATen writes the end of x[1:]
 
 
@@ -45,6 +46,8 @@ class Values:
             return self.refer(value).text
         if isinstance(value, Device):
             return self.device
+        if isinstance(value, OwnStarts):
+            return f"{OWN_STARTS}({value.length}{', balanced=True' if value.balanced else ''})"
         if isinstance(value, (tuple, list)):
             items = ", ".join(self.write(item) for item in value)
             return f"({items},)" if len(value) == 1 else f"({items})"

@@ -8,6 +8,7 @@ saved-tensor hooks.
 
 import hashlib
 import inspect
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
@@ -42,6 +43,13 @@ class RegisteredOp:
         """The annotation for these arguments."""
         text = self.annotation if isinstance(self.annotation, str) else self.annotation(*args, **kwargs)
         return parse(text)
+
+    @property
+    def annotation_untold(self) -> str | Callable[..., str]:
+        """The annotation for an engine that tells the function nothing: what a rank has to be told of is not split."""
+        if self.spec.told is None or not isinstance(self.annotation, str):
+            return self.annotation
+        return re.sub(rf"\b{self.spec.told.dim}\b", f"{self.spec.told.dim}^", self.annotation)
 
     def fingerprint(self) -> str:
         """What the annotation is, the same in every process: its text, or where its function is and the source there.

@@ -24,20 +24,39 @@ COLLECTIVES = "longctx.runtime.collectives"
 
 
 def _needs_copy(op: Op, dim: str) -> bool:
-    """Whether the ranks' parts along a dimension are no slices of memory: some dimension before it is longer than 1."""
+    """Whether the ranks' parts along a dimension are no slices of memory: some dimension before it is longer than 1, or
+    a part is two blocks."""
     shape = op.inputs[0].shape
+    if op.kwargs.get("balanced" if dim == "dim" else f"balanced_{dim}"):
+        return True
     return prod(shape[: op.kwargs[dim] % len(shape)]) > 1
 
 
 def _copies_both(op: Op, phase: str) -> Shares:
     """all_to_all cuts its input into the ranks' parts and joins the parts that it receives."""
-    sides = (("split", op.inputs[0]), ("gather", op.outputs[0]))
-    return {tensor: 1.0 for dim, tensor in sides if _needs_copy(op, dim)}
+    sides = (("split", op.inputs[0], _copies(op)), ("gather", op.outputs[0], 1))
+    return {tensor: float(copies) for dim, tensor, copies in sides if copies > 1 or _needs_copy(op, dim)}
+
+
+def _copies(op: Op) -> int:
+    """How many neighbours get the same part: it is copied before it is sent."""
+    return op.kwargs.get("copies", 1)
+
+
+def _copies_all(op: Op, phase: str) -> Shares:
+    """reorder sorts its blocks before they are sent and behind it."""
+    return {op.inputs[0]: 1.0, op.outputs[0]: 1.0}
 
 
 def _copies_input(*phases: str):
     """The whole tensor, which is the input, is cut into the ranks' parts."""
-    return lambda op, phase: {op.inputs[0]: 1.0} if phase in phases and _needs_copy(op, "dim") else {}
+
+    def workspace(op: Op, phase: str) -> Shares:
+        copies = _copies(op)
+        needed = copies > 1 or (phase in phases and _needs_copy(op, "dim"))
+        return {op.inputs[0]: float(copies)} if needed else {}
+
+    return workspace
 
 
 def _copies_output(*phases: str):
@@ -69,6 +88,7 @@ RESHARDS: dict[str, OpSpec] = {
     f"{COLLECTIVES}.{spec.name}": spec
     for spec in (
         _reshard("all_to_all", "all_to_all", "all_to_all", "all-to-all of {before}", workspace=_copies_both),
+        _reshard("reorder", "all_to_all", "all_to_all", "other order of {before}", workspace=_copies_all),
         _reshard("all_gather", "all_gather", None, "all-gather to {after}", workspace=_copies_output("forward")),
         _reshard(
             "all_gather_reduce",

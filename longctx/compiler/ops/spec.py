@@ -11,7 +11,7 @@ way, a table for each stage with a row for each operator, spreads one operator o
 and a forgotten row is silently taken for the default.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
@@ -54,6 +54,21 @@ class Resharding:
     forward: str | None
     backward: str | None
     comment: str
+
+
+@dataclass(frozen=True)
+class Told:
+    """A dimension of which a rank has to know where its part begins, as attention does of its queries.
+
+    Attributes:
+        dim: the identifier of the annotation. Whoever doesn't tell the op must not split it along this.
+        argument: the op's argument that takes where the blocks begin that a rank's part is made of, a tuple of ints.
+        flops: of the products of blocks of n that begin there, given the op, the starts and n. Ranks may differ.
+    """
+
+    dim: str
+    argument: str
+    flops: Callable[[Op, Sequence[int], int], Flops]
 
 
 # --- rules that many operators share, the defaults among them --------------------------------------------------------
@@ -160,6 +175,7 @@ class OpSpec:
         can_be_kept: whether its output is worth keeping where the rest of a layer is recomputed, being dear to compute,
             and can be kept: see longctx/kernels/kept.py.
         shared_out: of attention: what the ranks of a plan can share of it, for a report; None for all else.
+        told: of which dimension a rank has to know where its part begins, if it is split along that; None if of none.
         resharding: of a collective between placements; None for all else.
         rewrite: what finds, in a traced graph, operators whose place this one takes; None if it takes none's.
     """
@@ -189,5 +205,6 @@ class OpSpec:
     lookup: bool = False
     can_be_kept: Callable[[Op], bool] = lambda op: False
     shared_out: Callable[[Op], str] | None = None
+    told: Told | None = None
     resharding: Resharding | None = None
     rewrite: Callable[[FlatGraph, dict[str, Any]], FlatGraph] | None = None

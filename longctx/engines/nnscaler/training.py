@@ -75,7 +75,7 @@ def register_ops() -> None:
     a function that transformers calls, so the tracer is told that place.
     """
     for op in REGISTERED_OPS.values():
-        register_op(op.annotation)(op.fn)
+        register_op(op.annotation_untold)(op.fn)
     place = Location(huggingface_attention, huggingface_attention.attention.__name__)
     default_autowrap_leaf_function[huggingface_attention.attention] = LeafWrapInfo([place], is_force_trace=True)
 

@@ -1,0 +1,175 @@
+"""Causal attention of some of a row's queries against all of its keys, by fused kernels that know only squares.
+
+A rank that has a part of the queries has one block of them or two. A block sees the keys before it whole, and those
+beside it causally, so it is computed in pieces: each is one call of a fused kernel, without a mask or with a square
+one. A kernel also returns the logarithm of the sum of exponentials of each query's scores, by which pieces are merged
+as the kernel itself merges its tiles (arXiv:2205.14135, section 3.1; arXiv:2310.01889 has the same between devices).
+The backward of a fused kernel makes the weights anew from scores and these logarithms: given the merged ones, it
+returns the piece's term of the whole gradients.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from longctx.kernels.fused import HALF, KERNELS, activate
+
+KEYS = 32_768  # in a piece at most: kernels whose query heads share keys make a gradient of these for each query head
+
+Tensors = tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True)
+class PieceKernel:
+    """A fused kernel by the operators of its forward and of its backward, for [b, heads, l, d].
+
+    forward: query, key, value, is_causal, scale -> output, and the logarithms, [b, heads, l] or [b, heads, l, 1];
+    backward: the output's gradient, query, key, value, output, logarithms, is_causal, scale -> three gradients.
+    """
+
+    forward: Callable[..., Tensors]
+    backward: Callable[..., Tensors]
+
+
+def can_be_pieces(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
+    """Whether a kernel here takes pieces of these: what is dropped in one piece is not known to the others."""
+    return not dropout and query.shape[-1] == value.shape[-1] and (not query.is_cuda or query.dtype in HALF)
+
+
+@torch.library.custom_op("longctx::attention_in_pieces", mutates_args=())
+def attention_in_pieces(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, starts: Sequence[int], scale: float, kernel: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Causal attention of blocks of queries: [b, heads, q, d], twice [b, kv_heads, l, d] -> [b, heads, q, d], and the
+    logarithms of the sums of exponentials, float32 (float64 of float64), [b, heads, q].
+
+    It is one operator, so that torch.utils.checkpoint keeps its output and not that of each piece.
+
+    Args:
+        starts: where in the row each block of queries begins; all are of one length.
+        kernel: what `resolve` of fused.py says.
+    """
+    run = _kernel_for(query, kernel)
+    output = torch.empty_like(query)
+    logarithms = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
+    for rows, pieces in _blocks(query, starts):
+        merged = None
+        for keys, is_causal in pieces:
+            found, log = run.forward(query[:, :, rows], key[:, :, keys], value[:, :, keys], is_causal, scale)
+            piece = found.to(logarithms.dtype), log.view(found.shape[:3]).to(logarithms.dtype)
+            merged = piece if merged is None else _merge(merged, piece)
+        assert merged is not None, "a block sees its own keys"
+        output[:, :, rows], logarithms[:, :, rows] = merged
+    return output, logarithms
+
+
+@attention_in_pieces.register_fake
+def _(query, key, value, starts, scale, kernel):
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
+
+
+def _save(ctx, inputs, output) -> None:
+    query, key, value, ctx.starts, ctx.scale, ctx.kernel = inputs
+    ctx.save_for_backward(query, key, value, *output)
+
+
+def _backward(ctx, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """The gradients of query, key and value. Two terms at most are added up for a key, so that is exact to a rounding;
+    those of a query are added up in float32."""
+    query, key, value, output, logarithms = ctx.saved_tensors
+    run = _kernel_for(query, ctx.kernel)
+    of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
+    for rows, pieces in _blocks(query, ctx.starts):
+        own = gradient[:, :, rows], query[:, :, rows]
+        made = output[:, :, rows], logarithms[:, :, rows].contiguous()
+        total: torch.Tensor | float = 0.0
+        for keys, is_causal in pieces:
+            terms = run.backward(*own, key[:, :, keys], value[:, :, keys], *made, is_causal, ctx.scale)
+            total = total + terms[0].to(logarithms.dtype)
+            of_key[:, :, keys] += terms[1]
+            of_value[:, :, keys] += terms[2]
+        of_query[:, :, rows] = total
+    return of_query, of_key, of_value, None, None, None
+
+
+attention_in_pieces.register_autograd(_backward, setup_context=_save)
+
+
+def _blocks(query: torch.Tensor, starts: Sequence[int]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
+    """For each block its place among the queries, and the pieces of the row's keys that it sees: those before it, and
+    its own, which it sees causally."""
+    n = query.shape[2] // len(starts)
+    for number, start in enumerate(starts):
+        before = [(slice(first, min(first + KEYS, start)), False) for first in range(0, start, KEYS)]
+        yield slice(number * n, (number + 1) * n), [*before, (slice(start, start + n), True)]
+
+
+def _merge(one: Tensors, other: Tensors) -> Tensors:
+    """Two outputs over different keys as one over both, with their logarithms."""
+    log = torch.logaddexp(one[1], other[1])
+    shares = ((part[1] - log).exp().unsqueeze(-1) for part in (one, other))
+    return one[0] * next(shares) + other[0] * next(shares), log
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+# --- kernels ---------------------------------------------------------------------------------------------------------
+
+
+def _kernel_for(query: torch.Tensor, kernel: str) -> PieceKernel:
+    """The kernel on the query's device. Where none was chosen, and for 'sdpa', it is PyTorch's flash backend."""
+    if not query.is_cuda:
+        return PieceKernel(_cpu_forward, _cpu_backward)
+    if kernel == "cudnn":
+        return PieceKernel(_cudnn_forward, _cudnn_backward)
+    activate(KERNELS[kernel].activates if kernel in KERNELS else None)
+    return PieceKernel(_flash_forward, _flash_backward)
+
+
+def _flash_forward(query, key, value, is_causal, scale) -> Tensors:
+    return torch.ops.aten._scaled_dot_product_flash_attention(query, key, value, 0.0, is_causal, scale=scale)[:2]
+
+
+def _flash_backward(gradient, query, key, value, output, logarithms, is_causal, scale) -> Tensors:
+    nothing_drawn = torch.zeros(2, dtype=torch.uint64, device=query.device), query.new_zeros((), dtype=torch.uint64)
+    lengths = None, None, query.shape[2], key.shape[2]  # None: all rows of the batch are of one length
+    return torch.ops.aten._scaled_dot_product_flash_attention_backward(
+        gradient, query, key, value, output, logarithms, *lengths, 0.0, is_causal, *nothing_drawn, scale=scale
+    )
+
+
+def _cudnn_forward(query, key, value, is_causal, scale) -> Tensors:
+    return torch.ops.aten._scaled_dot_product_cudnn_attention(
+        query, key, value, None, True, 0.0, is_causal, scale=scale
+    )[:2]
+
+
+def _cudnn_backward(gradient, query, key, value, output, logarithms, is_causal, scale) -> Tensors:
+    nothing_drawn = (query.new_zeros((), dtype=torch.int64),) * 2
+    lengths = None, None, None, query.shape[2], key.shape[2]  # no bias, and all rows of the batch are of one length
+    forward = query, key, value, output, logarithms.unsqueeze(-1)
+    return torch.ops.aten._scaled_dot_product_cudnn_attention_backward(
+        gradient, *forward, *nothing_drawn, *lengths, 0.0, is_causal, scale=scale
+    )
+
+
+def _cpu_forward(query, key, value, is_causal, scale) -> Tensors:
+    key, value = (_for_each_query_head(x, query) for x in (key, value))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value, 0.0, is_causal, scale=scale)
+
+
+def _cpu_backward(gradient, query, key, value, output, logarithms, is_causal, scale) -> Tensors:
+    heads = key.shape[1]
+    key, value = (_for_each_query_head(x, query) for x in (key, value))
+    of_query, *others = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, query, key, value, output, logarithms, 0.0, is_causal, scale=scale
+    )
+    return of_query, *(x.unflatten(1, (heads, -1)).sum(2) for x in others)
+
+
+def _for_each_query_head(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """The keys or values of the head that each query head shares; the CPU's kernel knows no such sharing."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
