@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from longctx.compiler.alternatives import at_other_lengths, other_plans
-from longctx.compiler.cost import collective_time, op_seconds, packing_time
+from longctx.compiler.cost import collective_time, flops_of_busiest, op_seconds, packing_time, partition_is_told
 from longctx.compiler.hardware import Hardware
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, nbytes
 from longctx.compiler.layout import Layout, layout_of
@@ -56,11 +56,29 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         f"{prediction.memory.moment}",
         f"between layers hidden states are {_say(plan.assignment.boundary)}; {_say_weights(graph, plan)}",
         f"layers: {_say_policies(plan)}",
+        *_say_imbalance(plan),
         f"bound by {_bound(prediction.time)}",
         _say_prices(setting.hardware),
         *_say_host_bound(graph, prediction.time),
         *_say_gap(plan),
         *(f"warning: {target} is not known: every rank computes it whole" for target in unknown_operators(graph)),
+    ]
+
+
+def _say_imbalance(plan: Plan) -> list[str]:
+    """By how much the ranks differ in what they have of attention to compute, where they share out its queries."""
+    assignment = plan.assignment
+    more = [
+        flops_of_busiest(op, partition, assignment.plan_size).forward
+        / (spec_of(op).flops(op).forward / assignment.plan_size)
+        for op, partition in assignment.partitions.items()
+        if partition_is_told(op, partition)
+    ]
+    if not more:
+        return []
+    order = "in balanced order" if assignment.balanced else "from first to last"
+    return [
+        f"ranks share out attention's queries, {order}: the busiest computes {max(more) - 1:.1%} more than the average"
     ]
 
 

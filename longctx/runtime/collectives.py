@@ -262,7 +262,7 @@ def _joined(parts: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
     if not balanced:
         return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
     front, back = parts.chunk(2, dim + 1)
-    return torch.cat([*front, *reversed(back.unbind())], dim)
+    return torch.cat([*front, *reversed(back.unbind())], dim).contiguous()
 
 
 def _same(x: torch.Tensor) -> torch.Tensor:
@@ -280,7 +280,7 @@ def _sliced(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
         return x.narrow(dim, 0, length)
     if balanced:
         blocks = _blocks(x, dim)
-        return torch.cat([blocks[number] for number in _blocks_of(plan_rank(), balanced)], dim)
+        return torch.cat([blocks[number] for number in _blocks_of(plan_rank(), balanced)], dim).contiguous()
     return x.narrow(dim, plan_rank() * length, length).clone(memory_format=torch.contiguous_format)
 
 
@@ -318,10 +318,10 @@ def _reordered(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
     holder = {number: rank for rank in ranks for number in _blocks_of(rank, balanced)}
     leaves = [sorted(_blocks_of(rank, not balanced), key=holder.__getitem__) for rank in ranks]
     block = dict(zip(_blocks_of(me, not balanced), x.chunk(2, dim), strict=True))
-    sent = torch.stack([block[number] for number in leaves[me]])
+    sent = torch.stack([block[number] for number in leaves[me]]).contiguous()
     received = torch.empty_like(sent)
     to_each = [[holder[number] for number in leaves[me]].count(rank) for rank in ranks]
     from_each = [[holder[number] for number in leaves[rank]].count(me) for rank in ranks]
     dist.all_to_all_single(received, sent, from_each, to_each, group=_group())
     arrived = [number for rank in ranks for number in leaves[rank] if holder[number] == me]
-    return torch.cat([received[arrived.index(number)] for number in _blocks_of(me, balanced)], dim)
+    return torch.cat([received[arrived.index(number)] for number in _blocks_of(me, balanced)], dim).contiguous()
