@@ -61,10 +61,11 @@ def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
     draw = random.Random(seed)
     eager = draw.random()  # how often an op that can be split is
     balanced = draw.choice([0, graph.inputs[0].shape[-1]])  # tokens that are split in balanced order
+    group_size = draw.choice([n for n in range(1, plan_size + 1) if plan_size % n == 0])
     partitions: dict[Op, Partition] = {}
     for op in (*graph.body, *(op for kind in graph.kinds for op in kind.ops)):
         if isinstance(op, Op):
-            whole, *split = legal_partitions(op, plan_size, balanced)
+            whole, *split = legal_partitions(op, plan_size, balanced, group_size)
             partitions[op] = draw.choice(split) if split and draw.random() < eager else whole
 
     def draw_placement(tensor: Tensor) -> Placement:

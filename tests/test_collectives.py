@@ -17,8 +17,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
+from longctx.compiler.placement import PARTIAL, REPLICATE, Grid, Placement, Shard, reshard_steps
 from longctx.runtime import collectives, parallel
 
+WAYS = 200  # of some 900 between placements that a plan of 4 ranks tries
 CASES = 12  # drawn for each reshard and plan_size, half of them in bfloat16
 Tensors = list[torch.Tensor]
 
@@ -147,6 +149,46 @@ def check_reshard(name: str, plan_size: int, rank: int, draw: random.Random, dty
     assert torch.equal(inputs[rank], before), case
 
 
+PLACEMENTS = [REPLICATE, *(Shard(dim, balanced=balanced) for dim in (0, 1) for balanced in (False, True))]
+
+
+def part_of(whole: torch.Tensor, placement: Placement, rank: int, n_ranks: int) -> torch.Tensor:
+    """What a rank has of a tensor."""
+    if isinstance(placement, Grid):
+        of_group = part_of(whole, placement.outer, rank // placement.size, n_ranks // placement.size)
+        return part_of(of_group, placement.inner, rank % placement.size, placement.size)
+    if not isinstance(placement, Shard):
+        return whole
+    if placement.balanced:
+        return in_balanced_order(whole, n_ranks, placement.dim)[rank]
+    return whole.chunk(n_ranks, placement.dim)[rank]
+
+
+def check_every_way(plan_size: int, rank: int) -> None:
+    """From any placement to any other, those in groups of neighbours among them, and a partitioned op's gradient back.
+
+    Each rank's part of the result counts, weighted, in a loss, whose gradient for the whole tensor is known.
+    """
+    generator = torch.Generator().manual_seed(0)
+    whole = torch.randint(-8, 9, (8, 16), generator=generator).double()
+    grids = [Grid(*pair, 2) for pair in itertools.product(PLACEMENTS, repeat=2)] if plan_size == 4 else []
+    ways = list(itertools.product([PARTIAL, *PLACEMENTS, *grids], [*PLACEMENTS, *grids]))
+    for source, target in random.Random(0).sample(ways, min(WAYS, len(ways))):
+        weights = [torch.randint(-8, 9, whole.shape, generator=generator).double() for _ in range(plan_size)]
+        leaf = whole.clone().requires_grad_()
+        parts = [part_of(leaf, target, r, plan_size) for r in range(plan_size)]
+        counted = [w.flatten()[: p.numel()].view(p.shape) for w, p in zip(weights, parts, strict=True)]
+        (expected,) = torch.autograd.grad(sum((w * p).sum() for w, p in zip(counted, parts, strict=True)), leaf)
+
+        own = whole / plan_size if source == PARTIAL else part_of(whole, source, rank, plan_size)
+        y = x = own.clone().requires_grad_()
+        for reshard, _ in reshard_steps(source, target, True, True):
+            y = getattr(collectives, reshard.function)(y, **dict(reshard.arguments))
+        (gradient,) = torch.autograd.grad(y, x, counted[rank], materialize_grads=True)
+        assert torch.equal(y, parts[rank]), (source, target)
+        assert torch.equal(gradient, part_of(expected, source, rank, plan_size)), (source, target)
+
+
 def check_own_slice_and_scale_gradient(plan_size: int, rank: int) -> None:
     weight = torch.arange(16.0 * plan_size).view(4, 4 * plan_size).t().requires_grad_()
     piece = collectives.own_slice(weight, -2)
@@ -268,6 +310,7 @@ def check_everything() -> None:
                 check_reshard(name, plan_size, rank, draw, (torch.float32, torch.bfloat16)[case % 2])
         check_own_slice_and_scale_gradient(plan_size, rank)
         check_without_gradient(plan_size, rank)
+        check_every_way(plan_size, rank)
         check_draw_own(plan_size)
         for kind in (ColumnAndRow, SplitSequence, ColumnAndRowReduced):
             check_mlp(kind, plan_size, rank)

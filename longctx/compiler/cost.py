@@ -16,10 +16,10 @@ from longctx.compiler.hardware import Hardware, collective_seconds
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.layout import Layout
 from longctx.compiler.lifetimes import saved_tensors, wants_gradient
-from longctx.compiler.ops import Flops, Shares, spec_of
+from longctx.compiler.ops import Flops, Shares, spec_of, told_split
 from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
-from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape
+from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape, reshard_steps
 from longctx.compiler.work import Work
 
 
@@ -45,11 +45,10 @@ def op_seconds(
         layout: that of the body which the op is in.
         evenly: whether to take all ranks to have as much to compute, even where they have not.
     """
-    flops = spec_of(op).flops(op)
-    if partition.dim is not None:
-        flops = Flops(flops.forward / plan_size, flops.backward / plan_size)
-    if partition_is_told(op, partition) and not evenly:
-        flops = flops_of_busiest(op, partition, plan_size)
+    flops = flops_of_busiest(op, partition, plan_size)
+    if evenly and partition.dim is not None:
+        whole = spec_of(op).flops(op)
+        flops = Flops(whole.forward / plan_size, whole.backward / plan_size)
     forward = _phase_seconds(op, "forward", flops.forward, partition, layout, plan_size, hardware)
     if not wants_gradient(op):
         return Seconds(forward)
@@ -73,18 +72,16 @@ def _phase_seconds(
     return max(flops / rate, hardware.copy_seconds(work, moved)) + hardware.copy_seconds(Work.COPIES, passed)
 
 
-def partition_is_told(op: Op, partition: Partition) -> bool:
-    """Whether an op is split along a dimension of which a rank has to know where its part begins."""
-    told = spec_of(op).told
-    return told is not None and partition.dim == told.dim
-
-
 def flops_of_busiest(op: Op, partition: Partition, plan_size: int) -> Flops:
-    """FLOPs of the rank that has the most, of an op that is told where a rank's part begins."""
-    told, (place, placement) = spec_of(op).told, partition.first_split
-    assert told is not None
-    starts, n = placement.blocks(op.inputs[place].shape[placement.dim], plan_size)
-    return max((told.flops(op, own, n) for own in starts), key=lambda flops: flops.forward)
+    """FLOPs of the rank that has the most of an op's; all have as much, but where they are told where theirs begins."""
+    spec, split = spec_of(op), told_split(op, partition)
+    share = plan_size if partition.dim is not None else 1
+    if spec.told is None or split is None:
+        return Flops(spec.flops(op).forward / share, spec.flops(op).backward / share)
+    length, placement, sharing = split
+    starts, n = placement.blocks(length, plan_size // sharing)
+    busiest = max((spec.told.flops(op, own, n) for own in starts), key=lambda flops: flops.forward)
+    return Flops(busiest.forward / sharing, busiest.backward / sharing)
 
 
 def _local_bytes(op: Op, shares: Shares, partition: Partition, plan_size: int) -> float:
@@ -125,6 +122,17 @@ def reshard_op(
     return Op(target_of_reshard(reshard.function), (before,), dict(reshard.arguments), (after,), "", None)
 
 
+def reshard_ops(
+    tensor: Tensor, source: Placement, target: Placement, consumer_partitioned: bool, plan_size: int
+) -> list[Op]:
+    """All that leads a tensor of the whole graph from one placement to another, as ops of the graph of one rank."""
+    ops = []
+    for reshard, after in reshard_steps(source, target, consumer_partitioned, tensor.requires_grad):
+        ops.append(reshard_op(tensor, reshard, source, after, plan_size))
+        source = after
+    return [op for op in ops if op is not None]
+
+
 def collective_time(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
     """The time of the collectives of an op of one rank's graph; zero if it is no reshard.
 
@@ -133,17 +141,28 @@ def collective_time(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
     resharding = spec_of(op).resharding
     if resharding is None or plan_size == 1:
         return Seconds()
+    n_ranks, links = _ranks_of(op, plan_size, hardware)
     before, after = nbytes(op.inputs[0]), nbytes(op.outputs[0])
     whole = max(before, after)
     if resharding.forward == "all_to_all":  # a rank has only a part of the tensor, before and after
-        whole *= plan_size
+        whole *= n_ranks
     elif after < before:  # of which several ranks may have the same part
-        whole = after * plan_size
+        whole = after * n_ranks
     forward, backward = (
-        collective_seconds(hardware, kind, whole, plan_size) if kind else 0.0
+        collective_seconds(links, kind, whole, n_ranks) if kind else 0.0
         for kind in (resharding.forward, resharding.backward)
     )
     return Seconds(forward, backward if op.inputs[0].requires_grad else 0.0)
+
+
+def _ranks_of(op: Op, plan_size: int, hardware: Hardware) -> tuple[int, Hardware]:
+    """How many ranks a reshard is over, and the links between them: all of a plan, the neighbours of a group, or those
+    that have one place in all groups."""
+    if within := op.kwargs.get("within"):
+        return within, hardware
+    if apart := op.kwargs.get("across"):
+        return plan_size // apart, spread(hardware, apart, plan_size // apart)
+    return plan_size, hardware
 
 
 def packing_time(op: Op, layout: Layout, hardware: Hardware) -> Seconds:
@@ -226,8 +245,12 @@ def plan_sharded_seconds(
     micro-batch. That is not hidden behind computation.
     """
     data_parallel_size = world_size // plan_size
-    in_node = max(1, hardware.devices_per_node // plan_size)  # of each plan one rank takes part
-    timings = hardware.timings if data_parallel_size <= in_node else ()
-    spread = replace(hardware, devices_per_node=in_node, timings=timings)
-    whole = collective_seconds(spread, "all_reduce", n_parameters / plan_size * FLOAT32_BYTES, data_parallel_size)
+    links = spread(hardware, plan_size, data_parallel_size)
+    whole = collective_seconds(links, "all_reduce", n_parameters / plan_size * FLOAT32_BYTES, data_parallel_size)
     return whole / grad_accumulation_steps
+
+
+def spread(hardware: Hardware, apart: int, n_ranks: int) -> Hardware:
+    """The links of collectives over n_ranks of which each is `apart` from the next: fewer of them share a node."""
+    in_node = max(1, hardware.devices_per_node // apart)
+    return replace(hardware, devices_per_node=in_node, timings=hardware.timings if n_ranks <= in_node else ())

@@ -31,6 +31,7 @@ class OwnStarts:
 
     length: int
     balanced: bool = False
+    across: int = 1  # so many neighbours have the same blocks
 
 
 @dataclass(frozen=True, eq=False)

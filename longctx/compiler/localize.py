@@ -10,10 +10,10 @@ from dataclasses import dataclass, field, replace
 import torch
 
 from longctx.compiler.ir import Graph, LayerCall, Op, OwnStarts, Tensor, map_tensors
-from longctx.compiler.ops import spec_of
+from longctx.compiler.ops import spec_of, told_split
 from longctx.compiler.ops.aten import CAST
 from longctx.compiler.ops.reshards import target_of_reshard
-from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard, local_shape
+from longctx.compiler.placement import REPLICATE, Grid, Partition, Placement, Shard, local_shape, reshard_steps
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,8 @@ class Assignment:
     def balanced(self) -> bool:
         """Whether a row's tokens are split in balanced order."""
         split = (p for partition in self.partitions.values() for p in (*partition.inputs, *partition.outputs))
-        return any(isinstance(p, Shard) and p.balanced for p in split)
+        outer = (p.outer if isinstance(p, Grid) else p for p in split)
+        return any(isinstance(p, Shard) and p.balanced for p in outer)
 
 
 def localize(graph: Graph, assignment: Assignment) -> Graph:
@@ -119,11 +120,11 @@ class _Localizer:
     def _own_starts(self, op: Op, partition: Partition) -> dict[str, OwnStarts]:
         """The argument that tells an op where this rank's part begins, if it is split along a dimension of which it has
         to know that."""
-        told = spec_of(op).told
-        if told is None or partition.dim != told.dim:
+        told, split = spec_of(op).told, told_split(op, partition)
+        if told is None or split is None:
             return {}
-        place, placement = partition.first_split
-        return {told.argument: OwnStarts(op.inputs[place].shape[placement.dim], placement.balanced)}
+        length, placement, sharing = split
+        return {told.argument: OwnStarts(length, placement.balanced, sharing)}
 
     def add_layer(self, call: LayerCall, wanted: dict[Tensor, Placement], boundary: Placement) -> None:
         """Appends the call of a layer, after the reshards to the placements that layers take their inputs in."""
@@ -178,18 +179,21 @@ class _Localizer:
             why: how that op is computed, for the comment in generated code.
             module: the module of that op.
         """
-        source = self.placements[tensor]
-        reshard = find_reshard(source, target, consumer_partitioned, tensor.requires_grad)
-        if reshard is None or self.assignment.plan_size == 1:
+        if self.assignment.plan_size == 1:
             return self.local[tensor]
-        if (tensor, reshard) not in self.resharded:
-            shape = local_shape(tensor.shape, target, self.assignment.plan_size)
-            target_name = target_of_reshard(reshard.function)
-            made = self._insert(
-                target_name, (self.local[tensor],), dict(reshard.arguments), shape, tensor, None, module, why
-            )
-            self.resharded[tensor, reshard] = made
-        return self.resharded[tensor, reshard]
+        made, done = self.local[tensor], ()
+        for reshard, after in reshard_steps(
+            self.placements[tensor], target, consumer_partitioned, tensor.requires_grad
+        ):
+            done = (*done, reshard)
+            if (tensor, done) not in self.resharded:
+                shape = local_shape(tensor.shape, after, self.assignment.plan_size)
+                function, arguments = target_of_reshard(reshard.function), dict(reshard.arguments)
+                self.resharded[tensor, done] = self._insert(
+                    function, (made,), arguments, shape, tensor, None, module, why
+                )
+            made = self.resharded[tensor, done]
+        return made
 
     def _insert(
         self,
@@ -219,6 +223,9 @@ def _why(op: Op, partition: Partition) -> str:
     if partition.dim is None:
         return f"every rank computes {name} whole"
     output = partition.outputs[0]
+    if isinstance(output, Grid) and isinstance(output.outer, Shard) and isinstance(output.inner, Shard):
+        groups = f"groups of {output.size} split {name} along dimension {output.outer.dim} of its output"
+        return f"{groups}, and their ranks along dimension {output.inner.dim}"
     if isinstance(output, Shard):
         return f"{name} is split along dimension {output.dim} of its output"
     return f"each rank computes a part of {name}'s sum"

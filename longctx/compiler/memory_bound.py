@@ -289,8 +289,8 @@ class _Body:
         seen_by_first = set(self.lineage(first))
         for value in self.lineage(view):
             reshards = self.choices.reshards.get(value, ())
-            sharded.append({z: 1.0 for _, target, z in reshards if isinstance(target, Shard)})
-            whole.append({z: 1.0 for _, target, z in reshards if not isinstance(target, Shard)})
+            sharded.append({z: 1.0 for _, target, z in reshards if target != REPLICATE})
+            whole.append({z: 1.0 for _, target, z in reshards if target == REPLICATE})
             if value in seen_by_first:
                 break
         size = nbytes(view) / GB

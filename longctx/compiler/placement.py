@@ -9,7 +9,7 @@ rank computes whole one that is replicated. So a reshard depends on whether its 
 """
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from longctx.compiler.annotation import Annotation, Dim, expand_leading, lengths
 
@@ -57,7 +57,20 @@ class Shard:
         return [(rank * n, length - (rank + 1) * n) for rank in range(plan_size)], n
 
 
-Placement = Replicate | Partial | Shard
+@dataclass(frozen=True)
+class Grid:
+    """The ranks of a plan in groups of `size` neighbours: the groups have the tensor as `outer` says, and the ranks of
+    a group have what the group has as `inner` says."""
+
+    outer: "Replicate | Partial | Shard"
+    inner: "Replicate | Partial | Shard"
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.outer} / {self.inner}"
+
+
+Placement = Replicate | Partial | Shard | Grid
 REPLICATE, PARTIAL = Replicate(), Partial()
 
 
@@ -77,6 +90,9 @@ def parse_placement(text: str) -> Placement:
 
 def local_shape(shape: tuple[int, ...], placement: Placement, plan_size: int) -> tuple[int, ...]:
     """The shape of a rank's part of a tensor."""
+    if isinstance(placement, Grid):
+        of_group = local_shape(shape, placement.outer, plan_size // placement.size)
+        return local_shape(of_group, placement.inner, placement.size)
     if not isinstance(placement, Shard):
         return tuple(shape)
     return tuple(size * placement.copies // plan_size if d == placement.dim else size for d, size in enumerate(shape))
@@ -92,7 +108,8 @@ Dims = tuple[tuple[Dim, ...], ...]  # of a tensor, each with its factors
 class Partition:
     """One way for a plan's ranks to compute an operator: along the identifier `dim`, or, if None, whole on each rank.
 
-    Of two identifiers, "k g", the first is split into parts of length 1 and these along the second.
+    Of two identifiers, "k g", the first is split into parts of length 1 and these along the second. By "q / k" groups
+    of neighbours share out the first, and the ranks of a group the second.
 
     An input that is replicated receives a gradient that is partial if the operator is partitioned, and replicated if it
     is not. A gradient has otherwise its tensor's placement; an output that is partial receives one that is replicated.
@@ -101,11 +118,6 @@ class Partition:
     dim: str | None
     inputs: tuple[Placement, ...]
     outputs: tuple[Placement, ...]
-
-    @property
-    def first_split(self) -> tuple[int, Shard]:
-        """The place of the first input that is split, and its placement."""
-        return next((place, p) for place, p in enumerate(self.inputs) if isinstance(p, Shard))
 
 
 def partitions(
@@ -192,6 +204,18 @@ def _nested_placement(name: str, inner: str, dims: Dims, copies: int, plan_size:
     return Shard(placement.dim, copies) if copies < plan_size else REPLICATE
 
 
+def in_groups(outer: Partition, inner: Partition, size: int) -> Partition:
+    """The partition of an operator between groups of `size` neighbours, and of a group's part between its ranks."""
+
+    def together(pair: tuple[Placement, Placement]) -> Placement:
+        assert not any(isinstance(placement, Grid) for placement in pair)
+        return REPLICATE if pair == (REPLICATE, REPLICATE) else Grid(*pair, size)  # pyright: ignore[reportArgumentType]
+
+    inputs = tuple(map(together, zip(outer.inputs, inner.inputs, strict=True)))
+    outputs = tuple(map(together, zip(outer.outputs, inner.outputs, strict=True)))
+    return Partition(f"{outer.dim} / {inner.dim}", inputs, outputs)
+
+
 # --- reshards --------------------------------------------------------------------------------------------------------
 
 
@@ -201,6 +225,36 @@ class Reshard:
 
     function: str
     arguments: tuple[tuple[str, int | bool], ...] = ()
+
+
+def reshard_steps(
+    source: Placement, target: Placement, consumer_partitioned: bool, requires_grad: bool
+) -> list[tuple[Reshard, Placement]]:
+    """The reshards that lead from one placement to another, each with the placement that it leads to.
+
+    It is one at the most, unless the ranks form groups. What groups have is then changed by a reshard between them,
+    across ranks that have the same place in their groups, and what the ranks of a group have by one within it. The
+    group's part is cut further within it, so that a dimension can change hands between groups only where it is not.
+    """
+    if not isinstance(source, Grid) and not isinstance(target, Grid):
+        reshard = find_reshard(source, target, consumer_partitioned, requires_grad)
+        return [(reshard, target)] if reshard else []
+    size = next(p.size for p in (source, target) if isinstance(p, Grid))
+    start, end = (p if isinstance(p, Grid) else Grid(p, p, size) for p in (source, target))
+    moved = {p.dim for p in (start.outer, end.outer) if isinstance(p, Shard)} if start.outer != end.outer else set()
+    is_cut_before, is_cut_after = (isinstance(p, Shard) and p.dim in moved for p in (start.inner, end.inner))
+    moves: list[tuple[str, Placement]] = [("outer", end.outer), ("inner", end.inner)]
+    if is_cut_before:
+        moves = [("inner", REPLICATE), *moves] if is_cut_after else moves[::-1]
+    steps, now = [], start
+    for level, placement in moves:
+        is_last = placement == getattr(end, level)
+        before, now = getattr(now, level), replace(now, **{level: placement})
+        reshard = find_reshard(before, placement, consumer_partitioned and is_last, requires_grad)
+        if reshard:
+            over = ("across" if level == "outer" else "within", size)
+            steps.append((replace(reshard, arguments=(*reshard.arguments, over)), now))
+    return steps
 
 
 def find_reshard(

@@ -25,6 +25,12 @@ class Setting:
     recompute_modules: tuple[str, ...] | None = None  # class names; None leaves it to the planner
     grad_accumulation_steps: int = 1
 
+    @property
+    def group_size(self) -> int:
+        """The ranks of a plan that are neighbours in a node, if the plan is over several; else 1."""
+        in_node = self.hardware.devices_per_node
+        return in_node if self.plan_size > in_node and self.plan_size % in_node == 0 else 1
+
 
 @dataclass(frozen=True)
 class Plan:

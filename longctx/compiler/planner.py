@@ -10,11 +10,10 @@ asked again with a lower limit, and what is found in the end says how far it may
 import math
 from dataclasses import dataclass, replace
 
-from longctx.compiler.cost import partition_is_told
 from longctx.compiler.ir import Graph
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.memory import MemoryPrediction, predict
-from longctx.compiler.ops import legal_partitions, spec_of
+from longctx.compiler.ops import legal_partitions, spec_of, told_split
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.program import Program
 from longctx.compiler.recompute import Recompute
@@ -72,7 +71,7 @@ def fastest_in_any_order(graph: Graph, setting: Setting, fixed: Fixed) -> tuple[
 
 def splits_queries(assignment: Assignment) -> bool:
     """Whether an op is split along a dimension of which a rank has to know where its part begins."""
-    return any(partition_is_told(op, partition) for op, partition in assignment.partitions.items())
+    return any(told_split(op, partition) for op, partition in assignment.partitions.items())
 
 
 def fastest(program: Program) -> tuple[Plan | None, float]:

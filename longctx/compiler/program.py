@@ -45,7 +45,7 @@ from longctx.compiler.cost import (
     packing_time,
     plan_sharded_copy_seconds,
     plan_sharded_seconds,
-    reshard_op,
+    reshard_ops,
 )
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
 from longctx.compiler.layout import Layout, layout_of
@@ -54,7 +54,7 @@ from longctx.compiler.localize import Assignment
 from longctx.compiler.memory import PERSISTENT_BYTES
 from longctx.compiler.memory_bound import Choices, largest_moment, placements_of
 from longctx.compiler.ops import legal_partitions, spec_of
-from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard, find_reshard
+from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.policies import chain_of
 from longctx.compiler.recompute import Recompute, names_of_keepable
@@ -235,7 +235,7 @@ class Program(LinearProgram):
         Raises:
             DecisionsError: the fixed one is not legal here.
         """
-        legal = legal_partitions(op, self.plan_size, self.balanced)
+        legal = legal_partitions(op, self.plan_size, self.balanced, self.setting.group_size)
         if op in self.fixed.partitions:
             dim = self.fixed.partitions[op]
             legal = [p for p in legal if p.dim == dim]
@@ -302,13 +302,12 @@ class Program(LinearProgram):
         self, tensor: Tensor, source: Placement, target: Placement, partitioned: bool, layout: Layout
     ) -> Seconds:
         """The time of a reshard and of its copies."""
-        reshard = find_reshard(source, target, partitioned, tensor.requires_grad)
-        op = reshard_op(tensor, reshard, source, target, self.plan_size)
-        if op is None:
-            return Seconds()
-        sent = collective_time(op, self.plan_size, self.setting.hardware)
-        copied = packing_time(op, layout, self.setting.hardware)
-        return Seconds(sent.forward + copied.forward, sent.backward + copied.backward)
+        forward = backward = 0.0
+        for op in reshard_ops(tensor, source, target, partitioned, self.plan_size):
+            sent = collective_time(op, self.plan_size, self.setting.hardware)
+            copied = packing_time(op, layout, self.setting.hardware)
+            forward, backward = forward + sent.forward + copied.forward, backward + sent.backward + copied.backward
+        return Seconds(forward, backward)
 
     # --- weights
 

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Sequence
 
 from longctx.compiler.alternatives import at_other_lengths, other_plans
-from longctx.compiler.cost import collective_time, flops_of_busiest, op_seconds, packing_time, partition_is_told
+from longctx.compiler.cost import collective_time, flops_of_busiest, op_seconds, packing_time
 from longctx.compiler.hardware import Hardware
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, nbytes
 from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction, in_use, say_bytes
-from longctx.compiler.ops import is_known, spec_of
+from longctx.compiler.ops import is_known, spec_of, told_split
 from longctx.compiler.placement import Placement, Shard
 from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
@@ -72,7 +72,7 @@ def _say_imbalance(plan: Plan) -> list[str]:
         flops_of_busiest(op, partition, assignment.plan_size).forward
         / (spec_of(op).flops(op).forward / assignment.plan_size)
         for op, partition in assignment.partitions.items()
-        if partition_is_told(op, partition)
+        if told_split(op, partition)
     ]
     if not more:
         return []

@@ -19,10 +19,15 @@ the (r / copies)-th of plan_size / copies parts. N and n are then those of a ten
 With `balanced` a dimension is in balanced order: it is cut into 2 * plan_size blocks, and rank r holds block r and the
 r-th from the end. A tensor that is whole is always in the model's own order.
 
+A plan over several nodes may have groups of neighbours, with a fast network within each. A function that is told
+`within=8` is over each 8 neighbours of a plan, and one that is told `across=8` over the ranks that are each 8 from the
+next, which have the same place in their groups. plan_size is then the number of these.
+
 Inputs may have any strides. Every function that splits a dimension raises ValueError if plan_size doesn't divide it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -35,14 +40,25 @@ TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
 reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
-# A module variable, since generated code has no group to pass around and a process takes part in one plan only.
+# Module variables, since generated code has no group to pass around and a process takes part in one plan only.
 _plan_group: dist.ProcessGroup | None = None
+_part_groups: dict[tuple[str, int], dist.ProcessGroup] = {}
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Those that a reshard is over, and this rank's number among them, from 0."""
+
+    group: dist.ProcessGroup
+    size: int
+    rank: int
 
 
 def set_plan_group(group: dist.ProcessGroup) -> None:
-    """Sets the process group that every reshard is over: the ranks of this rank's copy of the plan."""
+    """Sets the process group that reshards are over: the ranks of this rank's copy of the plan, neighbours all."""
     global _plan_group
     _plan_group = group
+    _part_groups.clear()
 
 
 def plan_rank() -> int:
@@ -53,6 +69,32 @@ def plan_rank() -> int:
 def plan_size() -> int:
     """The number of ranks of one copy of the plan."""
     return dist.get_world_size(_group())
+
+
+def ranks_of(within: int = 0, across: int = 0) -> Ranks:
+    """The ranks of the plan; of these each `within` neighbours; or those that are each `across` from the next.
+
+    A group of some of them is made when it is first asked for. PyTorch needs all ranks to take part in making each
+    group, and they do, since all run the same code.
+    """
+    if not within and not across:
+        return Ranks(_group(), plan_size(), plan_rank())
+    size = within or plan_size() // across
+    rank = plan_rank() % within if within else plan_rank() // across
+    kind = ("within", within) if within else ("across", across)
+    if kind not in _part_groups:
+        own, _ = dist.new_subgroups_by_enumeration(_ranks_of_all_groups(within, across))
+        assert own is not None, "every rank is in one group"
+        _part_groups[kind] = own
+    return Ranks(_part_groups[kind], size, rank)
+
+
+def _ranks_of_all_groups(within: int, across: int) -> list[list[int]]:
+    """The numbers of all ranks, by group, in all copies of the plan."""
+    plans = [range(first, first + plan_size()) for first in range(0, dist.get_world_size(), plan_size())]
+    if within:
+        return [list(plan[first : first + within]) for plan in plans for first in range(0, len(plan), within)]
+    return [list(plan[first::across]) for plan in plans for first in range(across)]
 
 
 def draw_own(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
@@ -69,12 +111,16 @@ def draw_own(compute: Callable[[], torch.Tensor]) -> torch.Tensor:
         return compute()
 
 
-def own_starts(length: int, balanced: bool = False) -> tuple[int, ...]:
-    """Where this rank's blocks of a dimension of that length begin, for an op that has to know: one, or two."""
+def own_starts(length: int, balanced: bool = False, across: int = 1) -> tuple[int, ...]:
+    """Where this rank's blocks of a dimension of that length begin, for an op that has to know: one, or two.
+
+    With `across`, so many neighbours have the same blocks.
+    """
+    size, rank = plan_size() // across, plan_rank() // across
     if not balanced:
-        return (plan_rank() * (length // plan_size()),)
-    block = length // (2 * plan_size())
-    return tuple(block * number for number in _blocks_of(plan_rank(), balanced))
+        return (rank * (length // size),)
+    block = length // (2 * size)
+    return rank * block, length - (rank + 1) * block
 
 
 def all_to_all(
@@ -84,86 +130,95 @@ def all_to_all(
     copies: int = 1,
     balanced_split: bool = False,
     balanced_gather: bool = False,
+    **over: int,
 ) -> torch.Tensor:
     """Shard(gather) -> Shard(split): [.., s, .., g/plan_size, ..] -> [.., s/plan_size, .., g, ..].
 
     Backward is the inverse, Shard(split) -> Shard(gather). Each sends N/plan_size * (plan_size-1)/plan_size bytes.
     """
-    x, one, other = _with_copies(x, split, copies), (split, balanced_split), (gather, balanced_gather)
-    return _reshard(x, partial(_exchanged, split=one, gather=other), partial(_exchanged, split=other, gather=one))
+    ranks, one, other = ranks_of(**over), (split, balanced_split), (gather, balanced_gather)
+    x = _with_copies(x, split, copies, ranks)
+    exchanged = partial(_exchanged, ranks=ranks)
+    return _reshard(x, ranks, partial(exchanged, split=one, gather=other), partial(exchanged, split=other, gather=one))
 
 
-def reorder(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
+def reorder(x: torch.Tensor, dim: int, balanced: bool, **over: int) -> torch.Tensor:
     """Shard(dim) -> Shard(dim) in balanced order, or from that if not `balanced`: [.., n/plan_size, ..], the same.
 
     Backward is the inverse. Each sends N/plan_size bytes at the most.
     """
-    return _reshard(
-        x, partial(_reordered, dim=dim, balanced=balanced), partial(_reordered, dim=dim, balanced=not balanced)
-    )
+    ranks = ranks_of(**over)
+    reordered = partial(_reordered, dim=dim, ranks=ranks)
+    return _reshard(x, ranks, partial(reordered, balanced=balanced), partial(reordered, balanced=not balanced))
 
 
-def all_gather(x: torch.Tensor, dim: int, balanced: bool = False) -> torch.Tensor:
+def all_gather(x: torch.Tensor, dim: int, balanced: bool = False, **over: int) -> torch.Tensor:
     """Shard(dim) -> Replicate, for an op that every rank computes whole: [.., n/plan_size, ..] -> [.., n, ..].
 
     Forward sends N * (plan_size-1)/plan_size bytes. The gradient is Replicate, and backward takes this rank's slice of
     it, which sends nothing.
     """
-    return _reshard(x, partial(_gathered, dim=dim, balanced=balanced), partial(_sliced, dim=dim, balanced=balanced))
+    cut = _Cut(dim, balanced, ranks_of(**over))
+    return _reshard(x, cut.ranks, partial(_gathered, cut=cut), partial(_sliced, cut=cut))
 
 
-def all_gather_reduce(x: torch.Tensor, dim: int, balanced: bool = False) -> torch.Tensor:
+def all_gather_reduce(x: torch.Tensor, dim: int, balanced: bool = False, **over: int) -> torch.Tensor:
     """Shard(dim) -> Replicate, for a partitioned op: [.., n/plan_size, ..] -> [.., n, ..].
 
     The gradient is Partial, and backward reduce-scatters it. Each sends N * (plan_size-1)/plan_size bytes.
     """
-    gradient = partial(_reduce_scattered, dim=dim, balanced=balanced)
-    return _reshard(x, partial(_gathered, dim=dim, balanced=balanced), gradient)
+    cut = _Cut(dim, balanced, ranks_of(**over))
+    return _reshard(x, cut.ranks, partial(_gathered, cut=cut), partial(_reduce_scattered, cut=cut))
 
 
-def take_slice(x: torch.Tensor, dim: int, copies: int = 1, balanced: bool = False) -> torch.Tensor:
+def take_slice(x: torch.Tensor, dim: int, copies: int = 1, balanced: bool = False, **over: int) -> torch.Tensor:
     """Replicate -> Shard(dim): [.., n, ..] -> [.., n/plan_size, ..], copied so that the whole tensor can be freed.
 
     Forward sends nothing. Backward all-gathers the gradient, which sends N * (plan_size-1)/plan_size bytes; integers
     have no gradient.
     """
-    x = _with_copies(x, dim, copies)
-    return _reshard(x, partial(_sliced, dim=dim, balanced=balanced), partial(_gathered, dim=dim, balanced=balanced))
+    cut = _Cut(dim, balanced, ranks_of(**over))
+    x = _with_copies(x, dim, copies, cut.ranks)
+    return _reshard(x, cut.ranks, partial(_sliced, cut=cut), partial(_gathered, cut=cut))
 
 
-def replicate(x: torch.Tensor) -> torch.Tensor:
+def replicate(x: torch.Tensor, **over: int) -> torch.Tensor:
     """Replicate -> Replicate, for a partitioned op: the same tensor, of any shape.
 
     Forward sends nothing. The gradient is Partial, and backward all-reduces it, which sends
     2N * (plan_size-1)/plan_size bytes.
     """
-    return _reshard(x, _same, _all_reduced)
+    ranks = ranks_of(**over)
+    return _reshard(x, ranks, _same, partial(_all_reduced, ranks=ranks))
 
 
-def all_reduce(x: torch.Tensor) -> torch.Tensor:
+def all_reduce(x: torch.Tensor, **over: int) -> torch.Tensor:
     """Partial -> Replicate, for an op that every rank computes whole: the sum over ranks, of any shape.
 
     Forward sends 2N * (plan_size-1)/plan_size bytes. The gradient is Replicate and is every summand's gradient as it
     stands: backward sends nothing.
     """
-    return _reshard(x, _all_reduced, _same)
+    ranks = ranks_of(**over)
+    return _reshard(x, ranks, partial(_all_reduced, ranks=ranks), _same)
 
 
-def all_reduce_both(x: torch.Tensor) -> torch.Tensor:
+def all_reduce_both(x: torch.Tensor, **over: int) -> torch.Tensor:
     """Partial -> Replicate, for a partitioned op: the sum over ranks, of any shape.
 
     The gradient is Partial, and backward all-reduces it too. Each sends 2N * (plan_size-1)/plan_size bytes.
     """
-    return _reshard(x, _all_reduced, _all_reduced)
+    ranks = ranks_of(**over)
+    return _reshard(x, ranks, partial(_all_reduced, ranks=ranks), partial(_all_reduced, ranks=ranks))
 
 
-def reduce_scatter(x: torch.Tensor, dim: int, copies: int = 1, balanced: bool = False) -> torch.Tensor:
+def reduce_scatter(x: torch.Tensor, dim: int, copies: int = 1, balanced: bool = False, **over: int) -> torch.Tensor:
     """Partial -> Shard(dim): [.., n, ..] -> [.., n/plan_size, ..], this rank's slice of the sum over ranks.
 
     Backward all-gathers the gradient. Each sends N * (plan_size-1)/plan_size bytes.
     """
-    forward = partial(_reduce_scattered, dim=dim, balanced=balanced)
-    return _reshard(_with_copies(x, dim, copies), forward, partial(_gathered, dim=dim, balanced=balanced))
+    cut = _Cut(dim, balanced, ranks_of(**over))
+    x = _with_copies(x, dim, copies, cut.ranks)
+    return _reshard(x, cut.ranks, partial(_reduce_scattered, cut=cut), partial(_gathered, cut=cut))
 
 
 def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
@@ -176,15 +231,15 @@ def scale_gradient(x: torch.Tensor, factor: float) -> torch.Tensor:
     return _Reshard.apply(x, _same, partial(torch.mul, other=factor))
 
 
-def own_slice(weight: torch.Tensor, dim: int, copies: int = 1) -> torch.Tensor:
+def own_slice(weight: torch.Tensor, dim: int, copies: int = 1, **over: int) -> torch.Tensor:
     """This rank's slice of a weight that FSDP has gathered: [.., n, ..] -> [.., n/plan_size, ..]. Nothing is sent.
 
     Unlike take_slice's copy, this is a view: FSDP frees the gathered weight's memory and fills it again, and a view
     follows that. Outside the slice the gradient is zero, so it is Partial, and FSDP's own sum over ranks completes it.
     """
-    n_parts = plan_size() // copies
-    length = _part_length(weight, dim, n_parts)
-    return weight.narrow(dim, plan_rank() // copies * length, length)
+    ranks = ranks_of(**over)
+    length = _part_length(weight, dim, ranks.size // copies)
+    return weight.narrow(dim, ranks.rank // copies * length, length)
 
 
 class _Reshard(torch.autograd.Function):
@@ -201,8 +256,8 @@ class _Reshard(torch.autograd.Function):
         return ctx.reshard_gradient(gradient), None, None
 
 
-def _reshard(x: torch.Tensor, reshard: TensorFunction, reshard_gradient: TensorFunction) -> torch.Tensor:
-    return x if plan_size() == 1 else _Reshard.apply(x, reshard, reshard_gradient)
+def _reshard(x: torch.Tensor, ranks: Ranks, reshard: TensorFunction, reshard_gradient: TensorFunction) -> torch.Tensor:
+    return x if ranks.size == 1 else _Reshard.apply(x, reshard, reshard_gradient)
 
 
 def _group() -> dist.ProcessGroup:
@@ -211,55 +266,66 @@ def _group() -> dist.ProcessGroup:
     return _plan_group
 
 
-def _with_copies(x: torch.Tensor, dim: int, copies: int) -> torch.Tensor:
-    """As many of each of a dimension's plan_size / copies parts as neighbours hold it; the gradient is their sum."""
+@dataclass(frozen=True)
+class _Cut:
+    """A dimension that is split over ranks."""
+
+    dim: int
+    balanced: bool
+    ranks: Ranks
+
+    def blocks_of(self, rank: int) -> tuple[int, int]:
+        """The numbers of the two of 2 * size blocks that a rank's part of the dimension is made of."""
+        return (rank, 2 * self.ranks.size - 1 - rank) if self.balanced else (2 * rank, 2 * rank + 1)
+
+    def part(self, blocks: Sequence[torch.Tensor], rank: int, out: torch.Tensor | None = None) -> torch.Tensor:
+        """A rank's part, of all the blocks."""
+        return torch.cat([blocks[number] for number in self.blocks_of(rank)], self.dim, out=out)
+
+
+def _with_copies(x: torch.Tensor, dim: int, copies: int, ranks: Ranks) -> torch.Tensor:
+    """As many of each of a dimension's size / copies parts as neighbours hold it; the gradient is their sum."""
     if copies == 1:
         return x
     dim %= x.dim()
-    length = _part_length(x, dim, plan_size() // copies)
+    length = _part_length(x, dim, ranks.size // copies)
     return x.unflatten(dim, (-1, 1, length)).repeat_interleave(copies, dim + 1).flatten(dim, dim + 2)
 
 
-def _part_length(x: torch.Tensor, dim: int, n_parts: int | None = None) -> int:
-    """The length of one rank's part of dimension `dim`, of which there are plan_size unless told otherwise; raises
-    ValueError if the parts would not be equal."""
-    length, size = x.shape[dim], n_parts or plan_size()
-    if length % size:
-        raise ValueError(f"dimension {dim} of shape {list(x.shape)} can't be split evenly over {size} ranks")
-    return length // size
+def _part_length(x: torch.Tensor, dim: int, n_parts: int) -> int:
+    """The length of one part of dimension `dim`; raises ValueError if the parts would not be equal."""
+    length = x.shape[dim]
+    if length % n_parts:
+        raise ValueError(f"dimension {dim} of shape {list(x.shape)} can't be split evenly over {n_parts} ranks")
+    return length // n_parts
 
 
-def _blocks_of(rank: int, balanced: bool) -> tuple[int, int]:
-    """The numbers of the two of 2 * plan_size blocks that a rank's part of a dimension is made of."""
-    return (rank, 2 * plan_size() - 1 - rank) if balanced else (2 * rank, 2 * rank + 1)
+def _blocks(x: torch.Tensor, cut: _Cut) -> tuple[torch.Tensor, ...]:
+    """The 2 * size blocks of the dimension; raises ValueError if they would not be equal."""
+    return x.split(_part_length(x, cut.dim, 2 * cut.ranks.size), cut.dim)
 
 
-def _blocks(x: torch.Tensor, dim: int) -> tuple[torch.Tensor, ...]:
-    """The 2 * plan_size blocks of dimension `dim`; raises ValueError if they would not be equal."""
-    return x.split(_part_length(x, dim, 2 * plan_size()), dim)
-
-
-def _parts_first(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
-    """[.., n, ..] -> [plan_size, .., n/plan_size, ..], contiguous: a collective's input, part r being rank r's."""
-    dim %= x.dim()
-    if not balanced:
-        return x.unflatten(dim, (plan_size(), _part_length(x, dim))).movedim(dim, 0).contiguous()
-    blocks = _blocks(x, dim)
-    parts = x.new_empty(plan_size(), *(2 * size if d == dim else size for d, size in enumerate(blocks[0].shape)))
+def _parts_first(x: torch.Tensor, cut: _Cut) -> torch.Tensor:
+    """[.., n, ..] -> [size, .., n/size, ..], contiguous: a collective's input, part r being rank r's."""
+    dim, size = cut.dim % x.dim(), cut.ranks.size
+    if not cut.balanced:
+        return x.unflatten(dim, (size, _part_length(x, dim, size))).movedim(dim, 0).contiguous()
+    blocks = _blocks(x, cut)
+    parts = x.new_empty(size, *(2 * length if d == dim else length for d, length in enumerate(blocks[0].shape)))
     for rank, part in enumerate(parts):
-        torch.cat([blocks[number] for number in _blocks_of(rank, balanced)], dim, out=part)
+        cut.part(blocks, rank, out=part)
     return parts
 
 
-def _joined(parts: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
-    """[plan_size, .., n/plan_size, ..] -> [.., n, ..], the inverse of _parts_first.
+def _joined(parts: torch.Tensor, cut: _Cut) -> torch.Tensor:
+    """[size, .., n/size, ..] -> [.., n, ..], the inverse of _parts_first.
 
     It is a view where every dimension before `dim` has length 1, and a copy elsewhere. Its elements lie in the order of
     its dimensions, so that it can be viewed as the whole graph's tensor is; flatten sees to that, but for parts that
     have length 1 along `dim`. From balanced order it is always a copy.
     """
-    dim %= parts.dim() - 1
-    if not balanced:
+    dim = cut.dim % (parts.dim() - 1)
+    if not cut.balanced:
         return parts.movedim(0, dim).flatten(dim, dim + 1).contiguous()
     front, back = parts.chunk(2, dim + 1)
     return torch.cat([*front, *reversed(back.unbind())], dim).contiguous()
@@ -269,59 +335,58 @@ def _same(x: torch.Tensor) -> torch.Tensor:
     return x.view_as(x)
 
 
-def _sliced(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
-    """This rank's part of dimension `dim`, as a copy, so that the whole tensor can be freed.
+def _sliced(x: torch.Tensor, cut: _Cut) -> torch.Tensor:
+    """This rank's part of the dimension, as a copy, so that the whole tensor can be freed.
 
     One number that is expanded, as the gradient of a sum is, stays one, which takes no memory. Its strides tell the
     loss that all gradients are equal, so that the host need not wait for the device to compare them.
     """
-    length = _part_length(x, dim)
-    if not any(x.stride()):
-        return x.narrow(dim, 0, length)
-    if balanced:
-        blocks = _blocks(x, dim)
-        return torch.cat([blocks[number] for number in _blocks_of(plan_rank(), balanced)], dim).contiguous()
-    return x.narrow(dim, plan_rank() * length, length).clone(memory_format=torch.contiguous_format)
+    length = _part_length(x, cut.dim, cut.ranks.size)
+    if cut.balanced and any(x.stride()):
+        return cut.part(_blocks(x, cut), cut.ranks.rank).contiguous()
+    part = x.narrow(cut.dim, cut.ranks.rank * length, length)
+    return part.clone(memory_format=torch.contiguous_format) if any(part.stride()) else part
 
 
-def _gathered(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
-    parts = x.new_empty(plan_size(), *x.shape)
+def _gathered(x: torch.Tensor, cut: _Cut) -> torch.Tensor:
+    parts = x.new_empty(cut.ranks.size, *x.shape)
     # Both are flat, since gloo takes the output as a concatenation of the inputs and not as a stack of them.
-    all_gather_single(parts.view(-1), x.contiguous().view(-1), group=_group())
-    return _joined(parts, dim, balanced)
+    all_gather_single(parts.view(-1), x.contiguous().view(-1), group=cut.ranks.group)
+    return _joined(parts, cut)
 
 
-def _reduce_scattered(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
-    parts = _parts_first(x, dim, balanced)
+def _reduce_scattered(x: torch.Tensor, cut: _Cut) -> torch.Tensor:
+    parts = _parts_first(x, cut)
     own = torch.empty_like(parts[0])
-    reduce_scatter_single(own.view(-1), parts.view(-1), group=_group())
+    reduce_scatter_single(own.view(-1), parts.view(-1), group=cut.ranks.group)
     return own
 
 
-def _all_reduced(x: torch.Tensor) -> torch.Tensor:
+def _all_reduced(x: torch.Tensor, ranks: Ranks) -> torch.Tensor:
     total = x.clone(memory_format=torch.contiguous_format)  # all_reduce works in place, and x may be in use elsewhere
-    dist.all_reduce(total, group=_group())
+    dist.all_reduce(total, group=ranks.group)
     return total
 
 
-def _exchanged(x: torch.Tensor, split: tuple[int, bool], gather: tuple[int, bool]) -> torch.Tensor:
+def _exchanged(x: torch.Tensor, split: tuple[int, bool], gather: tuple[int, bool], ranks: Ranks) -> torch.Tensor:
     """Each dimension with whether it is in balanced order."""
-    parts = _parts_first(x, *split)
+    parts = _parts_first(x, _Cut(*split, ranks))
     received = torch.empty_like(parts)
-    dist.all_to_all_single(received, parts, group=_group())
-    return _joined(received, *gather)
+    dist.all_to_all_single(received, parts, group=ranks.group)
+    return _joined(received, _Cut(*gather, ranks))
 
 
-def _reordered(x: torch.Tensor, dim: int, balanced: bool) -> torch.Tensor:
+def _reordered(x: torch.Tensor, dim: int, balanced: bool, ranks: Ranks) -> torch.Tensor:
     """Each rank's two blocks go to the ranks that hold them in the other order."""
-    me, ranks, dim = plan_rank(), range(plan_size()), dim % x.dim()
-    holder = {number: rank for rank in ranks for number in _blocks_of(rank, balanced)}
-    leaves = [sorted(_blocks_of(rank, not balanced), key=holder.__getitem__) for rank in ranks]
-    block = dict(zip(_blocks_of(me, not balanced), x.chunk(2, dim), strict=True))
-    sent = torch.stack([block[number] for number in leaves[me]]).contiguous()
+    before, after = _Cut(dim, not balanced, ranks), _Cut(dim, balanced, ranks)
+    everyone = range(ranks.size)
+    holder = {number: rank for rank in everyone for number in after.blocks_of(rank)}
+    leaves = [sorted(before.blocks_of(rank), key=holder.__getitem__) for rank in everyone]
+    block = dict(zip(before.blocks_of(ranks.rank), x.chunk(2, dim), strict=True))
+    sent = torch.stack([block[number] for number in leaves[ranks.rank]]).contiguous()
     received = torch.empty_like(sent)
-    to_each = [[holder[number] for number in leaves[me]].count(rank) for rank in ranks]
-    from_each = [[holder[number] for number in leaves[rank]].count(me) for rank in ranks]
-    dist.all_to_all_single(received, sent, from_each, to_each, group=_group())
-    arrived = [number for rank in ranks for number in leaves[rank] if holder[number] == me]
-    return torch.cat([received[arrived.index(number)] for number in _blocks_of(me, balanced)], dim).contiguous()
+    to_each = [[holder[number] for number in leaves[ranks.rank]].count(rank) for rank in everyone]
+    from_each = [[holder[number] for number in leaves[rank]].count(ranks.rank) for rank in everyone]
+    dist.all_to_all_single(received, sent, from_each, to_each, group=ranks.group)
+    arrived = [number for rank in everyone for number in leaves[rank] if holder[number] == ranks.rank]
+    return torch.cat([received[arrived.index(number)] for number in after.blocks_of(ranks.rank)], dim).contiguous()

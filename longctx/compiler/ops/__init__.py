@@ -37,6 +37,7 @@ __all__ = [
     "register_op",
     "spec_of",
     "target_of",
+    "told_split",
 ]
 
 DRAW_OWN = "draw_own"  # of collectives: what calls an op that draws random numbers for a part of its own
@@ -72,14 +73,40 @@ def _registered_annotation(op: Op) -> Annotation:
     return Annotation(annotation.text, inputs, annotation.outputs)
 
 
-def legal_partitions(op: Op, plan_size: int, balanced: int = 0) -> list[placement.Partition]:
+def legal_partitions(op: Op, plan_size: int, balanced: int = 0, group_size: int = 1) -> list[placement.Partition]:
     """The legal partitions of an op over the ranks of a plan, the one that every rank computes whole first.
 
     Args:
         balanced: the length of the dimension that is split in balanced order, the tokens of a row; 0 if none is.
+        group_size: how many neighbours may form a group, between which attention's queries are split, while its ranks
+            share out something else; 1 if none do.
     """
     annotation, shapes = annotation_of(op), [t.shape for t in op.inputs]
-    return placement.partitions(annotation, shapes, plan_size, _of_length(balanced, annotation, op) if balanced else ())
+    in_order = _of_length(balanced, annotation, op) if balanced else ()
+    legal = placement.partitions(annotation, shapes, plan_size, in_order)
+    told = spec_of(op).told
+    if told is None or not 1 < group_size < plan_size:
+        return legal
+    n_groups = plan_size // group_size
+    for outer in placement.partitions(annotation, shapes, n_groups, in_order):
+        if outer.dim == told.dim:
+            parts = [placement.local_shape(s, p, n_groups) for s, p in zip(shapes, outer.inputs, strict=True)]
+            within = placement.partitions(annotation, parts, group_size, in_order)
+            legal += [placement.in_groups(outer, p, group_size) for p in within if p.dim not in (None, told.dim)]
+    return legal
+
+
+def told_split(op: Op, partition: placement.Partition) -> tuple[int, placement.Shard, int] | None:
+    """How the dimension is split of which a rank has to know where its part begins: its length, its placement, and how
+    many neighbours have the same part; None if it is not split."""
+    told = spec_of(op).told
+    if told is None or partition.dim is None or partition.dim.split(" / ")[0] != told.dim:
+        return None
+    for tensor, placed in zip(op.inputs, partition.inputs, strict=True):
+        outer, sharing = (placed.outer, placed.size) if isinstance(placed, placement.Grid) else (placed, 1)
+        if isinstance(outer, placement.Shard):
+            return tensor.shape[outer.dim], outer, sharing
+    raise AssertionError(f"{op.target} is split along {partition.dim} and none of its inputs is")
 
 
 def _of_length(length: int, annotation: Annotation, op: Op) -> set[str]:

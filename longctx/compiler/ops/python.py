@@ -47,7 +47,9 @@ class Values:
         if isinstance(value, Device):
             return self.device
         if isinstance(value, OwnStarts):
-            return f"{OWN_STARTS}({value.length}{', balanced=True' if value.balanced else ''})"
+            options = {"balanced": value.balanced, "across": value.across if value.across > 1 else 0}
+            said = [f"{name}={option}" for name, option in options.items() if option]
+            return f"{OWN_STARTS}({', '.join([str(value.length), *said])})"
         if isinstance(value, (tuple, list)):
             items = ", ".join(self.write(item) for item in value)
             return f"({items},)" if len(value) == 1 else f"({items})"
