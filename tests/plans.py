@@ -1,6 +1,6 @@
 """Legal plans drawn at random, op by op, with no eye to speed: whatever the algebra allows has to be right.
 
-    PYTHONPATH=. python tests/plans.py --cases 500      # on 1, 2 and 4 ranks; prints the worst errors of each family
+    PYTHONPATH=. python tests/plans.py --cases 500      # on 1 to 8 ranks; prints the worst errors of each family
 
 compares loss and every gradient with the Hugging Face model's, in float32.
 """
@@ -9,6 +9,7 @@ import argparse
 import random
 import tempfile
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
@@ -56,12 +57,15 @@ class Case:
     n_ranks: int
 
 
-def random_assignment(graph: Graph, plan_size: int, seed: int) -> Assignment:
-    """One of each op's legal partitions; placements of what layers take; which weights are plan-sharded."""
+def random_assignment(graph: Graph, plan_size: int, seed: int, group_sizes: Sequence[int] = ()) -> Assignment:
+    """One of each op's legal partitions; placements of what layers take; which weights are plan-sharded.
+
+    Ranks may form groups of one of `group_sizes` neighbours, and of none if it is empty.
+    """
     draw = random.Random(seed)
     eager = draw.random()  # how often an op that can be split is
     balanced = draw.choice([0, graph.inputs[0].shape[-1]])  # tokens that are split in balanced order
-    group_size = draw.choice([n for n in range(1, plan_size + 1) if plan_size % n == 0])
+    group_size = draw.choice([1, *group_sizes])
     partitions: dict[Op, Partition] = {}
     for op in (*graph.body, *(op for kind in graph.kinds for op in kind.ops)):
         if isinstance(op, Op):
@@ -130,7 +134,8 @@ def write_case(folder: Path, case: Case, graph: Graph, chosen: bool) -> None:
     if chosen:
         plan = chosen_plan(graph, case)
     else:
-        assignment = random_assignment(graph, case.plan_ngpus, case.seed)
+        group_sizes = [n for n in range(2, case.plan_ngpus) if case.plan_ngpus % n == 0]
+        assignment = random_assignment(graph, case.plan_ngpus, case.seed, group_sizes)
         plan = Plan(assignment, random_policies(graph, case.seed), seconds=0.0, memory=0.0)
     text = codegen.generate(localize(graph, plan.assignment), plan, str(case))
     path = folder / f"{case}"
@@ -190,9 +195,9 @@ def check_cases(
 
 
 def draw_cases(n_cases: int, n_ranks: int, first_seed: int = 0) -> list[Case]:
-    """Cases over all families in turn; on 4 ranks, plans of 2 and of 4."""
+    """Cases over all families in turn, of plans over all ranks; on 4 ranks, also of plans of 2."""
     families = list(FAMILIES)
-    plans = {1: [1], 2: [2], 4: [4, 4, 2]}[n_ranks]
+    plans = {4: [4, 4, 2]}.get(n_ranks, [n_ranks])
     seeds = range(first_seed, first_seed + n_cases)
     return [Case(families[i % len(families)], i, plans[i // len(families) % len(plans)], n_ranks) for i in seeds]
 
@@ -203,7 +208,7 @@ def main() -> None:
     args = parser.parse_args()
     train.register_loss()
     worst = defaultdict(lambda: (0, 0.0, 0.0))
-    for n_ranks, share in ((1, 0.05), (2, 0.5), (4, 0.45)):
+    for n_ranks, share in ((1, 0.05), (2, 0.3), (3, 0.1), (4, 0.35), (6, 0.1), (8, 0.1)):
         for case, (loss, gradient, _) in check_cases(draw_cases(round(args.cases * share), n_ranks)).items():
             count, loss_before, gradient_before = worst[case.family]
             worst[case.family] = (count + 1, max(loss, loss_before), max(gradient, gradient_before))

@@ -1,6 +1,7 @@
 """The planner: its integer program against every choice there is, and what it decides for Llama-3-8B."""
 
 import itertools
+import json
 import random
 import re
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,7 @@ from longctx.compiler import hardware, linear_program, report
 from longctx.compiler.cost import (
     Seconds,
     collective_time,
+    flops_of_busiest,
     fsdp_copy_seconds,
     fsdp_seconds,
     op_seconds,
@@ -154,6 +156,7 @@ class Prices:
 
     graph: Graph
     setting: Setting
+    balanced: int = 0  # the tokens, if they are split in balanced order
     known: dict[Any, Any] = field(default_factory=dict)  # what thousands of plans have in common is priced once
 
     def layout(self, owner: Graph | LayerKind) -> Layout:
@@ -249,7 +252,8 @@ class Prices:
 
     def every_partition(self, ops: Iterable[Op | LayerCall]) -> Iterator[Partitions]:
         ops = [op for op in ops if isinstance(op, Op)]
-        for chosen in itertools.product(*(legal_partitions(op, self.setting.plan_size) for op in ops)):
+        legal = (legal_partitions(op, self.setting.plan_size, self.balanced) for op in ops)
+        for chosen in itertools.product(*legal):
             yield dict(zip(ops, chosen, strict=True))
 
     def every_plan_sharded(self, owner: Graph | LayerKind, partitions: Partitions) -> Iterator[PlanSharded]:
@@ -278,15 +282,21 @@ class Prices:
 
     def every_between(self) -> Iterator[Between]:
         n = self.setting.plan_size
-        yield from itertools.product(
-            *(
-                [REPLICATE, *(Shard(d) for d, size in enumerate(tensor.shape) if size % n == 0)]
-                for tensor in self.graph.layer_calls[0].inputs
-            )
-        )
+
+        def placements(tensor: Tensor) -> list[Placement]:
+            orders = [(d, size, size == self.balanced) for d, size in enumerate(tensor.shape)]
+            return [REPLICATE, *(Shard(d, balanced=b) for d, size, b in orders if size % (n * (1 + b)) == 0)]
+
+        yield from itertools.product(*map(placements, self.graph.layer_calls[0].inputs))
 
     def fastest(self) -> float:
-        """Seconds of the fastest of all plans."""
+        """Seconds of the fastest of all plans, in either order of tokens."""
+        orders = [0]
+        if any(spec_of(op).told for op in self.graph.all_ops()):
+            orders.append(self.graph.inputs[0].shape[-1])
+        return min(replace(self, balanced=order).fastest_in_order() for order in orders)
+
+    def fastest_in_order(self) -> float:
         return min(
             self.fastest_root(between)
             + sum(self.fastest_layers(number, between) for number in range(len(self.graph.kinds)))
@@ -407,7 +417,9 @@ def test_no_drawn_plan_needs_less_than_is_said_that_every_plan_needs(make_graph,
     assert at_least * (1 - BOUND_TOLERANCE) <= plan.memory
     for other in drawn_plans(graph, setting, 10, seed):
         dims = {op: partition.dim for op, partition in other.assignment.partitions.items()}
-        _, its_own = leanest(Program(graph, setting, Fixed(dims, boundary=other.assignment.boundary)))
+        assignment = other.assignment
+        own = Fixed(dims, boundary=assignment.boundary, balanced=assignment.balanced)
+        _, its_own = leanest(Program(graph, setting, own))
         assert its_own * (1 - BOUND_TOLERANCE) <= other.memory
 
 
@@ -598,6 +610,7 @@ def test_a_leanest_plan_that_the_solver_had_no_time_to_prove_is_not_called_the_l
         lambda decisions: {**decisions, "ops": {name: ops[1:] for name, ops in decisions["ops"].items()}},
         lambda decisions: {**decisions, "ops": {n: [[t, [1]] for t, _ in ops] for n, ops in decisions["ops"].items()}},
         lambda decisions: {**decisions, "boundary": 7},
+        lambda decisions: {**decisions, "balanced": 7},
     ],
 )
 def test_a_plan_that_was_edited_is_refused_in_one_sentence(edit):
@@ -832,6 +845,78 @@ def test_llama_at_786432_tokens_is_planned_within_72_gb_and_what_is_called_leane
     assert found.memory < 68e9
     with pytest.raises(DoesNotFit, match=r"found needs 67.\d GB a GPU, and no plan less than about 66.\d$"):
         make_plan(graph, replace(setting, memory_limit=60e9))
+
+
+# --- one row over more ranks than it has key-value heads -------------------------------------------------------------
+
+
+def attention_of(graph: Graph, plan: Plan) -> tuple[Op, Partition]:
+    """The first layer kind's attention, and its partition."""
+    return next((op, p) for op, p in plan.assignment.partitions.items() if spec_of(op).selective_recompute)
+
+
+def planned(graph: Graph, n: int, **fixed) -> Plan:
+    """The fastest plan of n H100s within 72 GB, with attention split along `dim` if that is given."""
+    setting = Setting(n, n, H100, 72e9)
+    attention = next(op for op in graph.all_ops() if spec_of(op).selective_recompute)
+    dim = fixed.pop("dim", None)
+    plan = alternative(graph, setting, Fixed({attention: dim} if dim else {}, **fixed))
+    assert plan is not None and plan.memory <= 72e9
+    return plan
+
+
+def test_llama_with_8_key_value_heads_is_nearly_twice_as_fast_on_16_ranks_as_on_8(long_llama):
+    on_8, on_16 = planned(long_llama, 8), planned(long_llama, 16)
+    assert attention_of(long_llama, on_8)[1].dim == "k"
+    assert on_8.seconds / on_16.seconds > 1.8
+    facts = predict(long_llama, on_16, Setting(16, 16, H100, 72e9))
+    assert facts.time.total == pytest.approx(on_16.seconds, rel=1e-6)  # the program's own price of every reshard
+
+
+@pytest.mark.parametrize(("length", "n_ranks"), [(1_048_576, 16), (4_194_304, 64)])
+def test_llama_fits_72_gb_at_a_million_tokens_on_16_ranks_and_at_four_million_on_64(long_llama, length, n_ranks):
+    plan = planned(resize(long_llama, 131072, length), n_ranks)
+    assert plan.gap < 0.01
+
+
+def test_the_price_of_attention_along_its_queries_is_what_the_busiest_rank_takes(long_llama):
+    op, _ = attention_of(long_llama, planned(long_llama, 8))
+    whole = spec_of(op).flops(op).forward
+
+    def share(balanced: bool, dim: str = "q") -> float:
+        partitions = legal_partitions(op, 16, 131072 if balanced else 0, group_size=8)
+        return 16 * flops_of_busiest(op, next(p for p in partitions if p.dim == dim), 16).forward / whole
+
+    assert share(balanced=False) == pytest.approx(31 / 16, rel=1e-4)  # the last of 16 parts sees 31 of 256 half squares
+    assert share(balanced=True) == pytest.approx(1.0, rel=1e-4)
+    assert share(balanced=False, dim="q / k") == pytest.approx(3 / 2, rel=1e-4)
+    assert share(balanced=True, dim="q / k") == pytest.approx(1.0, rel=1e-4)
+
+
+def test_tokens_are_in_balanced_order_only_where_attention_is_split_along_them(long_llama):
+    def splits(**fixed) -> tuple[str | None, bool]:
+        plan = planned(long_llama, 16, **fixed)
+        return attention_of(long_llama, plan)[1].dim, plan.assignment.balanced
+
+    assert splits(dim="q") == ("q", True)
+    assert splits(dim="q / k") == ("q / k", True)
+    assert splits(dim="k g") == ("k g", False)
+    assert splits(dim="q", balanced=False) == ("q", False)
+
+
+def test_a_plan_in_balanced_order_is_taken_again_from_what_plan_json_holds_of_it(long_llama):
+    setting = Setting(16, 16, H100, 72e9)
+    plan = planned(long_llama, 16, dim="q / k")
+    again = make_plan(long_llama, setting, fix(long_llama, json.loads(json.dumps(describe(long_llama, plan)))))
+    assert again.assignment.partitions == plan.assignment.partitions
+
+
+def test_the_report_says_by_how_much_ranks_differ_and_what_goes_over_which_link(long_llama):
+    setting = Setting(16, 16, H100, 72e9)
+    plan = planned(long_llama, 16, dim="q / k", balanced=False)
+    lines = report.summary(long_llama, plan, setting, predict(long_llama, plan, setting))
+    assert any("from first to last: the busiest computes 50.0% more than the average" in line for line in lines)
+    assert any(line.startswith("of activations a GPU sends") for line in lines)
 
 
 def test_where_every_rank_has_to_compute_all_of_attention_the_first_line_says_what_that_costs():

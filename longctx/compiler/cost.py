@@ -12,7 +12,7 @@ from math import prod
 
 import torch
 
-from longctx.compiler.hardware import Hardware, collective_seconds
+from longctx.compiler.hardware import Hardware, collective_seconds, sent_bytes
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.layout import Layout
 from longctx.compiler.lifetimes import saved_tensors, wants_gradient
@@ -138,9 +138,24 @@ def collective_time(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
 
     It is not hidden behind computation, since the next op waits for it.
     """
+    sides = [
+        collective_seconds(links, kind, whole, n_ranks)
+        for kind, whole, n_ranks, links in _collectives_of(op, plan_size, hardware)
+    ]
+    return Seconds(*sides)
+
+
+def collective_bytes(op: Op, plan_size: int, hardware: Hardware) -> list[tuple[float, float]]:
+    """The bytes that a rank sends in the collectives of an op of one rank's graph, forward and, if there is a gradient,
+    backward: over its node's links, and over the network each."""
+    return [sent_bytes(links, kind, whole, n) for kind, whole, n, links in _collectives_of(op, plan_size, hardware)]
+
+
+def _collectives_of(op: Op, plan_size: int, hardware: Hardware) -> list[tuple[str, float, int, Hardware]]:
+    """The collective of an op's forward and that of its backward: kind, bytes of the whole tensor, ranks, and links."""
     resharding = spec_of(op).resharding
     if resharding is None or plan_size == 1:
-        return Seconds()
+        return []
     n_ranks, links = _ranks_of(op, plan_size, hardware)
     before, after = nbytes(op.inputs[0]), nbytes(op.outputs[0])
     whole = max(before, after)
@@ -148,11 +163,8 @@ def collective_time(op: Op, plan_size: int, hardware: Hardware) -> Seconds:
         whole *= n_ranks
     elif after < before:  # of which several ranks may have the same part
         whole = after * n_ranks
-    forward, backward = (
-        collective_seconds(links, kind, whole, n_ranks) if kind else 0.0
-        for kind in (resharding.forward, resharding.backward)
-    )
-    return Seconds(forward, backward if op.inputs[0].requires_grad else 0.0)
+    kinds = [resharding.forward, resharding.backward if op.inputs[0].requires_grad else None]
+    return [(kind or NOTHING, float(whole), n_ranks if kind else 1, links) for kind in kinds]
 
 
 def _ranks_of(op: Op, plan_size: int, hardware: Hardware) -> tuple[int, Hardware]:
@@ -185,6 +197,7 @@ def packing_time(op: Op, layout: Layout, hardware: Hardware) -> Seconds:
     return Seconds(seconds[0], seconds[1] if tensor.requires_grad else 0.0)
 
 
+NOTHING = "nothing"  # a collective of one rank, which moves nothing
 GRADIENT_SUM_BYTES = 3 * FLOAT32_BYTES  # of a parameter: a gradient is added to those of the micro-batches before
 STEP_BYTES = 10 * FLOAT32_BYTES  # of a parameter: the norm reads the gradient, the scale reads and writes it, and AdamW
 # reads master, gradient and two moments and writes all but the gradient

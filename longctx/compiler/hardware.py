@@ -277,24 +277,40 @@ def collective_seconds(hardware: Hardware, kind: str, whole_bytes: float, n_rank
     return _modelled_seconds(hardware, kind, whole_bytes, n_ranks)
 
 
+_PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # round a ring
+
+
+def sent_bytes(hardware: Hardware, kind: str, whole_bytes: float, n_ranks: int) -> tuple[float, float]:
+    """The bytes that a device sends in a collective over its node's links, and over the network.
+
+    In a ring each rank sends N (n - 1) / n bytes, and for an all-reduce twice that: the bus bandwidth factors of
+    nccl-tests, doc/PERFORMANCE.md. Across nodes there are as many rings as devices in a node, each crossing over
+    another device's adapter, so an adapter carries that share of the bytes. All-to-all sends N / n^2 bytes to each
+    other rank.
+    """
+    if n_ranks == 1:
+        return 0.0, 0.0
+    in_node = min(n_ranks, hardware.devices_per_node)
+    if kind == "all_to_all":
+        to_each = whole_bytes / n_ranks**2
+        return to_each * (in_node - 1), to_each * (n_ranks - in_node)
+    sent = _PASSES[kind] * whole_bytes * (n_ranks - 1) / n_ranks
+    return sent if in_node > 1 else 0.0, sent / in_node if n_ranks > in_node else 0.0
+
+
 def _modelled_seconds(hardware: Hardware, kind: str, whole_bytes: float, n_ranks: int) -> float:
     """Launch, the steps' latencies, and the bytes over the slowest link that they cross.
 
-    A ring takes n - 1 steps in which each rank sends N (n - 1) / n bytes, and for an all-reduce twice both: the bus
-    bandwidth factors of nccl-tests, doc/PERFORMANCE.md. Across nodes there are as many rings as devices in a node, each
-    crossing over another device's adapter, so an adapter carries that share of the bytes; of the steps, nodes - 1 are
-    between nodes (NCCL, src/graph/tuning.cc). All-to-all sends N / n^2 bytes to each other rank, at once.
+    A ring takes n - 1 steps, and for an all-reduce twice as many; nodes - 1 of them are between nodes (NCCL,
+    src/graph/tuning.cc). All-to-all sends all at once.
     """
     in_node = min(n_ranks, hardware.devices_per_node)
     n_nodes = -(-n_ranks // hardware.devices_per_node)
+    node_bytes, network_bytes = sent_bytes(hardware, kind, whole_bytes, n_ranks)
     if kind == "all_to_all":
-        to_each = whole_bytes / n_ranks**2
-        node_bytes, network_bytes = to_each * (in_node - 1), to_each * (n_ranks - in_node)
         node_steps, network_steps = 1, min(n_nodes - 1, 1)
     else:
-        passes = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}[kind]
-        node_bytes = passes * whole_bytes * (n_ranks - 1) / n_ranks
-        network_bytes = node_bytes / in_node if n_nodes > 1 else 0.0
+        passes = _PASSES[kind]
         network_steps = passes * (n_nodes - 1)
         node_steps = passes * (n_ranks - 1) - network_steps
     latency = node_steps * hardware.node_link.latency + network_steps * hardware.network.latency

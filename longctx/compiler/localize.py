@@ -35,8 +35,8 @@ class Assignment:
     @property
     def balanced(self) -> bool:
         """Whether a row's tokens are split in balanced order."""
-        split = (p for partition in self.partitions.values() for p in (*partition.inputs, *partition.outputs))
-        outer = (p.outer if isinstance(p, Grid) else p for p in split)
+        of_ops = (p for partition in self.partitions.values() for p in (*partition.inputs, *partition.outputs))
+        outer = (p.outer if isinstance(p, Grid) else p for p in (*of_ops, self.boundary, *self.inputs.values()))
         return any(isinstance(p, Shard) and p.balanced for p in outer)
 
 

@@ -12,6 +12,7 @@ from math import prod
 
 from longctx.compiler.cost import (
     Seconds,
+    collective_bytes,
     collective_time,
     fsdp_copy_seconds,
     fsdp_seconds,
@@ -140,6 +141,19 @@ def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:
     """The time of a micro-batch under a plan, from the ops and reshards of one rank's graph."""
     times = [_body_time(body, plan, setting) for body in _bodies(graph, plan)]
     return StepTime(*(sum(values) for values in zip(*(vars(time).values() for time in times), strict=True)))
+
+
+def sent_by_link(graph: Graph, plan: Plan, setting: Setting) -> tuple[float, float]:
+    """The bytes that a rank sends in a micro-batch's reshards: over its node's links, and over the network."""
+    total = [0.0, 0.0]
+    for body in _bodies(graph, plan):
+        times = len(body.policies)
+        again = times - body.policies.count(Recompute.NOTHING)
+        for op in body.local_ops:
+            sides = collective_bytes(op, setting.plan_size, setting.hardware) if isinstance(op, Op) else []
+            for sent, n in zip(sides, (times + again, times), strict=False):
+                total = [before + n * more for before, more in zip(total, sent, strict=True)]
+    return total[0], total[1]
 
 
 def seconds_by_part(graph: Graph, plan: Plan, setting: Setting, time: StepTime) -> dict[str, float]:

@@ -14,7 +14,7 @@ from longctx.compiler.ops import is_known, spec_of, told_split
 from longctx.compiler.placement import Placement, Shard
 from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
-from longctx.compiler.prediction import Prediction, StepTime, step_time
+from longctx.compiler.prediction import Prediction, StepTime, sent_by_link, step_time
 from longctx.compiler.work import PRODUCT_KINDS
 from longctx.flops import step_flops
 
@@ -57,6 +57,7 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         f"between layers hidden states are {_say(plan.assignment.boundary)}; {_say_weights(graph, plan)}",
         f"layers: {_say_policies(plan)}",
         *_say_imbalance(plan),
+        *_say_links(graph, plan, setting),
         f"bound by {_bound(prediction.time)}",
         _say_prices(setting.hardware),
         *_say_host_bound(graph, prediction.time),
@@ -79,6 +80,16 @@ def _say_imbalance(plan: Plan) -> list[str]:
     order = "in balanced order" if assignment.balanced else "from first to last"
     return [
         f"ranks share out attention's queries, {order}: the busiest computes {max(more) - 1:.1%} more than the average"
+    ]
+
+
+def _say_links(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
+    """What reshards send over which kind of link, of a plan over several nodes."""
+    if setting.plan_size <= setting.hardware.devices_per_node:
+        return []
+    in_node, network = sent_by_link(graph, plan, setting)
+    return [
+        f"of activations a GPU sends {in_node / GB:.1f} GB a row in its node, and {network / GB:.1f} to other nodes"
     ]
 
 
