@@ -920,13 +920,13 @@ def test_the_report_says_by_how_much_ranks_differ_and_what_goes_over_which_link(
 
 
 def test_where_every_rank_has_to_compute_all_of_attention_the_first_line_says_what_that_costs():
-    graph = attention_graph(32768, 2, 128, 8190)
+    graph = attention_graph(32766, 2, 128, 8192)
     setting = Setting(8, 8, H100, 1e12)
     plan = make_plan(graph, setting)
     facts = predict(graph, plan, setting)
     seconds = facts.parts["attention, forward"] + facts.parts["attention, backward"]
     assert report.summary(graph, plan, setting, facts)[0] == (
         f"attention is computed whole by every rank, which takes {seconds:.3g} s of {facts.time.total:.3g} s a row: "
-        "its 2 heads and 8190 queries don't divide by 8 ranks; 2 ranks would share it out"
+        "its 2 heads and 32,766 queries don't divide by 8 ranks; 2 ranks would share it out"
     )
     assert seconds > 0.5 * facts.time.total

@@ -332,16 +332,17 @@ def _pieces_workspace(op: Op, phase: str) -> Shares:
 
     The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, a piece's, and
     the output and its gradient in order; the gradients of a piece's keys and values; and these for each query head, if
-    several share them.
+    several share them. The package flash-attn is given all keys at once.
     """
     query, key, value = op.inputs[:3]
     float32 = FLOAT32_BYTES / query.dtype.itemsize
     if phase == "forward":
         return {query: 3 * float32 + 1.0}
-    piece = min(1.0, KEYS / key.shape[2])
+    piece = 1.0 if arguments_of(op)["implementation"] == "flash_attention_2" else min(1.0, KEYS / key.shape[2])
     groups = query.shape[1] / key.shape[1]
     of_keys = piece * (1.0 + (groups if groups > 1 else 0.0))
-    return {query: 2 * float32 + float32 / query.shape[-1] + 3.0, key: of_keys, value: of_keys}
+    of_queries = (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 3.0
+    return {query: of_queries, key: of_keys, value: of_keys}
 
 
 def _is_flash(op: Op) -> bool:
@@ -409,7 +410,7 @@ def fused_shapes(op: Op) -> tuple[tuple[int, ...], ...]:
 def heads_and_queries(op: Op) -> str:
     """What the ranks of a plan share out, besides rows."""
     heads, length = op.inputs[0].shape[1:3]
-    return f"its {heads} heads and {length} queries"
+    return f"its {heads} heads and {length:,} queries"
 
 
 RULES = {
