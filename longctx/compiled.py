@@ -40,16 +40,16 @@ class Decisions:
 
     Attributes:
         boundary: the placement of the hidden states between layers.
-        balanced: whether the tokens of a row are split in balanced order.
         ops: for each class in gencode.py the name of every op in order, and the dimension of its annotation along
             which it is partitioned; None if every rank computes it whole.
         recompute: what each layer recomputes.
+        balanced: whether the tokens of a row are split in balanced order; earlier versions had none.
     """
 
     boundary: str
-    balanced: bool
     ops: dict[str, list[tuple[str, str | None]]]
     recompute: tuple[str, ...]
+    balanced: bool | None = None
 
 
 @dataclass(frozen=True)

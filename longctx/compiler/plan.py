@@ -74,7 +74,7 @@ def fix(graph: Graph, decisions: Any) -> Fixed:
     partitions: dict[Op, str | None] = {}
     try:
         boundary = parse_placement(decisions["boundary"])
-        balanced = decisions.get("balanced", False)  # earlier versions knew one order
+        balanced = decisions.get("balanced") or False  # None: an earlier version's
         if not isinstance(balanced, bool):
             raise TypeError("it is true or false")
         stored = {name: [(operator, dim) for operator, dim in ops] for name, ops in decisions["ops"].items()}
