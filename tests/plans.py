@@ -32,7 +32,7 @@ from longctx.compiler import codegen, planner
 from longctx.compiler.hardware import HARDWARE
 from longctx.compiler.ir import Graph, Op, Tensor
 from longctx.compiler.localize import Assignment, localize
-from longctx.compiler.ops import legal_partitions
+from longctx.compiler.ops import Row, legal_partitions
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import Plan, Setting
 from longctx.compiler.recompute import Recompute, names_of_keepable
@@ -64,19 +64,17 @@ def random_assignment(graph: Graph, plan_size: int, seed: int, group_sizes: Sequ
     """
     draw = random.Random(seed)
     eager = draw.random()  # how often an op that can be split is
-    balanced = draw.choice([0, graph.inputs[0].shape[-1]])  # tokens that are split in balanced order
-    group_size = draw.choice([1, *group_sizes])
+    row = Row(graph.inputs[0].shape[-1], draw.choice([False, True]), draw.choice([1, *group_sizes]))
     partitions: dict[Op, Partition] = {}
     for op in (*graph.body, *(op for kind in graph.kinds for op in kind.ops)):
         if isinstance(op, Op):
-            whole, *split = legal_partitions(op, plan_size, balanced, group_size)
+            whole, *split = legal_partitions(op, plan_size, row)
             partitions[op] = draw.choice(split) if split and draw.random() < eager else whole
 
     def draw_placement(tensor: Tensor) -> Placement:
+        orders = [(d, size, row.balanced and size == row.length) for d, size in enumerate(tensor.shape)]
         shards = [
-            Shard(d, balanced=size == balanced)
-            for d, size in enumerate(tensor.shape)
-            if size % (plan_size * (1 + (size == balanced))) == 0
+            Shard(d, balanced=balanced) for d, size, balanced in orders if size % (plan_size * (1 + balanced)) == 0
         ]
         return draw.choice([REPLICATE, *shards])
 

@@ -37,7 +37,7 @@ from longctx.compiler.cost import (
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor
 from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
-from longctx.compiler.ops import COLLECTIVES, legal_partitions, spec_of, target_of
+from longctx.compiler.ops import COLLECTIVES, Row, legal_partitions, spec_of, target_of
 from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
 from longctx.compiler.planner import alternative, leanest, make_plan, predict_memory
@@ -156,7 +156,7 @@ class Prices:
 
     graph: Graph
     setting: Setting
-    balanced: int = 0  # the tokens, if they are split in balanced order
+    balanced: bool = False  # whether tokens are split in balanced order
     known: dict[Any, Any] = field(default_factory=dict)  # what thousands of plans have in common is priced once
 
     def layout(self, owner: Graph | LayerKind) -> Layout:
@@ -252,7 +252,8 @@ class Prices:
 
     def every_partition(self, ops: Iterable[Op | LayerCall]) -> Iterator[Partitions]:
         ops = [op for op in ops if isinstance(op, Op)]
-        legal = (legal_partitions(op, self.setting.plan_size, self.balanced) for op in ops)
+        row = Row(self.graph.inputs[0].shape[-1], self.balanced)
+        legal = (legal_partitions(op, self.setting.plan_size, row) for op in ops)
         for chosen in itertools.product(*legal):
             yield dict(zip(ops, chosen, strict=True))
 
@@ -284,16 +285,15 @@ class Prices:
         n = self.setting.plan_size
 
         def placements(tensor: Tensor) -> list[Placement]:
-            orders = [(d, size, size == self.balanced) for d, size in enumerate(tensor.shape)]
+            length = self.graph.inputs[0].shape[-1]
+            orders = [(d, size, self.balanced and size == length) for d, size in enumerate(tensor.shape)]
             return [REPLICATE, *(Shard(d, balanced=b) for d, size, b in orders if size % (n * (1 + b)) == 0)]
 
         yield from itertools.product(*map(placements, self.graph.layer_calls[0].inputs))
 
     def fastest(self) -> float:
         """Seconds of the fastest of all plans, in either order of tokens."""
-        orders = [0]
-        if any(spec_of(op).told for op in self.graph.all_ops()):
-            orders.append(self.graph.inputs[0].shape[-1])
+        orders = [False, True] if any(spec_of(op).told for op in self.graph.all_ops()) else [False]
         return min(replace(self, balanced=order).fastest_in_order() for order in orders)
 
     def fastest_in_order(self) -> float:
@@ -884,7 +884,7 @@ def test_the_price_of_attention_along_its_queries_is_what_the_busiest_rank_takes
     whole = spec_of(op).flops(op).forward
 
     def share(balanced: bool, dim: str = "q") -> float:
-        partitions = legal_partitions(op, 16, 131072 if balanced else 0, group_size=8)
+        partitions = legal_partitions(op, 16, Row(131072, balanced, group_size=8))
         return 16 * flops_of_busiest(op, next(p for p in partitions if p.dim == dim), 16).forward / whole
 
     assert share(balanced=False) == pytest.approx(31 / 16, rel=1e-4)  # the last of 16 parts sees 31 of 256 half squares

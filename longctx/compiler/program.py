@@ -53,7 +53,7 @@ from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram,
 from longctx.compiler.localize import Assignment
 from longctx.compiler.memory import PERSISTENT_BYTES
 from longctx.compiler.memory_bound import Choices, largest_moment, placements_of
-from longctx.compiler.ops import legal_partitions, spec_of
+from longctx.compiler.ops import Row, legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.policies import chain_of
@@ -116,7 +116,7 @@ class Program(LinearProgram):
         super().__init__()
         self.graph, self.setting, self.fixed = graph, setting, fixed
         self.plan_size = setting.plan_size
-        self.balanced = graph.inputs[0].shape[-1] if fixed.balanced else 0  # tokens, if they are in balanced order
+        self.row = Row(graph.inputs[0].shape[-1], bool(fixed.balanced), setting.group_size)
         self.x: dict[Op, list[tuple[Partition, int]]] = {}
         self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
         self.chains: list[tuple[list[Recompute], tuple[int, ...]]] = []  # a kind's policies, and c of all but the first
@@ -147,7 +147,7 @@ class Program(LinearProgram):
     def placements(self, tensor: Tensor, fixed: Placement | None = None) -> list[Placement]:
         """Those that a value may have between layers."""
         splittable = self.plan_size > 1
-        orders = [size == self.balanced for size in tensor.shape]
+        orders = [self.row.balanced and size == self.row.length for size in tensor.shape]
         shards = [
             Shard(d, balanced=in_order)
             for d, (size, in_order) in enumerate(zip(tensor.shape, orders, strict=True))
@@ -235,7 +235,7 @@ class Program(LinearProgram):
         Raises:
             DecisionsError: the fixed one is not legal here.
         """
-        legal = legal_partitions(op, self.plan_size, self.balanced, self.setting.group_size)
+        legal = legal_partitions(op, self.plan_size, self.row)
         if op in self.fixed.partitions:
             dim = self.fixed.partitions[op]
             legal = [p for p in legal if p.dim == dim]

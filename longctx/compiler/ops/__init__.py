@@ -11,6 +11,8 @@ positions.py    values of tensors that depend on positions alone, such as masks
 scores.py       attention that is written out in PyTorch's operators
 """
 
+from dataclasses import dataclass
+
 from longctx.compiler import placement
 from longctx.compiler.annotation import Annotation, Entry, expand_leading, parse
 from longctx.compiler.ir import Op, OwnStarts, Tensor
@@ -26,6 +28,7 @@ __all__ = [
     "Flops",
     "OpSpec",
     "RegisteredOp",
+    "Row",
     "Shares",
     "View",
     "annotation_of",
@@ -73,26 +76,38 @@ def _registered_annotation(op: Op) -> Annotation:
     return Annotation(annotation.text, inputs, annotation.outputs)
 
 
-def legal_partitions(op: Op, plan_size: int, balanced: int = 0, group_size: int = 1) -> list[placement.Partition]:
+@dataclass(frozen=True)
+class Row:
+    """How the ranks of a plan may share out the tokens of a row.
+
+    balanced: whether these are split in balanced order; group_size: how many neighbours may form a group, between which
+    tokens are split while a group's ranks share out something else, or 1 if none do.
+    """
+
+    length: int
+    balanced: bool = False
+    group_size: int = 1
+
+
+def legal_partitions(op: Op, plan_size: int, row: Row | None = None) -> list[placement.Partition]:
     """The legal partitions of an op over the ranks of a plan, the one that every rank computes whole first.
 
-    Args:
-        balanced: the length of the dimension that is split in balanced order, the tokens of a row; 0 if none is.
-        group_size: how many neighbours may form a group, between which attention's queries are split, while its ranks
-            share out something else; 1 if none do.
+    Without a row tokens are a dimension like any other.
     """
     annotation, shapes = annotation_of(op), [t.shape for t in op.inputs]
-    in_order = _of_length(balanced, annotation, op) if balanced else ()
+    if row is None:
+        return placement.partitions(annotation, shapes, plan_size)
+    of_tokens = _of_length(row.length, annotation, op)
+    in_order = of_tokens if row.balanced else ()
     legal = placement.partitions(annotation, shapes, plan_size, in_order)
-    told = spec_of(op).told
-    if told is None or not 1 < group_size < plan_size:
+    if not 1 < row.group_size < plan_size:
         return legal
-    n_groups = plan_size // group_size
+    n_groups = plan_size // row.group_size
     for outer in placement.partitions(annotation, shapes, n_groups, in_order):
-        if outer.dim == told.dim:
+        if outer.dim in of_tokens and placement.PARTIAL not in outer.outputs:
             parts = [placement.local_shape(s, p, n_groups) for s, p in zip(shapes, outer.inputs, strict=True)]
-            within = placement.partitions(annotation, parts, group_size, in_order)
-            legal += [placement.in_groups(outer, p, group_size) for p in within if p.dim not in (None, told.dim)]
+            within = placement.partitions(annotation, parts, row.group_size, in_order)
+            legal += [placement.in_groups(outer, p, row.group_size) for p in within if p.dim not in (None, outer.dim)]
     return legal
 
 
