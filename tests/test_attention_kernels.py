@@ -273,6 +273,24 @@ def test_a_kernel_computes_attentions_formula(name, shape):
 
 @pytest.mark.gpu
 @needs_gpu
+@pytest.mark.parametrize("name", [*fused.KERNELS, "auto", "sdpa"])
+def test_a_kernel_computes_the_formula_for_two_blocks_of_the_queries_too(name):
+    skip_unless_there(name)
+    starts, places = (128, 768), [*range(128, 256), *range(768, 896)]
+    *inputs, gradient = tensors([(1, 4, 1024, 128), (1, 1, 1024, 128), (1, 1, 1024, 128)])
+    query = inputs[0].detach()[:, :, places].requires_grad_()
+    result = attention(query, *inputs[1:], 128**-0.5, implementation=name, starts=starts)
+    found = [result, *torch.autograd.grad(result, (query, *inputs[1:]), gradient[:, places])]
+    exact = [x.detach().double().cpu().requires_grad_() for x in inputs]
+    whole = formula(*exact, 128**-0.5)[:, places]
+    of_query, *others = torch.autograd.grad(whole, exact, gradient[:, places].double().cpu())
+    for tensor, reference in zip(found, [whole, of_query[:, :, places], *others], strict=True):
+        error = (tensor.double().cpu() - reference).norm() / reference.norm()
+        assert error < 0.01  # bfloat16 rounds to 2 ** -9
+
+
+@pytest.mark.gpu
+@needs_gpu
 @pytest.mark.parametrize(("name", "same_bits"), [("cudnn", False), ("flash", False), ("flash", True)])
 def test_a_backward_takes_the_memory_that_is_predicted(name, same_bits, request):
     if same_bits:
