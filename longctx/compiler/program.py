@@ -116,7 +116,7 @@ class Program(LinearProgram):
         super().__init__()
         self.graph, self.setting, self.fixed = graph, setting, fixed
         self.plan_size = setting.plan_size
-        self.row = Row(graph.inputs[0].shape[-1], bool(fixed.balanced), setting.group_size)
+        self.tokens = Row(graph.inputs[0].shape[-1], bool(fixed.balanced), setting.group_size)
         self.x: dict[Op, list[tuple[Partition, int]]] = {}
         self.plan_sharded: dict[Tensor, list[tuple[int, int]]] = {}  # weight -> (dimension, r)
         self.chains: list[tuple[list[Recompute], tuple[int, ...]]] = []  # a kind's policies, and c of all but the first
@@ -147,7 +147,7 @@ class Program(LinearProgram):
     def placements(self, tensor: Tensor, fixed: Placement | None = None) -> list[Placement]:
         """Those that a value may have between layers."""
         splittable = self.plan_size > 1
-        orders = [self.row.balanced and size == self.row.length for size in tensor.shape]
+        orders = [self.tokens.balanced and size == self.tokens.length for size in tensor.shape]
         shards = [
             Shard(d, balanced=in_order)
             for d, (size, in_order) in enumerate(zip(tensor.shape, orders, strict=True))
@@ -235,7 +235,7 @@ class Program(LinearProgram):
         Raises:
             DecisionsError: the fixed one is not legal here.
         """
-        legal = legal_partitions(op, self.plan_size, self.row)
+        legal = legal_partitions(op, self.plan_size, self.tokens)
         if op in self.fixed.partitions:
             dim = self.fixed.partitions[op]
             legal = [p for p in legal if p.dim == dim]
