@@ -21,10 +21,10 @@ from torch.fx.node import map_aggregate
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.compiler.ir import DEVICE, Device, Graph, Op, OwnStarts, Tensor, map_tensors
 from longctx.compiler.localize import Assignment, localize
-from longctx.compiler.ops import REGISTERED_OPS, aten, is_known, legal_partitions, register_op, spec_of, target_of
+from longctx.compiler.ops import REGISTERED_OPS, Row, aten, is_known, legal_partitions, register_op, spec_of, target_of
 from longctx.compiler.ops import expression as write_expression
 from longctx.compiler.ops.python import ATOM, PRODUCT, SUM, UNARY, Expression, Values
-from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard
+from longctx.compiler.placement import REPLICATE, Grid, Partition, Placement, Shard
 from longctx.kernels.attention import alibi_attention, attention, sink_attention
 from longctx.kernels.causal_conv1d import causal_conv1d
 from longctx.kernels.linear_attention import decaying_linear_attention, gated_delta_rule
@@ -70,12 +70,17 @@ def compute(op: Op, values: Sequence[torch.Tensor], rank: int = 0, n_ranks: int 
     """The real operator's outputs for these values of op.inputs on a rank; dropout drops the same every time."""
     remaining = iter(values)
     args, kwargs = map_tensors((op.args, op.kwargs), lambda _: next(remaining))
-    stands_for = {Device: lambda _: "cpu", OwnStarts: lambda own: (rank * (own.length // n_ranks),)}
+    stands_for = {Device: lambda _: "cpu", OwnStarts: lambda own: starts_of(own, rank, n_ranks)}
     kwargs = {name: stands_for.get(type(value), lambda given: given)(value) for name, value in kwargs.items()}
     registered = REGISTERED_OPS.get(op.target)
     function = registered.fn if registered else python_operator.attrgetter(op.target)(torch.ops)
     torch.manual_seed(0)
     return as_list(function(*args, **kwargs))
+
+
+def starts_of(own: OwnStarts, rank: int, n_ranks: int) -> tuple[int, ...]:
+    starts, _ = Shard(0, balanced=own.balanced).blocks(own.length, n_ranks // own.across)
+    return starts[rank // own.across]
 
 
 def as_list(result: Any) -> list[torch.Tensor]:
@@ -96,7 +101,7 @@ class Draw:
         return self.draw(st.sampled_from(choices))
 
     def shape(self, least: int = 1, most: int = 3) -> list[int]:
-        return self.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6]), min_size=least, max_size=most))
+        return self.draw(st.lists(st.sampled_from([1, 2, 3, 4, 6, 8]), min_size=least, max_size=most))
 
     def dim(self, shape: Sequence[int]) -> int:
         return self.draw(st.integers(-len(shape), len(shape) - 1))
@@ -526,9 +531,23 @@ UNKNOWN: dict[str, MakeCall] = {  # operators that have no entry at all
 
 def part(value: torch.Tensor, placement: Placement, rank: int, n_ranks: int) -> torch.Tensor:
     """What a rank has of a value: its slice of a split one, else all of it."""
+    if isinstance(placement, Grid):
+        of_group = part(value, placement.outer, rank // placement.size, n_ranks // placement.size)
+        return part(of_group, placement.inner, rank % placement.size, placement.size)
     if not isinstance(placement, Shard):
         return value
+    if placement.balanced:
+        blocks = value.chunk(2 * n_ranks, placement.dim)
+        return torch.cat([blocks[rank], blocks[-1 - rank]], placement.dim)
     return value.chunk(n_ranks // placement.copies, placement.dim)[rank // placement.copies].contiguous()
+
+
+def put_together(parts: list[torch.Tensor], placement: Placement, like: torch.Tensor) -> torch.Tensor:
+    """What the ranks of a split operator have together: what several have in one place is a sum."""
+    total, places = torch.zeros_like(like).flatten(), torch.arange(like.numel()).view(like.shape)
+    for rank, found in enumerate(parts):
+        total.index_add_(0, part(places, placement, rank, len(parts)).flatten(), found.to(like.dtype).flatten())
+    return total.view(like.shape)
 
 
 def rank_op(op: Op, partition: Partition, n_ranks: int) -> Op:
@@ -570,28 +589,33 @@ def check_partition(op: Op, values: list[torch.Tensor], partition: Partition, n_
         seeds = [part(g, p, rank, n_ranks) for g, p in zip(arriving, partition.outputs, strict=True)]
         ranks.append(with_gradients(local, parts, seeds, rank, n_ranks))
 
-    for i, placement in enumerate(partition.outputs):
-        if placement == PARTIAL:
-            same(sum(found[i] for found, _ in ranks), outputs[i])
-        else:
-            for rank, (found, _) in enumerate(ranks):
-                same(found[i], part(outputs[i], placement, rank, n_ranks))
-    for i, placement in enumerate(partition.inputs):
-        if gradients[i] is None:
-            continue
-        sharing = getattr(placement, "copies", n_ranks if partition.dim is not None else 1)  # ranks with the same part
-        for first in range(0, n_ranks, sharing):
-            total = sum(found[i] for _, found in ranks[first : first + sharing])
-            same(total, part(gradients[i], placement, first, n_ranks))
+    sides = [(partition.outputs, outputs, [found for found, _ in ranks])]
+    sides.append((partition.inputs, gradients, [found for _, found in ranks]))
+    for placements, expected, found in sides:
+        for i, placement in enumerate(placements):
+            of_ranks = [values[i] for values in found]
+            if expected[i] is None:
+                continue
+            if partition.dim is None:
+                for value in of_ranks:
+                    same(value, expected[i])
+            elif expected[i].dtype is BOOL:
+                for rank, value in enumerate(of_ranks):
+                    same(value, part(expected[i], placement, rank, n_ranks))
+            else:
+                same(put_together(of_ranks, placement, expected[i]), expected[i])
 
 
 @pytest.mark.parametrize("name", [*CALLS, *UNKNOWN])
 @settings(deadline=None, max_examples=20)
 @given(data=st.data(), n_ranks=st.sampled_from([2, 3, 4]))
 def test_ranks_compute_the_whole_and_its_gradients_together_under_every_partition_offered(name, data, n_ranks):
-    call = (CALLS | UNKNOWN)[name](Draw(data))
+    draw = Draw(data)
+    call = (CALLS | UNKNOWN)[name](draw)
     op, values = as_op(call)
-    for partition in legal_partitions(op, n_ranks):
+    lengths = {size for tensor in op.inputs for size in tensor.shape} or {1}
+    row = Row(draw.one_of(*sorted(lengths)), draw.one_of(False, True), draw.one_of(1, 2) if n_ranks == 4 else 1)
+    for partition in legal_partitions(op, n_ranks, row):
         check_partition(op, values, partition, n_ranks, call.tolerance)
 
 

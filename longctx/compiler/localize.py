@@ -160,9 +160,10 @@ class _Localizer:
             if local.dtype == tensor.dtype:
                 return local
             return self._insert(CAST, (local, tensor.dtype), {}, local.shape, tensor, op)
-        if isinstance(target, Shard):
+        part, over = (target.inner, {"within": target.size}) if isinstance(target, Grid) else (target, {})
+        if isinstance(part, Shard):
             shape = local_shape(tensor.shape, target, self.assignment.plan_size)
-            which = {"dim": target.dim} | ({"copies": target.copies} if target.copies > 1 else {})
+            which = {"dim": part.dim} | ({"copies": part.copies} if part.copies > 1 else {}) | over
             return self._insert(target_of_reshard("own_slice"), (local,), which, shape, tensor, op)
         if partition.dim is not None or not tensor.requires_grad or self.assignment.plan_size == 1:
             return local
