@@ -57,8 +57,8 @@ def fastest_in_any_order(graph: Graph, setting: Setting, fixed: Fixed) -> tuple[
     """`fastest`, of plans that split a row's tokens from first to last, or in balanced order.
 
     The order matters only to a plan that splits attention along its queries. If no such plan is the fastest although
-    attention is taken to be shared out evenly, that is all; else either order is searched, unless the first gives a plan
-    as fast as that.
+    attention is taken to be shared out evenly, that is all; else either order is searched, unless the first gives a
+    plan as fast as that.
     """
     plan, at_least = fastest(Program(graph, setting, fixed))
     if plan is None or fixed.balanced is not None or not splits_queries(plan.assignment):
