@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, replace
 
 from longctx.compiler.ir import Graph
+from longctx.compiler.linear_program import RELATIVE_GAP
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.memory import MemoryPrediction, predict
 from longctx.compiler.ops import legal_partitions, spec_of, told_split
@@ -50,15 +51,17 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
 
 def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
     """The fastest plan that fits under what is fixed, or None; found as the best one is, so that the two compare."""
-    return fastest_in_any_order(graph, setting, fixed)[0]
+    return fastest_in_any_order(graph, setting, fixed, CLOSE)[0]
 
 
-def fastest_in_any_order(graph: Graph, setting: Setting, fixed: Fixed) -> tuple[Plan | None, float]:
+def fastest_in_any_order(
+    graph: Graph, setting: Setting, fixed: Fixed, close: float = RELATIVE_GAP
+) -> tuple[Plan | None, float]:
     """`fastest`, of plans that split a row's tokens from first to last, or in balanced order.
 
     The order matters only to a plan that splits attention along its queries. If no such plan is the fastest although
     attention is taken to be shared out evenly, that is all; else either order is searched, unless the first gives a
-    plan as fast as that.
+    plan that is as fast as that, or as `close`.
     """
     plan, at_least = fastest(Program(graph, setting, fixed))
     if plan is None or fixed.balanced is not None or not splits_queries(plan.assignment):
@@ -71,7 +74,7 @@ def fastest_in_any_order(graph: Graph, setting: Setting, fixed: Fixed) -> tuple[
         bounds += [bound] if bound else []
         if plan and (best is None or plan.seconds < best.seconds):
             best = plan
-        if best and best.seconds * (1 - CLOSE) < at_least:
+        if best and best.seconds * (1 - close) < at_least:
             return best, at_least
     return best, min(bounds, default=0.0)
 
