@@ -310,7 +310,7 @@ def _describe_reshard(op: Op, comment: str) -> str:
     """The comment before a reshard: what it sends, how many bytes of that a rank holds, and why it is needed."""
     before, after = (say_bytes(nbytes(t)) for t in (op.inputs[0], op.outputs[0]))
     gradient = f", its gradient is all-gathered to {before}" if op.outputs[0].requires_grad else ""
-    over = {"within": " within each {} neighbours", "across": " between groups of {}"}
+    over = {"within": " within {} neighbours", "across": " between groups of {}"}
     where = "".join(text.format(op.kwargs[name]) for name, text in over.items() if name in op.kwargs)
     return f"{comment.format(before=before, after=after, gradient=gradient)}{where}: {op.note}"
 

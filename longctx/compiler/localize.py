@@ -225,8 +225,7 @@ def _why(op: Op, partition: Partition) -> str:
         return f"every rank computes {name} whole"
     output = partition.outputs[0]
     if isinstance(output, Grid) and isinstance(output.outer, Shard) and isinstance(output.inner, Shard):
-        groups = f"groups of {output.size} split {name} along dimension {output.outer.dim} of its output"
-        return f"{groups}, and their ranks along dimension {output.inner.dim}"
+        return f"{name} is split along dimensions {output.outer.dim} and {output.inner.dim} of its output"
     if isinstance(output, Shard):
         return f"{name} is split along dimension {output.dim} of its output"
     return f"each rank computes a part of {name}'s sum"
