@@ -83,6 +83,19 @@ def test_every_reshard_gives_a_lone_rank_its_own_values_in_the_shape_that_real_r
     assert set(y.detach().flatten().tolist()) <= set(x.detach().flatten().tolist())
 
 
+def test_a_lone_rank_stands_in_for_one_of_a_group_of_neighbours_too():
+    x = torch.randn(4, 16, 2, requires_grad=True)
+    with stand_in_group(13, 16):
+        collectives.set_plan_group(dist.group.WORLD)
+        assert collectives.own_starts(64, balanced=True, across=8) == (16, 32)  # of the second of two groups
+        of_group = collectives.all_to_all(x, split=1, gather=0, balanced_gather=True, within=8)
+        whole = collectives.all_gather_reduce(of_group, dim=0, balanced=True, across=8)
+        whole.sum().backward()
+        other = collectives.reorder(x, dim=1, balanced=True)
+    assert of_group.shape == (32, 2, 2) and whole.shape == (64, 2, 2) and other.shape == x.shape
+    assert x.grad.shape == x.shape
+
+
 # --- what is measured ------------------------------------------------------------------------------------------------
 
 

@@ -62,7 +62,7 @@ class StandInGroup(_ProcessGroup):
         self, output: torch.Tensor, parts: torch.Tensor, output_sizes: Any, input_sizes: Any, opts: Any = None
     ) -> dist.Work:
         """What this rank would send to the others is what it receives."""
-        assert not output_sizes and not input_sizes, "generated code exchanges equal parts only"
+        assert output.numel() == parts.numel(), "a rank receives as much as it sends"
         with record_function(COPIES):
             output.view(-1).copy_(parts.reshape(-1))
         return _done(output)
