@@ -7,7 +7,8 @@ from torch.utils.checkpoint import checkpoint
 
 from longctx.compiler.ops import REGISTERED_OPS, target_of
 from longctx.kernels import pieces
-from longctx.kernels.attention import attention, keep_attention, sink_attention
+from longctx.kernels.attention import attention, sink_attention
+from longctx.kernels.kept import keep, kept
 from longctx.kernels.pieces import attention_in_pieces
 
 LENGTH, SCALE = 24, 0.3
@@ -72,9 +73,9 @@ def test_a_layer_that_keeps_attention_does_not_compute_its_pieces_again(monkeypa
     query, key, value = (x.requires_grad_() for x in inputs(2))
 
     def layer(query: torch.Tensor) -> torch.Tensor:
-        return attention(2 * query, key, value, SCALE, starts=(3, 18)).square()
+        return kept("attention", attention, 2 * query, key, value, SCALE, starts=(3, 18)).square()
 
-    checkpoint(layer, query[:, :, :6], use_reentrant=False, context_fn=keep_attention).sum().backward()
+    checkpoint(layer, query[:, :, :6], use_reentrant=False, context_fn=keep("attention")).sum().backward()
     assert len(ran) == 4  # two pieces of each of two blocks
 
 

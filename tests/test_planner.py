@@ -852,13 +852,13 @@ def test_llama_at_786432_tokens_is_planned_within_72_gb_and_what_is_called_leane
 
 def attention_of(graph: Graph, plan: Plan) -> tuple[Op, Partition]:
     """The first layer kind's attention, and its partition."""
-    return next((op, p) for op, p in plan.assignment.partitions.items() if spec_of(op).selective_recompute)
+    return next((op, p) for op, p in plan.assignment.partitions.items() if spec_of(op).shared_out)
 
 
 def planned(graph: Graph, n: int, **fixed) -> Plan:
     """The fastest plan of n H100s within 72 GB, with attention split along `dim` if that is given."""
     setting = Setting(n, n, H100, 72e9)
-    attention = next(op for op in graph.all_ops() if spec_of(op).selective_recompute)
+    attention = next(op for op in graph.all_ops() if spec_of(op).shared_out)
     dim = fixed.pop("dim", None)
     plan = alternative(graph, setting, Fixed({attention: dim} if dim else {}, **fixed))
     assert plan is not None and plan.memory <= 72e9

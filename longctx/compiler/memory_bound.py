@@ -18,11 +18,11 @@ A moment is a step of the root, or of one layer's backward. It holds, in GB,
 import functools
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 from longctx.compiler.cost import bytes_of
-from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes
+from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, map_tensors, nbytes
 from longctx.compiler.lifetimes import (
     Held,
     Live,
@@ -35,8 +35,9 @@ from longctx.compiler.lifetimes import (
     storages,
 )
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, scaled, total
+from longctx.compiler.ops import spec_of, told_split
 from longctx.compiler.ops.spec import FLOAT32_BYTES
-from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard
+from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard, local_shape
 from longctx.compiler.plan import GB
 from longctx.compiler.recompute import Recompute
 
@@ -150,7 +151,12 @@ def _layers_of(program: LinearProgram, graph: Graph, number: int, choices: Choic
         for step in steps(kind.ops, kind.outputs, {}, ())
         if step.phase == "backward"
     ]
-    at_work = program.largest({CONSTANT: 0.0}, *map(body.bytes_of, _undominated(backward)))
+    of_parts = [
+        total(body.bytes_of(step.live), _more_for_parts(step.item, choices))
+        for step in steps(kind.ops, kind.outputs, {}, ())
+        if step.phase == "backward" and isinstance(step.item, Op) and spec_of(step.item).told
+    ]
+    at_work = program.largest({CONSTANT: 0.0}, *map(body.bytes_of, _undominated(backward)), *of_parts)
     return _Layers(kept, at_work, _Weights.of(kind, choices), saved_inputs(kind, Recompute.NOTHING))
 
 
@@ -178,6 +184,31 @@ def _saved_unless(kind: LayerKind, body: "_Body", recomputing: int) -> dict[int,
                 add(repeats, body.of_op(op, tensor))
                 add(recomputing, scaled(body.of_op(op, tensor), -1))
     return unless
+
+
+def _more_for_parts(op: Op, choices: Choices) -> Expression:
+    """What the backward of an op holds more where it is told which part of a dimension is its own, than is counted as
+    shares of the whole op's: its workspace is another then, and gradients of what was gathered are whole."""
+    more: Expression = {}
+    for partition, x in choices.partitions[op]:
+        if told_split(op, partition) is None:
+            continue
+        placed = iter(partition.inputs)
+        shapes = (local_shape(t.shape, p, choices.plan_size) for t, p in zip(op.inputs, placed, strict=True))
+        args, kwargs = map_tensors((op.args, op.kwargs), lambda t, shapes=shapes: replace(t, shape=next(shapes)))
+        own = spec_of(op).workspace(replace(op, args=args, kwargs=kwargs), "backward")
+        whole = spec_of(op).workspace(op, "backward")
+        sides = (*op.inputs, *op.outputs), (*partition.inputs, *partition.outputs)
+        places = {t: p for t, p in reversed(list(zip(*sides, strict=True)))}
+        counted = sum(share * bytes_of(t, places[t], choices.plan_size) for t, share in whole.items())
+        more[x] = max(0.0, sum(share * nbytes(t) for t, share in own.items()) - counted) / GB
+    gathered = [
+        {z: bytes_of(t, target, choices.plan_size) / GB - bytes_of(t, source, choices.plan_size) / GB}
+        for t in dict.fromkeys(op.inputs)
+        for source, target, z in choices.reshards.get(t, ())
+        if t.requires_grad and isinstance(source, Shard) and target == REPLICATE
+    ]
+    return total(more, *gathered)
 
 
 def _gathered_gradient(step: Step) -> Live:

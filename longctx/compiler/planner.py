@@ -42,7 +42,11 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     fixed = fixed or Fixed()
     plan, at_least_seconds = fastest_in_any_order(graph, setting, fixed)
     if plan is None:
-        plan, at_least = leanest(Program(graph, setting, replace(fixed, balanced=bool(fixed.balanced))))
+        fixed = replace(fixed, balanced=bool(fixed.balanced))
+        (plan, at_least), other = (
+            leanest(Program(graph, setting, replace(fixed, queries=queries))) for queries in (True, False)
+        )
+        plan = min(plan, other[0], key=lambda plan: plan.memory)
         if plan.memory > setting.memory_limit:
             missing = math.ceil(10 * (plan.memory - setting.memory_limit) / GB) / 10
             raise DoesNotFit(say_need(plan.memory, at_least), missing)
@@ -61,10 +65,13 @@ def fastest_in_any_order(
 
     The order matters only to a plan that splits attention along its queries. If no such plan is the fastest although
     attention is taken to be shared out evenly, that is all; else either order is searched, unless the first gives a
-    plan that is as fast as that, or as `close`.
+    plan that is as fast as that, or as `close`. Gathered keys and values are a part of what the program counts no
+    memory for: where it finds no plan that fits, those are searched that don't gather them.
     """
     plan, at_least = fastest(Program(graph, setting, fixed))
-    if plan is None or fixed.balanced is not None or not splits_queries(plan.assignment):
+    if plan is None:
+        return fastest(Program(graph, setting, replace(fixed, queries=False)))[0], at_least
+    if fixed.balanced is not None or not splits_queries(plan.assignment):
         return plan, at_least
     orders = [True, False] if graph.inputs[0].shape[-1] % (2 * setting.plan_size) == 0 else [False]
     best: Plan | None = None
@@ -76,6 +83,8 @@ def fastest_in_any_order(
             best = plan
         if best and best.seconds * (1 - close) < at_least:
             return best, at_least
+    if best is None:
+        best, _ = fastest(Program(graph, setting, replace(fixed, queries=False)))
     return best, min(bounds, default=0.0)
 
 

@@ -53,7 +53,7 @@ from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram,
 from longctx.compiler.localize import Assignment
 from longctx.compiler.memory import PERSISTENT_BYTES
 from longctx.compiler.memory_bound import Choices, largest_moment, placements_of
-from longctx.compiler.ops import Row, legal_partitions, spec_of
+from longctx.compiler.ops import Row, legal_partitions, spec_of, told_split
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.policies import chain_of
@@ -244,6 +244,8 @@ class Program(LinearProgram):
                     f"it splits {op.module or 'the model'}'s {spec_of(op).name} along {dim!r}, which {self.plan_size} "
                     "ranks can't share evenly here; compile without it"
                 )
+        elif not self.fixed.queries:
+            legal = [p for p in legal if told_split(op, p) is None]
         if op in self.fixed.not_partitions:
             legal = [p for p in legal if p.dim != self.fixed.not_partitions[op]]
         return legal

@@ -194,11 +194,12 @@ def activate(flash_attention: str | None) -> None:
 
 
 def fused_operators() -> list[Callable]:
-    """The operators of the fused kernels that exist in this process: PyTorch's and flash-attn's.
+    """The operators of the fused kernels that exist in this process: PyTorch's, flash-attn's, and that of pieces.py.
 
     FlashAttention-3 and 4 run under the operator of the flash backend, whose kernel they replace.
     """
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     packets = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds]
     packets.append(getattr(torch.ops.flash_attn, "_flash_attn_forward", None))
+    packets.append(getattr(torch.ops.longctx, "attention_in_pieces", None))
     return [packet.default for packet in packets if packet is not None]
