@@ -40,7 +40,7 @@ from longctx.compiler.ir import Graph
 from longctx.compiler.plan import Plan
 from longctx.engines import builtin
 from longctx.job import DTYPES, Job
-from longctx.kernels import attention
+from longctx.kernels import attention, pieces
 from longctx.options import parse_job
 from longctx.runtime import parallel, trainer
 
@@ -226,6 +226,7 @@ def _gpu_kernels(module: nn.Module) -> Iterator[None]:
     loss = {"chunk_linear_cross_entropy": loss_on_gpu} if "chunk_linear_cross_entropy" in gencode else {}
     with (
         mock.patch.object(attention, "sdpa", _sdpa_on_gpu),
+        mock.patch.object(pieces, "_kernel_for", lambda query, kernel: pieces.FLASH),
         mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: _FusedRmsNorm.apply(x, weight)),
         mock.patch.dict(gencode, loss),
     ):

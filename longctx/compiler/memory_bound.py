@@ -199,7 +199,7 @@ def _more_for_parts(op: Op, choices: Choices) -> Expression:
         own = spec_of(op).workspace(replace(op, args=args, kwargs=kwargs), "backward")
         whole = spec_of(op).workspace(op, "backward")
         sides = (*op.inputs, *op.outputs), (*partition.inputs, *partition.outputs)
-        places = {t: p for t, p in reversed(list(zip(*sides, strict=True)))}
+        places = dict(reversed(list(zip(*sides, strict=True))))
         counted = sum(share * bytes_of(t, places[t], choices.plan_size) for t, share in whole.items())
         more[x] = max(0.0, sum(share * nbytes(t) for t, share in own.items()) - counted) / GB
     gathered = [

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from longctx.compiler.ir import Op, Tensor, nbytes
+from longctx.compiler.ir import Op, OwnStarts, Tensor, nbytes
 from longctx.compiler.ops.registered import arguments_of, register_op
 from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, Told
 from longctx.compiler.work import Work
@@ -330,19 +330,26 @@ def _pieces_workspace(op: Op, phase: str) -> Shares:
     """The workspace of attention in pieces: in the forward, a block's output in float32, twice while pieces are merged,
     and that of a piece.
 
-    The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, a piece's, and
-    the output and its gradient in order; the gradients of a piece's keys and values; and these for each query head, if
-    several share them. The package flash-attn is given all keys at once.
+    The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, and a piece's; the
+    gradients of a piece's keys and values; and these for each query head, if several share them. The package flash-attn
+    is given all keys at once.
     """
     query, key, value = op.inputs[:3]
     float32 = FLOAT32_BYTES / query.dtype.itemsize
     if phase == "forward":
-        return {query: 3 * float32 + 1.0}
+        return {query: (3 * float32 + 1.0) / _blocks_of_queries(op)}
     piece = 1.0 if arguments_of(op)["implementation"] == "flash_attention_2" else min(1.0, KEYS / key.shape[2])
     groups = query.shape[1] / key.shape[1]
     of_keys = piece * (1.0 + (groups if groups > 1 else 0.0))
-    of_queries = (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 3.0
-    return {query: of_queries, key: of_keys, value: of_keys}
+    copied_output = 1.0 if _is_flash(op) else 0.0
+    of_queries = (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 1.0 + copied_output
+    return {query: of_queries / _blocks_of_queries(op), key: of_keys, value: of_keys}
+
+
+def _blocks_of_queries(op: Op) -> int:
+    """How many blocks the queries of a rank are, which are computed one after the other: two in balanced order."""
+    starts = arguments_of(op)["starts"]
+    return 1 if isinstance(starts, OwnStarts) and not starts.balanced else 2
 
 
 def _is_flash(op: Op) -> bool:

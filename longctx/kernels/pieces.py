@@ -126,7 +126,7 @@ def _kernel_for(query: torch.Tensor, kernel: str) -> PieceKernel:
     if kernel == "cudnn":
         return PieceKernel(_cudnn_forward, _cudnn_backward)
     activate(KERNELS[kernel].activates if kernel in KERNELS else None)
-    return PieceKernel(_flash_forward, _flash_backward)
+    return FLASH
 
 
 def _flash_forward(query, key, value, is_causal, scale) -> Tensors:
@@ -139,6 +139,9 @@ def _flash_backward(gradient, query, key, value, output, logarithms, is_causal, 
     return torch.ops.aten._scaled_dot_product_flash_attention_backward(
         gradient, query, key, value, output, logarithms, *lengths, 0.0, is_causal, *nothing_drawn, scale=scale
     )
+
+
+FLASH = PieceKernel(_flash_forward, _flash_backward)
 
 
 def _cudnn_forward(query, key, value, is_causal, scale) -> Tensors:
