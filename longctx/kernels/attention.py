@@ -330,9 +330,9 @@ def _pieces_workspace(op: Op, phase: str) -> Shares:
     """The workspace of attention in pieces: in the forward, a block's output in float32, twice while pieces are merged,
     and that of a piece.
 
-    The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, and a piece's; the
-    gradients of a piece's keys and values; and these for each query head, if several share them. The package flash-attn
-    is given all keys at once.
+    The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, and a piece's;
+    the gradients of a piece's keys and values; and these for each query head, if several share them. The package
+    flash-attn is given all keys at once.
     """
     query, key, value = op.inputs[:3]
     float32 = FLOAT32_BYTES / query.dtype.itemsize
