@@ -84,7 +84,7 @@ def ranks_of(within: int = 0, across: int = 0) -> Ranks:
     kind = ("within", within) if within else ("across", across)
     if kind not in _part_groups:
         own, _ = dist.new_subgroups_by_enumeration(_ranks_of_all_groups(within, across))
-        assert own is not None, "every rank is in one group"
+        assert isinstance(own, dist.ProcessGroup), "every rank is in one group"
         _part_groups[kind] = own
     return Ranks(_part_groups[kind], size, rank)
 

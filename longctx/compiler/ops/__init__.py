@@ -102,12 +102,13 @@ def legal_partitions(op: Op, plan_size: int, row: Row | None = None) -> list[pla
     legal = placement.partitions(annotation, shapes, plan_size, in_order)
     if not 1 < row.group_size < plan_size:
         return legal
-    n_groups = plan_size // row.group_size
+    n_groups, told = plan_size // row.group_size, spec_of(op).told
     for outer in placement.partitions(annotation, shapes, n_groups, in_order):
         if outer.dim in of_tokens and placement.PARTIAL not in outer.outputs:
+            apart = (None, outer.dim, told.dim if told else None)  # which a group's ranks don't share out
             parts = [placement.local_shape(s, p, n_groups) for s, p in zip(shapes, outer.inputs, strict=True)]
             within = placement.partitions(annotation, parts, row.group_size, in_order)
-            legal += [placement.in_groups(outer, p, row.group_size) for p in within if p.dim not in (None, outer.dim)]
+            legal += [placement.in_groups(outer, p, row.group_size) for p in within if p.dim not in apart]
     return legal
 
 
