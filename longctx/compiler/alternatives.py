@@ -32,7 +32,10 @@ def other_plans(graph: Graph, plan: Plan, setting: Setting) -> list[Other]:
     for kind in graph.kinds[:1] if setting.plan_size > 1 else ():
         attention = next((op for op in kind.ops if spec_of(op).shared_out), None)
         if attention:
-            asked.append(("attention split otherwise", Fixed(not_partitions={attention: chosen[attention].dim})))
+            # In one order only: that in which attention along its queries is at its best, and all else about as good.
+            balanced = graph.inputs[0].shape[-1] % (2 * setting.plan_size) == 0
+            otherwise = Fixed(not_partitions={attention: chosen[attention].dim}, balanced=balanced)
+            asked.append(("attention split otherwise", otherwise))
         products = [op for op in kind.ops if op is not attention and spec_of(op).flops(op).forward]
         if products:
             widest = max(products, key=lambda op: spec_of(op).flops(op).forward)
