@@ -576,6 +576,8 @@ def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printe
     tokens = len(one_at_a_time(tokenizer, FIVE))
     record = json.loads((run(tmp_path / "data.jsonl") / "corpus.json").read_text())
     assert record.pop("made_with").keys() >= {"datasets", "tokenizers", "transformers"}
+    assert record.pop("digest").startswith("blake2b:")
+    assert record.pop("seals").keys() >= {"data-00000-of-00001.arrow", "dataset_info.json", "state.json"}
     assert record == {
         "data": str(tmp_path / "data.jsonl"),
         "text_key": "text",

@@ -101,12 +101,15 @@ class _AsTraced(TorchFunctionMode):
             return _full(args[0], **kwargs)
         if func is torch.Tensor.__getitem__ and _is_one_of_a_list(args[1]):
             return args[0][tuple(slice(i[0], i[0] + 1 or None) if isinstance(i, list) else i for i in args[1])]
-        if func in (torch.Tensor.__lt__, torch.Tensor.lt) and args[1] == 0 and any(args[0] is d for d in self.drawn):
+        if func in (torch.Tensor.__lt__, torch.Tensor.lt) and self._compares_a_drawn_number_with_zero(*args):
             return False
         result = func(*args, **kwargs)
         if func is torch.rand and result.dim() == 0:
             self.drawn.append(result)
         return result
+
+    def _compares_a_drawn_number_with_zero(self, tensor: torch.Tensor, other: Any) -> bool:
+        return type(other) in (int, float) and other == 0 and any(tensor is drawn for drawn in self.drawn)
 
 
 def _is_one_of_a_list(index: Any) -> bool:

@@ -29,6 +29,7 @@ from test_saving import training
 from longctx import seal
 from longctx.engines.checkpoints import FORMATS
 from longctx.runtime import checkpoint, resume
+from longctx.runtime.storage import ClosedReader
 from tests.torture import Row
 
 KILLED = 9
@@ -124,7 +125,7 @@ def newest_step(folder: Path) -> int:
     sizes = {f"model/{name}": shape for name, shape in state.parameters.items()}
     sizes |= {f"optimizer/{name}/exp_avg": shape for name, shape in state.parameters.items()}
     tensors = {name: torch.zeros(shape) for name, shape in sizes.items()}
-    checkpoint.read_shards(path, tensors, no_dist=True)
+    checkpoint.read_shards(ClosedReader(path), tensors, no_dist=True)
     step = state.position.step
     assert all((tensor == step).all() for tensor in tensors.values()), f"{path} holds something else"
     return step
