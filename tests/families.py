@@ -174,7 +174,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "moshi": {"audio_vocab_size": 256},
     "qwen4_exp_text": {"indexer_n_heads": 4, "indexer_kv_heads": 1, **_INDEXER},
     "qwen4_exp": {"text_config": {"indexer_n_heads": 4, "indexer_kv_heads": 1, **_INDEXER}},
-    "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (4, 8), "attn_layers": ("local", "lsh")},
+    "reformer": {"axial_pos_embds_dim": (16, 48), "axial_pos_shape": (6, 8), "attn_layers": ("local", "lsh")},
     "xmod": {"default_language": "en_XX"},
     "youtu": {"num_key_value_heads": 4},
     "zamba": {"num_hidden_layers": 6, "layers_block_type": ["mamba", "mamba", "hybrid"] * 2},

@@ -206,7 +206,7 @@ def _attend_in_float32(query, key, value, scale, window, softcap, dropout, slope
     if softcap:
         scores = softcap * torch.tanh(scores / softcap)
     if slopes is not None:
-        scores = scores - slopes.view(key.shape[1], -1, 1, 1) * distance
+        scores = scores - slopes.float().view(key.shape[1], -1, 1, 1) * distance
     scores = scores.masked_fill(~_visible(distance, window), float("-inf"))
     if sinks is not None:
         column = sinks.float().view(key.shape[1], -1, 1, 1).expand(*scores.shape[:-1], 1)
