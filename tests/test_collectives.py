@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from placed import in_balanced_order, part_of
 from ranks import run_ranks
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -17,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils.checkpoint import checkpoint
 
-from longctx.compiler.placement import PARTIAL, REPLICATE, Grid, Placement, Shard, reshard_steps
+from longctx.compiler.placement import PARTIAL, REPLICATE, Grid, Shard, reshard_steps
 from longctx.runtime import collectives, parallel
 
 WAYS = 200  # of some 900 between placements that a plan of 4 ranks tries
@@ -46,12 +47,6 @@ def gathered(xs: Tensors, dim: int) -> Tensors:
 
 def sliced(xs: Tensors, dim: int) -> Tensors:
     return list(xs[0].chunk(len(xs), dim))
-
-
-def in_balanced_order(whole: torch.Tensor, n_ranks: int, dim: int) -> Tensors:
-    """Each rank's part: the block of its number from the front, and that from the back."""
-    blocks = whole.chunk(2 * n_ranks, dim)
-    return [torch.cat([blocks[rank], blocks[-1 - rank]], dim) for rank in range(n_ranks)]
 
 
 def from_balanced_order(xs: Tensors, dim: int) -> torch.Tensor:
@@ -150,18 +145,6 @@ def check_reshard(name: str, plan_size: int, rank: int, draw: random.Random, dty
 
 
 PLACEMENTS = [REPLICATE, *(Shard(dim, balanced=balanced) for dim in (0, 1) for balanced in (False, True))]
-
-
-def part_of(whole: torch.Tensor, placement: Placement, rank: int, n_ranks: int) -> torch.Tensor:
-    """What a rank has of a tensor."""
-    if isinstance(placement, Grid):
-        of_group = part_of(whole, placement.outer, rank // placement.size, n_ranks // placement.size)
-        return part_of(of_group, placement.inner, rank % placement.size, placement.size)
-    if not isinstance(placement, Shard):
-        return whole
-    if placement.balanced:
-        return in_balanced_order(whole, n_ranks, placement.dim)[rank]
-    return whole.chunk(n_ranks, placement.dim)[rank]
 
 
 def check_every_way(plan_size: int, rank: int) -> None:

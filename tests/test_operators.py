@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from placed import part_of
 from torch.fx.node import map_aggregate
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
@@ -24,7 +25,7 @@ from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.ops import REGISTERED_OPS, Row, aten, is_known, legal_partitions, register_op, spec_of, target_of
 from longctx.compiler.ops import expression as write_expression
 from longctx.compiler.ops.python import ATOM, PRODUCT, SUM, UNARY, Expression, Values
-from longctx.compiler.placement import REPLICATE, Grid, Partition, Placement, Shard
+from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.kernels.attention import alibi_attention, attention, sink_attention
 from longctx.kernels.causal_conv1d import causal_conv1d
 from longctx.kernels.linear_attention import decaying_linear_attention, gated_delta_rule
@@ -529,24 +530,11 @@ UNKNOWN: dict[str, MakeCall] = {  # operators that have no entry at all
 # --- partitions are right ------------------------------------------------------------------------------------------
 
 
-def part(value: torch.Tensor, placement: Placement, rank: int, n_ranks: int) -> torch.Tensor:
-    """What a rank has of a value: its slice of a split one, else all of it."""
-    if isinstance(placement, Grid):
-        of_group = part(value, placement.outer, rank // placement.size, n_ranks // placement.size)
-        return part(of_group, placement.inner, rank % placement.size, placement.size)
-    if not isinstance(placement, Shard):
-        return value
-    if placement.balanced:
-        blocks = value.chunk(2 * n_ranks, placement.dim)
-        return torch.cat([blocks[rank], blocks[-1 - rank]], placement.dim)
-    return value.chunk(n_ranks // placement.copies, placement.dim)[rank // placement.copies].contiguous()
-
-
 def put_together(parts: list[torch.Tensor], placement: Placement, like: torch.Tensor) -> torch.Tensor:
     """What the ranks of a split operator have together: what several have in one place is a sum."""
     total, places = torch.zeros_like(like).flatten(), torch.arange(like.numel()).view(like.shape)
     for rank, found in enumerate(parts):
-        total.index_add_(0, part(places, placement, rank, len(parts)).flatten(), found.to(like.dtype).flatten())
+        total.index_add_(0, part_of(places, placement, rank, len(parts)).flatten(), found.to(like.dtype).flatten())
     return total.view(like.shape)
 
 
@@ -581,12 +569,12 @@ def check_partition(op: Op, values: list[torch.Tensor], partition: Partition, n_
 
     local = rank_op(op, partition, n_ranks)
     assert [t.shape for t in local.inputs] == [
-        part(v, p, 0, n_ranks).shape for v, p in zip(values, partition.inputs, strict=True)
+        part_of(v, p, 0, n_ranks).shape for v, p in zip(values, partition.inputs, strict=True)
     ]
     ranks = []
     for rank in range(n_ranks):
-        parts = [part(v, p, rank, n_ranks) for v, p in zip(values, partition.inputs, strict=True)]
-        seeds = [part(g, p, rank, n_ranks) for g, p in zip(arriving, partition.outputs, strict=True)]
+        parts = [part_of(v, p, rank, n_ranks) for v, p in zip(values, partition.inputs, strict=True)]
+        seeds = [part_of(g, p, rank, n_ranks) for g, p in zip(arriving, partition.outputs, strict=True)]
         ranks.append(with_gradients(local, parts, seeds, rank, n_ranks))
 
     sides = [(partition.outputs, outputs, [found for found, _ in ranks])]
@@ -601,7 +589,7 @@ def check_partition(op: Op, values: list[torch.Tensor], partition: Partition, n_
                     same(value, expected[i])
             elif expected[i].dtype is BOOL:
                 for rank, value in enumerate(of_ranks):
-                    same(value, part(expected[i], placement, rank, n_ranks))
+                    same(value, part_of(expected[i], placement, rank, n_ranks))
             else:
                 same(put_together(of_ranks, placement, expected[i]), expected[i])
 
