@@ -45,10 +45,7 @@ def op_seconds(
         layout: that of the body which the op is in.
         evenly: whether to take all ranks to have as much to compute, even where they have not.
     """
-    flops = flops_of_busiest(op, partition, plan_size)
-    if evenly and partition.dim is not None:
-        whole = spec_of(op).flops(op)
-        flops = Flops(whole.forward / plan_size, whole.backward / plan_size)
+    flops = (even_flops if evenly else flops_of_busiest)(op, partition, plan_size)
     forward = _phase_seconds(op, "forward", flops.forward, partition, layout, plan_size, hardware)
     if not wants_gradient(op):
         return Seconds(forward)
@@ -75,13 +72,19 @@ def _phase_seconds(
 def flops_of_busiest(op: Op, partition: Partition, plan_size: int) -> Flops:
     """FLOPs of the rank that has the most of an op's; all have as much, but where they are told where theirs begins."""
     spec, split = spec_of(op), told_split(op, partition)
-    share = plan_size if partition.dim is not None else 1
     if spec.told is None or split is None:
-        return Flops(spec.flops(op).forward / share, spec.flops(op).backward / share)
+        return even_flops(op, partition, plan_size)
     length, placement, sharing = split
     starts, n = placement.blocks(length, plan_size // sharing)
     busiest = max((spec.told.flops(op, own, n) for own in starts), key=lambda flops: flops.forward)
     return Flops(busiest.forward / sharing, busiest.backward / sharing)
+
+
+def even_flops(op: Op, partition: Partition, plan_size: int) -> Flops:
+    """FLOPs of each rank, if all have as much to compute of an op."""
+    share = plan_size if partition.dim is not None else 1
+    whole = spec_of(op).flops(op)
+    return Flops(whole.forward / share, whole.backward / share)
 
 
 def _local_bytes(op: Op, shares: Shares, partition: Partition, plan_size: int) -> float:

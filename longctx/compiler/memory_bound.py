@@ -146,15 +146,12 @@ def _layers_of(program: LinearProgram, graph: Graph, number: int, choices: Choic
     whole_input = choices.handed_on[kind_input].get(REPLICATE, {})
     recomputed = {program.product(x, recomputing, times): _unsliced(kind_input, choices) for x in whole_input}
     kept.append(({}, recomputed))
-    backward = [
-        step.live + _gathered_gradient(step)
-        for step in steps(kind.ops, kind.outputs, {}, ())
-        if step.phase == "backward"
-    ]
+    backward_steps = [step for step in steps(kind.ops, kind.outputs, {}, ()) if step.phase == "backward"]
+    backward = [step.live + _gathered_gradient(step) for step in backward_steps]
     of_parts = [
         total(body.bytes_of(step.live), _more_for_parts(step.item, choices))
-        for step in steps(kind.ops, kind.outputs, {}, ())
-        if step.phase == "backward" and isinstance(step.item, Op) and spec_of(step.item).told
+        for step in backward_steps
+        if isinstance(step.item, Op) and spec_of(step.item).told
     ]
     at_work = program.largest({CONSTANT: 0.0}, *map(body.bytes_of, _undominated(backward)), *of_parts)
     return _Layers(kept, at_work, _Weights.of(kind, choices), saved_inputs(kind, Recompute.NOTHING))

@@ -43,10 +43,10 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     plan, at_least_seconds = fastest_in_any_order(graph, setting, fixed)
     if plan is None:
         fixed = replace(fixed, balanced=bool(fixed.balanced))
-        (plan, at_least), other = (
-            leanest(Program(graph, setting, replace(fixed, queries=queries))) for queries in (True, False)
-        )
-        plan = min(plan, other[0], key=lambda plan: plan.memory)
+        plan, at_least = leanest(Program(graph, setting, fixed))
+        if may_split_queries(graph, setting, fixed):
+            other, _ = leanest(Program(graph, setting, replace(fixed, queries=False)))
+            plan = min(plan, other, key=lambda plan: plan.memory)
         if plan.memory > setting.memory_limit:
             missing = math.ceil(10 * (plan.memory - setting.memory_limit) / GB) / 10
             raise DoesNotFit(say_need(plan.memory, at_least), missing)
@@ -70,7 +70,7 @@ def fastest_in_any_order(
     """
     plan, at_least = fastest(Program(graph, setting, fixed))
     if plan is None:
-        return fastest(Program(graph, setting, replace(fixed, queries=False)))[0], at_least
+        return fastest_without_queries(graph, setting, fixed), at_least
     if fixed.balanced is not None or not splits_queries(plan.assignment):
         return plan, at_least
     orders = [True, False] if graph.inputs[0].shape[-1] % (2 * setting.plan_size) == 0 else [False]
@@ -83,9 +83,24 @@ def fastest_in_any_order(
             best = plan
         if best and best.seconds * (1 - close) < at_least:
             return best, at_least
-    if best is None:
-        best, _ = fastest(Program(graph, setting, replace(fixed, queries=False)))
-    return best, min(bounds, default=0.0)
+    return best or fastest_without_queries(graph, setting, fixed), min(bounds, default=0.0)
+
+
+def fastest_without_queries(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
+    """The fastest plan that fits and splits no attention along its queries; to be called where none was found that may.
+
+    Where nothing that is open could be split so, there is no other plan to be found.
+    """
+    if not may_split_queries(graph, setting, fixed):
+        return None
+    return fastest(Program(graph, setting, replace(fixed, queries=False)))[0]
+
+
+def may_split_queries(graph: Graph, setting: Setting, fixed: Fixed) -> bool:
+    """Whether it is open whether an op is split along a dimension of which a rank has to know where its part begins."""
+    if setting.plan_size == 1 or not fixed.queries:
+        return False
+    return any(spec_of(op).told and op not in fixed.partitions for op in graph.all_ops())
 
 
 def splits_queries(assignment: Assignment) -> bool:

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from longctx.compiler.alternatives import at_other_lengths, other_plans
-from longctx.compiler.cost import collective_time, flops_of_busiest, op_seconds, packing_time
+from longctx.compiler.cost import collective_time, even_flops, flops_of_busiest, op_seconds, packing_time
 from longctx.compiler.hardware import Hardware
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, nbytes
 from longctx.compiler.layout import Layout, layout_of
@@ -71,7 +71,7 @@ def _say_imbalance(plan: Plan) -> list[str]:
     assignment = plan.assignment
     more = [
         flops_of_busiest(op, partition, assignment.plan_size).forward
-        / (spec_of(op).flops(op).forward / assignment.plan_size)
+        / even_flops(op, partition, assignment.plan_size).forward
         for op, partition in assignment.partitions.items()
         if told_split(op, partition)
     ]

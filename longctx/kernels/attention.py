@@ -73,8 +73,7 @@ def attention(
     elif query.shape[2] == key.shape[2]:
         return sdpa(query, key, value, scale, dropout, kernel, is_causal=True).transpose(1, 2)
     elif can_be_pieces(query, value, dropout):
-        starts = starts or [key.shape[2] - query.shape[2]]
-        return attention_in_pieces(query, key, value, starts, scale, kernel)[0].transpose(1, 2)
+        return attention_in_pieces(query, key, value, _starts_of(query, key, starts), scale, kernel)[0].transpose(1, 2)
     else:
         attend = partial(_blockwise_attention, attend=_attend_masked)
     return _each_block(attend, query, key, value, starts, scale, window, softcap, dropout)
@@ -132,12 +131,17 @@ def _is_for_flash_attn(implementation: str, query: torch.Tensor) -> bool:
     return implementation == "auto" and flash_attn_func is not None and query.is_cuda and query.dtype in HALF
 
 
+def _starts_of(query: torch.Tensor, key: torch.Tensor, starts: Sequence[int]) -> Sequence[int]:
+    """Where in the row each block of queries begins. Where nothing is said, they are the last ones of the row."""
+    return starts or [key.shape[2] - query.shape[2]]
+
+
 def _each_block(attend: Callable[..., torch.Tensor], query, key, value, starts, *mask) -> torch.Tensor:
     """Attention of each block of queries by `attend`, against the keys that are not after the block; [b, q, heads, e].
 
     So the last query that `attend` is given and the last key are of one token.
     """
-    starts = starts or (key.shape[2] - query.shape[2],)
+    starts = _starts_of(query, key, starts)
     n = query.shape[2] // len(starts)
     blocks = [
         attend(rows, key[:, :, : start + n], value[:, :, : start + n], *mask)

@@ -556,7 +556,7 @@ def read_shards(reader: ClosedReader, tensors: dict[str, torch.Tensor], no_dist:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
         except CheckpointException as error:
-            rank, (problem, _) = next(iter(error.failures.items()))
+            rank, problem = _first_failure(error)
             raise not_whole(
                 Path(reader.path), f"its tensors can't be read on rank {rank} ({one_line(problem)})"
             ) from error

@@ -79,6 +79,7 @@ def _take(path: Path) -> int:
         os.close(handle)
     owner = _read(path)
     if owner and not (is_locked and owner.kernel == _kernel()) and _beats(path, owner):
+        os.close(handle)
         raise _refusal(path, owner)
     os.ftruncate(handle, 0)
     _write(handle)

@@ -193,10 +193,15 @@ def load_stored(model: ParallelModel, readers: Mapping[str, Reader]) -> None:
         watch.progress()
         if unusable is None and not local(parameter).isfinite().all():
             unusable = name
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, unusable)
-    for name in filter(None, found):
+    if name := first_of_all_ranks(unusable):
         raise not_finite(name)
+
+
+def first_of_all_ranks(own: str | None) -> str | None:
+    """What the first of all ranks that has something names, on every rank; None if none has."""
+    found: list[str | None] = [None] * dist.get_world_size()
+    dist.all_gather_object(found, own)
+    return next(filter(None, found), None)
 
 
 def not_finite(name: str) -> ModelError:

@@ -185,7 +185,7 @@ def _newest_whole(folder: Path, newest_first: list[Path], form: CheckpointFormat
     Raises:
         CheckpointError: none is.
     """
-    passed_over = []
+    passed_over, first_problem = [], ""
     for path in newest_first:
         problem = _problem(path, form, verify)
         if problem is None:
@@ -195,7 +195,8 @@ def _newest_whole(folder: Path, newest_first: list[Path], form: CheckpointFormat
                 torchrun.say(f"checkpoint: {'; '.join(passed_over)}; taking {path.name}, the newest that is whole")
             return path
         passed_over.append(f"{path.name} is not whole ({problem})")
-    raise not_whole(newest_first[0], _problem(newest_first[0], form, verify) or "")
+        first_problem = first_problem or problem
+    raise not_whole(newest_first[0], first_problem)
 
 
 def _problem(path: Path, form: CheckpointFormat, verify: bool) -> str | None:

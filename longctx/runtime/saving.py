@@ -31,7 +31,8 @@ from tqdm import tqdm
 from longctx.errors import NoRoom, NotFinite, SaveError
 from longctx.job import Job
 from longctx.runtime import checkpoint, watch
-from longctx.runtime.parallel import ParallelModel, local
+from longctx.runtime.parallel import ParallelModel, first_of_all_ranks, local
+from longctx.seal import files_in
 
 SAVE_TIMEOUT = timedelta(hours=2)  # that ranks wait for the slowest of them to write its part
 
@@ -221,8 +222,7 @@ def remember_files(write: Callable[[Path], None]) -> Callable[[Path], None]:
     """Writes to a folder, whenever it is called, what `write` writes now."""
     with TemporaryDirectory() as folder:
         write(Path(folder))
-        found = [file for file in Path(folder).rglob("*") if file.is_file()]
-        contents = {file.relative_to(folder): file.read_bytes() for file in found}
+        contents = {name: (Path(folder) / name).read_bytes() for name in files_in(Path(folder))}
 
     def write_again(folder: Path) -> None:
         for name, content in contents.items():
@@ -242,9 +242,7 @@ def check_all_finite(tensors: dict[str, torch.Tensor], step: int) -> None:
     norms = torch._foreach_norm(list(parts.values()), torch.inf)
     largest = zip(parts, torch.stack(norms).tolist(), strict=True)
     bad = [name for name, norm in largest if not math.isfinite(norm)]
-    found: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, bad[0] if bad else None)
-    for name in filter(None, found):
+    if name := first_of_all_ranks(bad[0] if bad else None):
         raise NotFinite(
             f"step {step}: the update has left {name!r} with a NaN or an infinity; it is not saved, and the last "
             "checkpoint is kept"

@@ -2,12 +2,14 @@
 
 import time
 import uuid
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from longctx import torchrun
+from longctx.atomic import parents
 from longctx.errors import CheckpointFolderError
 
 SECONDS = 5  # that a network's file system may take to show a new file
@@ -23,23 +25,20 @@ def check_shared(folder: Path) -> None:
     name = [f".seen-by-all-nodes-{uuid.uuid4().hex}"]
     dist.broadcast_object_list(name)
     file = folder / name[0]
-    made = [path for path in (folder, *folder.parents) if not path.exists()] if first else []  # the innermost first
-    if first:
-        folder.mkdir(parents=True, exist_ok=True)
-        file.touch()
-    dist.barrier()
-    found: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(found, (torchrun.node(), _appears(file)))
-    if first:
-        file.unlink()
-    blind = sorted({node for node, seen in found if not seen})
-    if blind:
-        for path in made:
-            path.rmdir()
-        raise CheckpointFolderError(
-            f"node {', '.join(map(str, blind))} does not see what node 0 writes there, and a checkpoint is written by "
-            "all nodes; name a folder on a disk that they share"
-        )
+    with parents(file) if first else nullcontext():
+        if first:
+            file.touch()
+        dist.barrier()
+        found: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(found, (torchrun.node(), _appears(file)))
+        if first:
+            file.unlink()
+        blind = sorted({node for node, seen in found if not seen})
+        if blind:
+            raise CheckpointFolderError(
+                f"node {', '.join(map(str, blind))} does not see what node 0 writes there, and a checkpoint is written "
+                "by all nodes; name a folder on a disk that they share"
+            )
 
 
 def _appears(file: Path) -> bool:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -80,7 +80,7 @@ class SealedWriter(FileSystemWriter):
         super().finish(metadata, [rank.results for rank in ranks])
         folder = Path(self.path)
         seals = {name: of for rank in ranks for name, of in rank.seals.items()}
-        others = [name for name in files_in(folder) if name not in {*seals, self.manifest}]
+        others = set(files_in(folder)) - seals.keys() - {self.manifest}
         check_visible(folder, seals)
         seals |= seal(folder, others)
         files = {name: asdict(seals[name]) for name in sorted(seals)}
@@ -178,7 +178,8 @@ class _Unpickler(pickle.Unpickler):
 def _as_metadata(root: Any, folder: Path) -> Metadata:
     facts = _state(root, "Metadata")
     tensors: dict[str, Any] = {_text(name): _as_tensor(of) for name, of in facts["state_dict_metadata"].items()}
-    storage = {_as_index(index): _as_place(of, folder) for index, of in facts["storage_data"].items()}
+    size_of = cache(lambda name: (folder / name).stat().st_size)  # a file holds parts of many tensors
+    storage = {_as_index(index): _as_place(of, size_of) for index, of in facts["storage_data"].items()}
     for name, tensor in tensors.items():
         for chunk in tensor.chunks:
             if MetadataIndex(name, chunk.offsets) not in storage:
@@ -210,12 +211,12 @@ def _as_index(record: Any) -> MetadataIndex:
     return MetadataIndex(_text(facts["fqn"]), _shape(facts["offset"]))
 
 
-def _as_place(record: Any, folder: Path) -> _StorageInfo:
+def _as_place(record: Any, size_of: Callable[[str], int]) -> _StorageInfo:
     facts = _state(record, "_StorageInfo")
     name, (offset, length) = _text(facts["relative_path"]), _shape((facts["offset"], facts["length"]))
     if not SHARD.fullmatch(name) or facts.get("transform_descriptors"):
         raise ValueError(f"a part of a tensor is in {name!r:.50}")
-    if offset + length > (folder / name).stat().st_size:
+    if offset + length > size_of(name):
         raise ValueError(f"a part of a tensor lies behind the end of {name}")
     return _StorageInfo(name, offset, length)
 
