@@ -203,7 +203,10 @@ def read_sealed_json(content: bytes) -> tuple[dict[str, Any], bool]:
     body, mark, _ = content.rpartition(_JSON_SEAL)
     if mark and content != body + _json_seal(body):
         raise ValueError("its bytes are not those that were written")
-    facts = json.loads(content)
+    try:
+        facts = json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
     if not isinstance(facts, dict):
         raise ValueError("it is no object of JSON")
     if mark:

@@ -62,6 +62,7 @@ def test_a_compiled_folder_has_a_fingerprint_only_with_its_code(tmp_path):
     ("content", "reason"),
     [
         (b"", "Expecting value"),
+        (b"[" * 100_000, "it is nested too deep"),
         (b"{", "Expecting property name"),
         (b"3", "it is no object of JSON"),
         (b"{}", "its digest is missing"),
