@@ -14,6 +14,7 @@ import io
 import multiprocessing
 import os
 import platform
+import shlex
 import shutil
 import statistics
 import sys
@@ -132,7 +133,7 @@ def write_no_files(folder: Path) -> None:
 
 
 def save_and_wait(millions: int, folder: Path) -> list[Measured]:
-    with training(millions, folder) as (job, model, optimizer):
+    with training(millions, folder) as (_, model, optimizer):
         save = partial(checkpoint.save, folder, model, optimizer)
         return [measure(lambda: save(state_of(model, 1), write_no_files) and None)]
 
@@ -247,7 +248,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     print(text)
     if args.output:
-        args.output.write_text(f"# What a checkpoint costs\n\n    python benchmarks/checkpoint.py\n\n{text}")
+        command = shlex.join(["python", "benchmarks/checkpoint.py", *(sys.argv[1:] if argv is None else argv)])
+        args.output.write_text(f"# What a checkpoint costs\n\n    {command}\n\n{text}")
 
 
 if __name__ == "__main__":

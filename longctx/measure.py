@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ QUERY_HEADS, KEY_HEADS, HEAD_FEATURES = 4, 1, 128  # a rank's of Llama-3-8B over
 LARGEST_ATTENTION = 131072  # tokens
 SMALLEST_COLLECTIVE, LARGEST_COLLECTIVE = 2**14, 2**30  # bytes
 PROFILE_FIELDS = ("machine", "torch", "ranks", "hardware")
-KINDS: tuple[Collective, ...] = ("all_gather", "reduce_scatter", "all_reduce", "all_to_all")
+KINDS: tuple[Collective, ...] = get_args(Collective)
 
 
 def measure(device: torch.device) -> dict:

@@ -146,5 +146,5 @@ def test_a_node_that_is_lost_comes_back_and_a_job_whose_time_is_up_ends_with_a_c
     assert (tmp_path / "checkpoints" / "last").resolve().name == f"0000-{len(losses):06d}"
 
     alone = ["--grad_accumulation_steps", "2", "--name", "alone", "--checkpoint_dir", "other"]
-    run_script("train.py", *options, *alone, "--max_train_steps", str(len(losses)), cwd=tmp_path)
+    run_script("train.py", *options, *alone, "--max_train_steps", str(len(losses)), cwd=tmp_path).check_returncode()
     assert losses == pytest.approx(losses_in(tmp_path / "runs" / "alone"), rel=1e-6)

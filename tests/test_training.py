@@ -6,6 +6,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -112,10 +113,11 @@ def test_a_plan_over_two_ranks_trains_as_two_ranks_apart_do(job, uninterrupted, 
         assert partitioned[step]["grad_norm"] == pytest.approx(uninterrupted[step]["grad_norm"], rel=1e-3), step
 
 
-def wait_for_six_steps(job: Path, name: str) -> None:
+def wait_for_six_steps(job: Path, name: str, is_running: Callable[[], bool]) -> None:
     deadline = time.monotonic() + 120
     first = job / name / "last"  # a checkpoint of step 4, which is written while training goes on
-    while (len(read_steps(job, 2, name)) < 6 or not first.exists()) and time.monotonic() < deadline:
+    while len(read_steps(job, 2, name)) < 6 or not first.exists():
+        assert is_running() and time.monotonic() < deadline, "it ended, or took too long, before the kill"
         time.sleep(0.01)
 
 
@@ -136,7 +138,7 @@ def test_a_run_that_was_killed_with_its_torchrun_goes_on_bit_for_bit(job, uninte
     command = [*torchrun, str(ROOT / "train.py"), *arguments(job, 2, "killed1")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment)
-    wait_for_six_steps(job, "killed1")
+    wait_for_six_steps(job, "killed1", lambda: process.poll() is None)
     end_family(process)
     assert_goes_on(job, "killed1", uninterrupted)
 
@@ -144,7 +146,7 @@ def test_a_run_that_was_killed_with_its_torchrun_goes_on_bit_for_bit(job, uninte
 def test_a_run_whose_ranks_were_killed_goes_on_bit_for_bit_where_they_share_a_plan(job, partitioned, tmp_path):
     more = ["--deterministic"]
     ranks = start_script(tmp_path, "train.py", *arguments(job, 2, "killed2", *more, plan_ngpus=2), n_ranks=2)
-    wait_for_six_steps(job, "killed2")
+    wait_for_six_steps(job, "killed2", lambda: all(rank.is_alive() for rank in ranks))
     for rank in ranks:
         rank.kill()
         rank.join()
