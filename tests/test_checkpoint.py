@@ -505,6 +505,13 @@ def test_what_came_into_a_checkpoints_place_while_training_stays_and_the_checkpo
     assert checkpoint.read_state(tmp_path / saved_as).position.step == 1
 
 
+def test_a_checkpoint_whose_place_is_taken_outlives_the_next_save(tmp_path):
+    run_ranks(1, save_beside_the_users_on_rank, tmp_path, "0000-000001")
+    run_ranks(1, save_on_rank, tmp_path, 1, 2)
+    assert checkpoint.read_state(tmp_path / ".0000-000001.writing").position.step == 1
+    assert sorted(os.listdir(tmp_path)) == [".0000-000001.writing", "0000-000001", "0000-000002", "last"]
+
+
 def test_a_save_is_not_kept_from_its_place_by_what_is_in_another(tmp_path):
     (tmp_path / "0000-000002").mkdir()
     (tmp_path / "0000-000002" / "thesis.tex").write_text("years of work")

@@ -42,10 +42,10 @@ class Training:
         for tensor in self.tensors().values():
             tensor.fill_(step)
 
-    def save(self, step: int) -> None:
+    def save(self, step: int, origin: str | None = None) -> None:
         self.go_to(step)
         shapes = checkpoint.parameter_shapes(self.model)
-        state = checkpoint.State(Position(step, 0, 0), 0, 8, dist.get_world_size(), 1, shapes)
+        state = checkpoint.State(Position(step, 0, 0), 0, 8, dist.get_world_size(), 1, shapes, origin=origin)
         self.saver.save(state)
 
     def assert_loads(self, folder: Path, step: int) -> None:
@@ -290,6 +290,21 @@ def test_the_newest_checkpoints_are_kept_and_what_is_damaged_or_not_ours_stays(t
     (theirs / "thesis.tex").write_text("years of work")
     run_ranks(1, save_and_keep_on_rank, tmp_path, n, start_method="fork")
     assert sorted(os.listdir(tmp_path)) == sorted(["0000-000001", "0000-000003", *left, "last", "made"])
+
+
+def go_on_from_the_first_on_rank(folder: Path) -> None:
+    with training(folder, keep_last_n=1) as run:
+        run.save(1)
+        run.saver.finish()
+        origin = checkpoint.read_state(folder / "0000-000001").id
+        for step in (2, 3):
+            run.save(step, origin)
+        run.saver.finish()
+
+
+def test_the_checkpoint_that_a_run_was_told_to_start_from_stays_since_its_command_asks_for_it_again(tmp_path):
+    run_ranks(1, go_on_from_the_first_on_rank, tmp_path, start_method="fork")
+    assert sorted(os.listdir(tmp_path)) == ["0000-000001", "0000-000003", "last"]
 
 
 def fail_to_replace_on_rank(folder: Path) -> None:

@@ -34,12 +34,14 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.storage import WriteResult
 
 from longctx import seal
 from longctx.atomic import publish_folder
 from longctx.data.order import Position
 from longctx.errors import CheckpointError, CheckpointFolderError, SaveError, UserError, one_line
+from longctx.runtime import watch
 from longctx.runtime.parallel import ParallelModel, load_slice
 from longctx.runtime.schedule import Schedule
 from longctx.runtime.storage import SHARD, ClosedReader, SealedWriter
@@ -278,15 +280,19 @@ def publish(checkpoint_dir: Path, name: str) -> None:
 
 
 def remove_all_but(n: int, checkpoint_dir: Path) -> None:
-    """Removes all but the newest whole checkpoints of the folder. What is damaged is not counted, and stays."""
-    serials = {}
+    """Removes all but the newest whole checkpoints of the folder. What is damaged is not counted, and stays.
+
+    What the run of one that stays was told to start from stays too: the same command asks for it when it starts again.
+    """
+    states: dict[Path, State] = {}
     for manifest in checkpoint_dir.glob(f"*/{STATE}"):
         path = manifest.parent
         if name_when_saved(path.name) == path.name and not path.is_symlink() and _is_replaceable(path):
             with suppress(OSError, ValueError):
-                state = read_state(path)
-                serials[path] = state.serial or 0, state.position.step
-    for path in sorted(serials, key=serials.__getitem__)[:-n]:
+                states[path] = read_state(path)
+    oldest_first = sorted(states, key=lambda path: (states[path].serial or 0, states[path].position.step))
+    origins = {states[path].origin for path in oldest_first[-n:]} - {None}
+    for path in (path for path in oldest_first[:-n] if states[path].id not in origins):
         removed = path.with_name(f".{path.name}.removed")
         with suppress(OSError):
             os.rename(path, removed)  # at once, so that no part of it is taken for a checkpoint
@@ -344,8 +350,14 @@ def _point_last(checkpoint_dir: Path, name: str) -> None:
 def _remove_leftovers(checkpoint_dir: Path) -> None:
     """Removes what killed saves have left. Only once `last` is whole: until then it may be all that there is."""
     for folder in checkpoint_dir.iterdir():
-        if _LEFTOVER.fullmatch(folder.name):
+        if _LEFTOVER.fullmatch(folder.name) and not _waits_for_its_place(folder):
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def _waits_for_its_place(aside: Path) -> bool:
+    """Whether it is a whole checkpoint whose place somebody has taken: `publish` has told where it is."""
+    place = aside.with_name(aside.name.removeprefix(".").removesuffix(".writing"))
+    return (aside / STATE).is_file() and not _is_replaceable(place)
 
 
 def check_last(folder: Path) -> None:
@@ -533,6 +545,7 @@ def load(checkpoint: Checkpoint, model: ParallelModel, optimizer: torch.optim.Op
         for name, tensor in tensors.items():
             kind, own_name = name.split("/", 1)
             load_slice(tensor, checkpoint.merged[kind][own_name].__getitem__)
+            watch.progress()
         return
     same_ranks = (state.world_size, state.plan_ngpus) == (dist.get_world_size(), model.plan_size)
     reader = ClosedReader(checkpoint.path)
@@ -544,13 +557,21 @@ def load(checkpoint: Checkpoint, model: ParallelModel, optimizer: torch.optim.Op
         (torch.cuda if name.endswith("/cuda") else torch).set_rng_state(value)
 
 
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """DCP's own, which tells of every tensor that is read, so that to read long is not taken for to hang."""
+
+    def commit_tensor(self, read_item: ReadItem, tensor: torch.Tensor) -> None:
+        super().commit_tensor(read_item, tensor)
+        watch.progress()
+
+
 def read_shards(reader: ClosedReader, tensors: dict[str, torch.Tensor], no_dist: bool = False) -> None:
     """Fills tensors, by their flat names, from a checkpoint folder; `no_dist`: by this process alone.
 
     Raises:
         CheckpointError: they can't be read, on some rank.
     """
-    planner = dcp.DefaultLoadPlanner(flatten_state_dict=False)
+    planner = _LoadPlanner(flatten_state_dict=False)
     with warnings.catch_warnings():  # that no_dist means one process is no news
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         try:

@@ -143,6 +143,10 @@ class Saver:
         Raises:
             SaveError: it has failed, and the job is to stop then.
         """
+        end = time.monotonic() + SAVE_TIMEOUT.total_seconds()
+        while self.under_way and not self.under_way.done() and time.monotonic() < end:
+            futures.wait([self.under_way], timeout=1.0)
+            watch.progress()  # a slow disk is no process that hangs
         outcome = self.under_way.result() if self.under_way else None
         if outcome and outcome.problem and self.job.stop_on_save_failure:
             raise _save_error(outcome)
