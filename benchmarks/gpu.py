@@ -145,7 +145,7 @@ def run_part(number: int, part: Part, limit_s: float, options: argparse.Namespac
     started = time.monotonic()
     # Whatever the part and those that it starts leave behind when they are killed is in the scratch folder.
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as scratch, (folder / "log.txt").open("w") as log:
-        hidden = {"CUDA_VISIBLE_DEVICES": ""} if options.device == "cpu" else {}
+        hidden = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"} if options.device == "cpu" else {}
         process = subprocess.Popen(
             command + ["--small"] * options.small,
             cwd=ROOT,

@@ -42,9 +42,13 @@ class Run:
     killed: bool = False  # after a checkpoint, to be resumed
 
     @property
+    def compiled(self) -> str:
+        """The name of what is compiled for it."""
+        return f"{self.ranks}-ranks-{self.precision}" + "-deterministic" * self.deterministic
+
+    @property
     def name(self) -> str:
-        kind = f"{self.ranks}-ranks-{self.precision}"
-        return kind + "-deterministic" * self.deterministic + "-killed" * self.killed
+        return self.compiled + "-killed" * self.killed
 
 
 def training_measurements(small: bool) -> Iterator[Measurement]:
@@ -105,8 +109,9 @@ def command(training: Training, run: Run) -> list[str]:
     folder = training.folder
     plan = ["--plan_ngpus", str(run.ranks), "--runtime_ngpus", str(run.ranks), "--precision", run.precision]
     inputs = ["--engine", "torch", "--model_id", str(folder / "model"), "--dataset_path", str(folder / "rows")]
-    outputs = ["--compiled_dir", str(folder / "compiled"), "--log_dir", str(folder / "runs"), "--name", run.name]
-    outputs += ["--checkpoint_dir", str(folder / run.name), "--checkpoint_interval", str(CHECKPOINT_INTERVAL)]
+    outputs = ["--compiled_dir", str(folder / "compiled"), "--name", run.compiled]
+    outputs += ["--log_dir", str(folder / run.name / "runs"), "--checkpoint_dir", str(folder / run.name / "saved")]
+    outputs += ["--checkpoint_interval", str(CHECKPOINT_INTERVAL)]
     steps = ["--grad_accumulation_steps", str(ROWS_PER_STEP), "--max_train_steps", str(STEPS), "--random_init"]
     more = ["--learning_rate", "1e-3", *(["--deterministic"] if run.deterministic else [])]
     start = [sys.executable, *(torchrun if run.ranks > 1 else []), str(ROOT / "train.py")]
@@ -140,7 +145,7 @@ def finish(training: Training, run: Run, process: subprocess.Popen) -> dict[int,
 
 def steps_of(training: Training, run: Run) -> dict[int, dict]:
     """The metrics of every step that a run has taken so far."""
-    file = training.folder / "runs" / run.name / "metrics.jsonl"
+    file = training.folder / run.name / "runs" / run.compiled / "metrics.jsonl"
     lines = file.read_text().split("\n")[:-1] if file.is_file() else []
     return {step["step"]: step for step in map(json.loads, lines)}
 
