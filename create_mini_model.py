@@ -10,6 +10,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
@@ -22,9 +23,11 @@ from transformers import (
 
 from longctx.atomic import whole_folder, why_not_new
 from longctx.command_line import LARGEST_SEED, Cause, naming_options, option, parse
-from longctx.errors import ModelError, UserError, one_line, run_script
+from longctx.errors import ConfigurationError, ModelError, UserError, one_line, run_script
 from longctx.huggingface.build import from_config, parameters_on_meta
+from longctx.huggingface.changes import Changes
 from longctx.huggingface.configuration import check_file, check_numbers
+from longctx.huggingface.overrides import change
 from longctx.huggingface.weights import TOKENIZER_FILES
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
@@ -44,6 +47,13 @@ class Mini:
     intermediate_size: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
     num_attention_heads: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
     num_key_value_heads: int | None = option(None, "default: the source's", at_least=1, at_most=LARGEST_SIZE)
+    rope_parameters: dict[str, Any] | None = option(
+        None, "JSON of transformers' keys, such as rope_type and factor, in place of the source's"
+    )
+    rope_theta: float | None = option(None, "the base of the rotary frequencies", above=0)
+    config_overrides: tuple[str, ...] | None = option(
+        None, "key=value, separated by commas, in place of what the source's config.json has"
+    )
     seed: int = option(0, "of the random weights", at_least=0, at_most=LARGEST_SEED)
     dtype: str = option("bfloat16", choices=("bfloat16", "float32", "float16"))
 
@@ -54,10 +64,11 @@ def main(argv: list[str] | None = None) -> None:
     if problem := why_not_new(asked.output_id):
         raise UserError(f"--output_id {asked.output_id}: {problem}; name another folder")
     huggingface_hub.logging.set_verbosity_error()  # it would print a line for each retry without a network
-    with naming_options(asked, {ModelError: Cause("model_id")}):
+    with naming_options(asked, {ModelError: Cause("model_id"), ConfigurationError: Cause("{error.field}")}):
         source = source_folder(asked.model_id)
         full_config = causal_lm_config(source)
-        config = mini_config(full_config, sizes)
+        changes = Changes(asked.rope_parameters, asked.rope_theta, asked.config_overrides or ())
+        config = change(mini_config(full_config, sizes), changes)
         model = random_model(config, asked.seed, getattr(torch, asked.dtype))
     with whole_folder(asked.output_id) as folder:
         model.save_pretrained(folder, max_shard_size="5GB")

@@ -12,6 +12,7 @@ Where to look, in longctx/:
     their checks, and errors that name them    options.py: CHECKS, CAUSES
     the engines                                engines/table.py: ENGINES
     the compiler, from model to code           engines/builtin/compile.py: compile_plan
+    positions for longer rows                  huggingface/overrides.py: change_rope
     the proof that the code is the model       proof.py: prove
     what makes compiled code out of date       engines/builtin/cache.py: plan_inputs
     where an all-to-all is decided             compiler/placement.py: find_reshard
@@ -41,6 +42,8 @@ from longctx.command_line import naming_options
 from longctx.compiler.ops import register_op
 from longctx.engines.table import ENGINES
 from longctx.errors import run_script
+from longctx.huggingface.overrides import remark
+from longctx.job import Job
 from longctx.kernels import cross_entropy
 from longctx.options import causes, parse_job
 from longctx.runtime import watch
@@ -59,6 +62,7 @@ def main(argv: list[str] | None = None) -> None:
     torchrun.say(f"engine: {job.engine}, {job.engine_reason}")
     engine = ENGINES[job.engine]
     with naming_options(job, causes(job)):
+        say_positions(job)
         if job.run_mode == "compile":
             engine.ensure_compiled(job)
         elif job.run_mode == "rehearse":
@@ -67,6 +71,12 @@ def main(argv: list[str] | None = None) -> None:
         else:
             with sole_run(job.checkpoint_dir):
                 say_if_complete(*engine.run(job))
+
+
+def say_positions(job: Job) -> None:
+    """Rank 0 prints how the model's positions differ from what it was made for."""
+    if line := remark(job.model_id, job.changes):
+        torchrun.say(line)
 
 
 def say_if_complete(steps_before: int, steps: int) -> None:

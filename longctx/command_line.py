@@ -12,6 +12,7 @@ with naming_options(job, {ModelError: Cause("model_id")}):
 
 import argparse
 import dataclasses
+import json
 import os
 import types
 import typing
@@ -135,6 +136,8 @@ def _read(field: dataclasses.Field, kind: Any, text: Any) -> Any:
     text = "--" if text == [] else text  # of --name=-- argparse takes the dashes away
     if kind in (int, float):
         return _read_number(field, kind, text)
+    if kind == dict[str, Any]:
+        return _read_object(field, text)
     if problem := _why_no_text(text):
         raise UserError(f"--{field.name} {on_one_line(text)}: {problem}")
     if kind == tuple[str, ...]:
@@ -158,6 +161,18 @@ def _read_number(field: dataclasses.Field, kind: Any, text: str) -> Any:
     if value is None or value not in allowed:
         belongs = describe(Annotated[kind, allowed])
         raise UserError(f"--{field.name} {on_one_line(text)}: it has to be {belongs}")
+    return value
+
+
+def _read_object(field: dataclasses.Field, text: str) -> Any:
+    if not text:
+        return field.default
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"--{field.name} {on_one_line(text)}: it has to be a JSON object")
     return value
 
 
@@ -231,6 +246,8 @@ def value_as_text(options: Any, name: str) -> str:
     value = _value(options, name)
     if isinstance(value, float):
         return f"{value:g}"
+    if isinstance(value, dict):
+        return on_one_line(json.dumps(value))
     return on_one_line(",".join(value) if isinstance(value, tuple) else "" if value is None else str(value))
 
 

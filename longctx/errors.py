@@ -52,6 +52,14 @@ class PlanSizeError(UserError):
     """The ranks of a plan could share no work."""
 
 
+class ConfigurationError(ModelError):
+    """A model's configuration can't be changed as asked. `field`: by which value of the job."""
+
+    def __init__(self, field: str, message: str):
+        super().__init__(message)
+        self.field = field
+
+
 class DoesNotFit(UserError):
     """No plan needs as little memory as there may be. `missing_gb`: by how much."""
 

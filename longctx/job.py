@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -9,6 +10,7 @@ from longctx.command_line import LARGEST_SEED, MOST_TOKENS, option
 from longctx.data import order
 from longctx.engines import ENGINE_NAMES
 from longctx.engines.nnscaler.options import NnscalerOptions
+from longctx.huggingface.changes import Changes
 from longctx.kernels.fused import KERNELS
 
 MOST_RANKS = 2**17  # more GPUs than any cluster has yet
@@ -71,6 +73,13 @@ class Options:
     )
 
     # The model.
+    rope_parameters: dict[str, Any] | None = option(
+        None, "JSON of transformers' keys, such as rope_type and factor, in place of the model's own"
+    )
+    rope_theta: float | None = option(None, "the base of the rotary frequencies", above=0)
+    config_overrides: tuple[str, ...] | None = option(
+        None, "key=value, separated by commas, in place of what the model's config.json has"
+    )
     random_init: bool = option(False, "start from seeded random weights, not from the model's")
     precision: str = option("bf16", "of compute; master weights, optimizer and sums are float32", choices=tuple(DTYPES))
     attn_implementation: str = option(
@@ -123,6 +132,11 @@ class Job(Options):
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
         return DTYPES[self.precision]
+
+    @property
+    def changes(self) -> Changes:
+        """What the options change of the model's configuration."""
+        return Changes(self.rope_parameters, self.rope_theta, self.config_overrides or (), self.sequence_length)
 
     @property
     def data_parallel_size(self) -> int:

@@ -19,6 +19,7 @@ from longctx.errors import (
     CheckpointMismatch,
     CompiledError,
     CompiledFolderError,
+    ConfigurationError,
     DecisionsError,
     DeviceError,
     DoesNotFit,
@@ -42,7 +43,8 @@ from longctx.errors import (
     TrainingError,
     UserError,
 )
-from longctx.huggingface.configuration import load_config, vocab_size
+from longctx.huggingface.configuration import vocab_size
+from longctx.huggingface.overrides import changed_config
 from longctx.job import Job, Options
 from longctx.kernels.fused import KERNELS, why_not
 
@@ -237,7 +239,7 @@ def check_attention(job: Job) -> None:
 def check_vocabulary(job: Job) -> None:
     """Raises a RowsError if the rows have tokens that the model does not know, by what is recorded of them."""
     if job.dataset_path:
-        rows.check_tokenizer(job.dataset_path, vocab_size(load_config(job.model_id)))
+        rows.check_tokenizer(job.dataset_path, vocab_size(changed_config(job.model_id, job.changes)))
 
 
 def check_folders(job: Job) -> None:
@@ -269,6 +271,7 @@ CHECKS = (
 CAUSES: Mapping[type[UserError], Cause] = {
     EngineError: Cause("engine"),
     ModelError: Cause("model_id"),
+    ConfigurationError: Cause("{error.field}"),
     ProofError: Cause("model_id", "pass --trust_model to compile it all the same"),
     NoWeights: Cause("model_id", "pass --random_init to start without"),
     RowsError: Cause("dataset_path"),

@@ -372,7 +372,7 @@ def test_of_a_hub_model_bin_files_are_downloaded_only_if_there_are_no_safetensor
 
     monkeypatch.setattr("longctx.huggingface.weights.snapshot_download", download)
     monkeypatch.setattr(
-        "longctx.huggingface.weights.load_config", lambda model_id: load_config(str(tmp_path / model_id))
+        "longctx.huggingface.weights.changed_config", lambda model_id, _: load_config(str(tmp_path / model_id))
     )
     for form in ("safetensors", "bin"):
         Folder(form=form).write(tmp_path / form)

@@ -87,25 +87,32 @@ def check_file(file: Path) -> None:
         raise ModelError(f"its config.json can't be read ({error}); mend it, or download it again") from error
     for name, number in named_numbers(facts):
         if LAYERS.search(name) and number > MOST_LAYERS:
-            raise unusable(name, number, f"no model has more than {MOST_LAYERS:,}")
+            raise unusable(named(name, number, f"no model has more than {MOST_LAYERS:,}"))
         if isinstance(number, int) and number.bit_length() >= INT_BITS:
-            raise unusable(name, number, f"PyTorch's integers have {INT_BITS} bits")
+            raise unusable(named(name, number, f"PyTorch's integers have {INT_BITS} bits"))
 
 
 def check_numbers(config: PreTrainedConfig) -> None:
-    """Raises a ModelError for numbers that transformers takes and no model can have: no layers, NaN, a dropout of 2."""
+    """Raises a ModelError for numbers that transformers takes and no model can have."""
+    if problem := why_no_numbers(config):
+        raise unusable(problem)
+
+
+def why_no_numbers(config: PreTrainedConfig) -> str | None:
+    """Which number no model can have, and why: no layers, NaN, a dropout of 2. None if all are well."""
     sizes = ("num_hidden_layers", "num_attention_heads", "num_key_value_heads")
     layers, heads, key_heads = (getattr(config.get_text_config(), name, None) for name in sizes)
     if isinstance(layers, int) and layers < 1:
-        raise unusable(sizes[0], layers, "a model has 1 or more")
+        return named(sizes[0], layers, "a model has 1 or more")
     if isinstance(heads, int) and isinstance(key_heads, int) and key_heads > 0 and heads % key_heads:
-        raise unusable(sizes[2], key_heads, f"it has to divide the {heads} heads of queries")
+        return named(sizes[2], key_heads, f"it has to divide the {heads} heads of queries")
     for name, number in named_numbers(config.to_dict()):
         is_finite = isinstance(number, int) or isfinite(number)
         if not is_finite and (name, number) not in usual_numbers(config):
-            raise unusable(name, number, "it has to be finite")
+            return named(name, number, "it has to be finite")
         if "drop" in name and not 0 <= number <= 1:
-            raise unusable(name, number, "a probability is between 0 and 1")
+            return named(name, number, "a probability is between 0 and 1")
+    return None
 
 
 def usual_numbers(config: PreTrainedConfig) -> Iterator[tuple[str, float]]:
@@ -113,8 +120,13 @@ def usual_numbers(config: PreTrainedConfig) -> Iterator[tuple[str, float]]:
     return named_numbers(type(config)().to_dict())
 
 
-def unusable(name: str, number: float, reason: str) -> ModelError:
-    return ModelError(f"its config.json has {name} {quote(number)}, and {reason}; mend it, or download it again")
+def named(name: str, number: float, reason: str) -> str:
+    """A number that can't be, as a part of a sentence."""
+    return f"{name} {quote(number)}, and {reason}"
+
+
+def unusable(problem: str) -> ModelError:
+    return ModelError(f"its config.json has {problem}; mend it, or download it again")
 
 
 def named_numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -29,7 +29,9 @@ from transformers.utils.hub import cached_file
 
 from longctx.errors import ModelError, NoWeights, one_line, some_of
 from longctx.huggingface.build import building, from_config
+from longctx.huggingface.changes import UNCHANGED, Changes
 from longctx.huggingface.configuration import load_config
+from longctx.huggingface.overrides import changed_config
 
 PLAIN = (torch.float32, torch.bfloat16, torch.float16)  # what a stored number may be, and mean itself
 UNTIED = (
@@ -89,15 +91,18 @@ class Weights:
 # --- what is loaded --------------------------------------------------------------------------------------------------
 
 
-def find_weights(model_id: str) -> Weights:
+def find_weights(model_id: str, changes: Changes = UNCHANGED) -> Weights:
     """The stored weights of a model, whose every parameter has one. Downloads those of a hub model.
+
+    Args:
+        changes: of its configuration.
 
     Raises:
         NoWeights: the model has no weights.
         ModelError: they can't be downloaded or read, or are not what from_pretrained would fill the model with.
     """
     folder = _folder(model_id)
-    config = load_config(model_id)
+    config = changed_config(model_id, changes)
     block = _block_of(config)
     files = _weight_files(folder, config)
     model, opened = _model_on_meta(config), _open_all(files)
@@ -129,7 +134,7 @@ def is_untied(model_id: str, config: PreTrainedConfig) -> bool:
     return _is_tied(load_config(model_id)) and not _is_tied(config)
 
 
-def trained_config(model_id: str, random_init: bool) -> PreTrainedConfig:
+def trained_config(model_id: str, random_init: bool, changes: Changes = UNCHANGED) -> PreTrainedConfig:
     """The configuration of the model as it is trained: its head is not tied to its embeddings if the weights to start
     from have both, and they differ. So does from_pretrained, whatever config.json says.
 
@@ -138,7 +143,7 @@ def trained_config(model_id: str, random_init: bool) -> PreTrainedConfig:
     Raises:
         ModelError: there is no configuration, or it is not of a causal language model that can be built.
     """
-    config = load_config(model_id)
+    config = changed_config(model_id, changes)
     if random_init or not _is_tied(config):
         return config
     model = _model_on_meta(config)

@@ -4,12 +4,14 @@ Rank 0 looks for it, compares every byte with its digest, and tells the other ra
 could find different ones while files appear or a disk fails.
 """
 
+import json
 import math
 import os
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 from longctx import torchrun
 from longctx.errors import CheckpointError, CheckpointFolderError, CheckpointMismatch, OtherEngine
@@ -265,6 +267,28 @@ def check_same_model(checkpoint: Checkpoint, parameters: dict[str, list[int]]) -
             f"this model {parameters.get(name, 'not')}); name another checkpoint, or another folder for checkpoints to "
             "start anew"
         )
+
+
+def changed_positions(checkpoint: Checkpoint, rope_parameters: dict[str, Any] | None) -> str | None:
+    """A line that says how the model's rotary positions differ from those that a checkpoint was trained with."""
+    config = stored_config(checkpoint)
+    before = config.get("text_config", config).get("rope_parameters")
+    if not before or before == rope_parameters:
+        return None
+    now = json.dumps(rope_parameters)
+    return f"checkpoint: trained so far with positions {json.dumps(before)}, and with {now} from here on"
+
+
+def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
+    """The configuration that is stored with a checkpoint; {} if none can be read."""
+    try:
+        if checkpoint.merged is None:
+            text = (checkpoint.path / "hf" / "config.json").read_bytes()
+        else:
+            text = checkpoint.merged["hf"]["config.json"].numpy().tobytes()
+        return json.loads(text)
+    except (OSError, ValueError, KeyError):
+        return {}
 
 
 def check_same_order(checkpoint: Checkpoint, seed: int, n_rows: int) -> None:

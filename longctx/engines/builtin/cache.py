@@ -34,7 +34,8 @@ def ensure_compiled(job: Job) -> Path:
         UserError: the plan can't be made as asked, or this rank would make another one than its node's first.
     """
     hardware.check_memory_limit(job.hardware, job.gpu_mem_constraint * GB)
-    if job.run_mode == "compile" and is_untied(job.model_id, trained_config(job.model_id, job.random_init)):
+    config = trained_config(job.model_id, job.random_init, job.changes)
+    if job.run_mode == "compile" and is_untied(job.model_id, config):
         torchrun.say(UNTIED)  # a run says it as it reads the weights
     inputs = plan_inputs(job)
     if torchrun.world_size() == 1:
@@ -102,7 +103,7 @@ def check_first_rank(job: Job, theirs: str, ours: str) -> None:
 def plan_inputs(job: Job) -> dict[str, Any]:
     """All that the plan and the code depend on: compiled folders of equal inputs are the same."""
     return {
-        "config": json.loads(trained_config(job.model_id, job.random_init).to_json_string()),
+        "config": json.loads(trained_config(job.model_id, job.random_init, job.changes).to_json_string()),
         "sequence_length": job.sequence_length,
         "plan_ngpus": job.plan_ngpus,
         "runtime_ngpus": job.runtime_ngpus,

@@ -31,7 +31,7 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
         UserError: the model can't be traced, its code does something else than it does, or no plan fits.
     """
     started = time.perf_counter()
-    config = trained_config(job.model_id, job.random_init)
+    config = trained_config(job.model_id, job.random_init, job.changes)
     model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()

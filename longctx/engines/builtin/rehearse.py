@@ -21,7 +21,8 @@ from longctx.engines.builtin.cache import ensure_compiled
 from longctx.engines.builtin.run import choose_attention, saying_what_was_predicted, take_attention
 from longctx.errors import RehearsalError
 from longctx.flops import step_flops
-from longctx.huggingface.configuration import load_config, vocab_size
+from longctx.huggingface.configuration import vocab_size
+from longctx.huggingface.overrides import changed_config
 from longctx.job import Job
 from longctx.runtime import parallel
 from longctx.runtime.determinism import be_deterministic
@@ -34,7 +35,7 @@ def rehearse(job: Job) -> None:
     if job.deterministic:
         be_deterministic()
     device = devices.take(job.device)
-    config = load_config(job.model_id)
+    config = changed_config(job.model_id, job.changes)
     folder = ensure_compiled(job)
     plan = compiled.read_plan_file(folder)
     check_layers(job, plan)

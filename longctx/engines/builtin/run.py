@@ -17,7 +17,8 @@ from longctx.data.rows import Rows, columns_left_out, open_dataset
 from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled, plan_inputs
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import KernelError, OutOfMemory
-from longctx.huggingface.configuration import load_config, vocab_size
+from longctx.huggingface.configuration import vocab_size
+from longctx.huggingface.overrides import changed_config
 from longctx.huggingface.weights import (
     Weights,
     check_hf_files,
@@ -33,7 +34,7 @@ from longctx.kernels import choice, fused
 from longctx.runtime import parallel, watch
 from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
-from longctx.runtime.resume import check_same_model, find_resume
+from longctx.runtime.resume import changed_positions, check_same_model, find_resume
 from longctx.runtime.saving import check_room
 from longctx.runtime.shared_folder import check_shared
 from longctx.runtime.trainer import announce, check_checkpoint_places, check_first_rows, count_saves, train
@@ -51,18 +52,21 @@ def run(job: Job) -> tuple[int, int]:
     devices.take(job.device)  # before all else that touches CUDA, as to ask for the GPU's name does
     if names := columns_left_out(job.dataset_path):
         torchrun.say(f"rows: columns that are not used: {', '.join(names)}; each row is taken as one text")
-    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, vocab_size(load_config(job.model_id)))
+    words = vocab_size(changed_config(job.model_id, job.changes))
+    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, words)
     resume = find_resume(job, len(rows), FORMATS)
     check_first_rows(rows, job, resume)
     check_checkpoint_places(job, len(rows), resume)
     check_log(job.log_folder, resume is not None)
     check_compiled_folder(job, plan_inputs(job))
     check_hf_files(job.model_id)
-    weights = None if job.random_init or resume else find_weights(job.model_id)
+    weights = None if job.random_init or resume else find_weights(job.model_id, job.changes)
     # Only after the weights, which it may depend on, are here.
-    config = weights.config if weights else trained_config(job.model_id, job.random_init)
+    config = weights.config if weights else trained_config(job.model_id, job.random_init, job.changes)
     if resume:
         check_same_model(resume, parameter_shapes(config))
+        if line := changed_positions(resume, getattr(config.get_text_config(), "rope_parameters", None)):
+            torchrun.say(line)
     folder = ensure_compiled(job)
     plan_file = compiled.read_plan_file(folder)
     plan = plan_file.module

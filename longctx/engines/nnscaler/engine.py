@@ -18,7 +18,8 @@ from longctx.engines.nnscaler.options import GENERATED_FOLDER, PivotNameError, i
 from longctx.errors import CheckpointMismatch, CompiledError, EngineError, LayerNameError, one_line
 from longctx.huggingface.attention import refuse_own_attention
 from longctx.huggingface.build import build_model
-from longctx.huggingface.configuration import load_config, vocab_size
+from longctx.huggingface.configuration import vocab_size
+from longctx.huggingface.overrides import changed_config
 from longctx.huggingface.weights import find_weights, remarks, trained_config
 from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
@@ -51,7 +52,8 @@ def run(job: Job) -> tuple[int, int]:
     check_gpu()
     parameters = check_model(job)
     check_generated(generated_folder(job))
-    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, vocab_size(load_config(job.model_id)))
+    words = vocab_size(changed_config(job.model_id, job.changes))
+    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, words)
     resume = find_resume(job, len(rows), FORMATS)
     if resume:
         check_resume(resume, job, parameters, len(rows))
@@ -104,9 +106,9 @@ def check_model(job: Job) -> Parameters:
         LayerNameError: it lacks one of the classes.
         ModelError: the weights are not there or do not fit, or the model has an attention of its own.
     """
-    weights = None if job.random_init else find_weights(job.model_id)
+    weights = None if job.random_init else find_weights(job.model_id, job.changes)
     # Only after the weights, which it may depend on, are here.
-    config = weights.config if weights else trained_config(job.model_id, job.random_init)
+    config = weights.config if weights else trained_config(job.model_id, job.random_init, job.changes)
     wrapped = build_model(config, job.dtype, job.attn_implementation)
     refuse_own_attention(wrapped.model)
     known = {type(module).__name__ for module in wrapped.modules()}

@@ -56,7 +56,7 @@ class StepHook(TrainHook):
 
     def __init__(self, job: Job, parameters: Parameters, n_rows: int):
         self.job, self.parameters, self.n_rows = job, parameters, n_rows
-        self.config = trained_config(job.model_id, job.random_init)
+        self.config = trained_config(job.model_id, job.random_init, job.changes)
         self.open_files = ExitStack()
 
     def on_train_start(self, trainer: Trainer) -> None:

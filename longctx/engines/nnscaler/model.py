@@ -1,12 +1,14 @@
 """The model as nnScaler's Trainer builds and calls it."""
 
 from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import nn
 
 from longctx.huggingface.attention import make_no_masks
 from longctx.huggingface.build import build_model
+from longctx.huggingface.changes import Changes
 from longctx.huggingface.weights import Weights, find_weights, random_weights, trained_config
 from longctx.job import DTYPES
 from longctx.runtime.parallel import not_finite
@@ -22,12 +24,14 @@ class WrappedModel(nn.Module):
         attn_implementation: str,
         random_init: bool,
         seed: int,
-        sequence_length: int,
+        changes: dict[str, Any],
     ):
+        """`changes` are Changes of the configuration, as plain values, which nnScaler keeps in its checkpoints."""
         super().__init__()
-        found = None if random_init else find_weights(model_id)
-        config = found.config if found else trained_config(model_id, random_init)
-        self.loss = build_model(config, DTYPES[precision], attn_implementation, sequence_length)
+        changed = Changes(**changes)
+        found = None if random_init else find_weights(model_id, changed)
+        config = found.config if found else trained_config(model_id, random_init, changed)
+        self.loss = build_model(config, DTYPES[precision], attn_implementation, changed.sequence_length)
         make_no_masks()  # which nnScaler would keep
         fill(self.loss.model, stored_weights(found) if found else random_weights(config, seed))
 

@@ -1,5 +1,6 @@
 """nnScaler's Trainer with our model, data and hook. This is the one module that the engine imports nnScaler through."""
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -95,7 +96,7 @@ def trainer_args(
         gen_reuse="moo",
         broadcast_strategy="all" if job.run_mode == "run" else "none",
         dummy_sample_gen_fn=lambda _: dummy_sample(job.sequence_length),
-        model=ModelConfig(type=WrappedModel, args={**model, "seed": seed, "sequence_length": job.sequence_length}),
+        model=ModelConfig(type=WrappedModel, args={**model, "seed": seed, "changes": dataclasses.asdict(job.changes)}),
         optimizer=optimizer_config(job),
         dataset=DatasetConfig(type=lambda: samples),
         dataloader=DataloaderConfig(train_args={"collate_fn": only_sample, "drop_last": True}),
@@ -127,7 +128,7 @@ def compute_config(job: Job) -> ComputeConfig:
         "pipeline_nmicros": job.grad_accumulation_steps,  # of hybrid
         "pipeline_nstages": n_stages if n_stages == "auto" else int(n_stages),
     }
-    config = trained_config(job.model_id, job.random_init)
+    config = trained_config(job.model_id, job.random_init, job.changes)
     return ComputeConfig(
         plan_ngpus=job.plan_ngpus,
         runtime_ngpus=job.runtime_ngpus,
@@ -155,7 +156,7 @@ def optimizer_config(job: Job) -> OptimizerConfig:
 
 def fingerprints(job: Job) -> dict[str, Any]:
     """Of our code, the versions and the weights, which nnScaler stores when it compiles; the same on every node."""
-    files = [] if job.random_init else find_weights(job.model_id).files
+    files = [] if job.random_init else find_weights(job.model_id, job.changes).files
     return {
         "versions": [str(torch.__version__), str(transformers.__version__), str(nnscaler_version)],
         "sources": sources.hash_files(sources.files_in("kernels", "huggingface")),
