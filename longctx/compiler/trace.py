@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.overrides import TorchFunctionMode
 
 from longctx.compiler.annotation import output_shapes
@@ -50,7 +51,8 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     module.to("meta")  # so that everything is on one device; the values of the buffers are in `buffers`
     with torch.library._scoped_library("annotated", "FRAGMENT") as library, _opaque_ops(library) as opaque:
         try:
-            with _without_logs(), _AsTraced():
+            # Of each module that torch.export makes of its graph, Python is compiled only if it is called: none is.
+            with _without_logs(), _use_lazy_graph_module(True), _AsTraced():
                 exported = torch.export.export(module, (), kwargs=sample, strict=False)
         except UserError:
             raise
