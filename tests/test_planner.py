@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.compiler import hardware, linear_program, report
+from longctx.compiler.alternatives import other_plans
 from longctx.compiler.cost import (
     Seconds,
     collective_time,
@@ -40,7 +41,7 @@ from longctx.compiler.localize import localize
 from longctx.compiler.ops import COLLECTIVES, Row, legal_partitions, spec_of, target_of
 from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard, find_reshard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting, describe, fix
-from longctx.compiler.planner import alternative, leanest, make_plan, predict_memory
+from longctx.compiler.planner import alternative, leanest, make_plan, predict_memory, with_less_kept
 from longctx.compiler.policies import chain_of
 from longctx.compiler.prediction import StepTime, predict, seconds_by_part, step_time
 from longctx.compiler.program import TIE_BREAK_SECONDS, Program
@@ -817,6 +818,31 @@ def test_an_alternative_that_differs_in_nothing_is_as_fast_as_the_plan_where_mem
     plan, same = make_plan(long_llama, setting), alternative(long_llama, setting, Fixed())
     assert Recompute.NOTHING not in plan.recompute or len(set(plan.recompute)) > 1  # memory binds
     assert (same.seconds, same.memory) == (plan.seconds, plan.memory)
+
+
+def test_a_plan_that_does_not_fit_is_made_to_fit_by_what_its_layers_recompute(long_llama):
+    program = Program(long_llama, ON_8_RANKS, Fixed())
+    solved = program.solve(64e9)
+    needs = predict_memory(long_llama, solved.assignment, solved.recompute, ON_8_RANKS).peak
+    program.setting = replace(ON_8_RANKS, memory_limit=needs - 1e9)
+    plan = with_less_kept(solved, needs, program)
+    assert plan.memory <= needs - 1e9 < plan.memory + 0.5e9  # what a layer keeps, by steps of the policies' chain
+    assert plan.assignment.partitions == solved.assignment.partitions
+    assert solved.seconds < plan.seconds < 1.01 * solved.seconds
+
+
+def test_an_operator_is_split_otherwise_with_its_part_of_the_layer_and_as_well_as_by_a_search_of_all_plans(long_llama):
+    setting = replace(ON_8_RANKS, memory_limit=72e9)
+    plan = make_plan(long_llama, setting)
+    attention_, product, *_ = other_plans(long_llama, plan, setting)
+    for other, part in ((attention_, "self_attn"), (product, "mlp")):
+        theirs = other.plan.assignment.partitions
+        changed = {op for op, partition in plan.assignment.partitions.items() if partition.dim != theirs[op].dim}
+        assert changed
+        assert all(op.module.split(".")[0] == part for op in changed)
+    op = next(op for op in long_llama.all_ops() if op.module == "mlp.gate_proj")
+    fastest = alternative(long_llama, setting, Fixed(not_partitions={op: plan.assignment.partitions[op].dim}))
+    assert product.seconds == pytest.approx(fastest.seconds, rel=1e-3)
 
 
 def test_the_memory_that_llama_is_said_to_need_is_enough_for_a_plan(long_llama):

@@ -5,7 +5,7 @@ own, because the program of a model has some thousand variables, whatever the nu
 optimality in milliseconds.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -76,8 +76,14 @@ class LinearProgram:
             self.row({variable: 1.0, count: -1.0}, upper=0)
         return self.products[binary, count]
 
-    def minimize(self, costs: np.ndarray, limits: Iterable[tuple[Expression, float]] = ()) -> Solution | None:
-        """The solution of least cost with every expression of `limits` at most its bound; None if there is none.
+    def minimize(
+        self,
+        costs: np.ndarray,
+        limits: Iterable[tuple[Expression, float]] = (),
+        held: Mapping[int, float] | None = None,
+    ) -> Solution | None:
+        """The solution of least cost with every expression of `limits` at most its bound, and the variables of `held`
+        at their values; None if there is none.
 
         Raises:
             SolverError: the solver ended (out of time, most often) with no solution and no proof that there is none.
@@ -87,11 +93,14 @@ class LinearProgram:
         at = [(i, v, c) for i, (terms, _, _) in enumerate(rows) for v, c in terms.items()]
         row, column, coefficient = (np.array(part) for part in zip(*at, strict=True))
         matrix = coo_array((coefficient, (row, column)), shape=(len(rows), len(costs))).tocsr()
+        lower, upper = np.zeros(len(costs)), np.array(self.upper)
+        for variable, value in (held or {}).items():
+            lower[variable] = upper[variable] = value
         scale = 1e4 / max(costs.max(), 1e-30)  # HiGHS's tolerances are absolute, its gap of 1e-6 too
         result = milp(
             costs * scale,
             integrality=np.array(self.integer, int),
-            bounds=Bounds(0.0, np.array(self.upper)),  # pyright: ignore[reportArgumentType]  (scipy takes arrays)
+            bounds=Bounds(lower, upper),  # pyright: ignore[reportArgumentType]  (scipy takes arrays)
             constraints=(matrix, [low for _, low, _ in rows], [up for _, _, up in rows]),
             options={"mip_rel_gap": RELATIVE_GAP, "time_limit": SOLVER_SECONDS},
         )

@@ -239,12 +239,13 @@ class _Body:
             for tensor in saved_tensors(op):
                 self.savers.setdefault(storage.get(tensor, tensor), {}).setdefault(tensor, []).append(op)
         self.own, self.copied = functools.cache(self._own), functools.cache(self._copied)
+        self.bytes_held = functools.cache(self._bytes_held)  # what is held at one step is held at most others
         self.handed_on = {storage.get(t, t): (t, placements) for t, placements in choices.handed_on.items()}
 
     def bytes_of(self, live: Live) -> Expression:
         return total(*(scaled(self.bytes_held(held), share) for held, share in live.items()))
 
-    def bytes_held(self, held: Held) -> Expression:
+    def _bytes_held(self, held: Held) -> Expression:
         tensor = held.tensor
         if held.op is not None and held.is_gradient:
             return self.gathered_gradient(tensor)

@@ -129,9 +129,11 @@ def fastest(program: Program) -> tuple[Plan | None, float]:
             break
         at_least = at_least or solved.seconds * (1 - (solved.gap or 0.0))
         plan = walked(solved, program)
-        room, better = most - plan.memory, best is None or plan.seconds < best.seconds
-        if room >= 0 and better:
-            best = plan
+        room = most - plan.memory
+        found = plan if room >= 0 else with_less_kept(solved, plan.memory, program)
+        better = found is not None and (best is None or found.seconds < best.seconds)
+        if better:
+            best = found
         if best and (best.seconds * (1 - CLOSE) < at_least or 0 <= room < CLOSE_TO_LIMIT * most or not better):
             break
         fits, misses = (max(fits, limit), misses) if room >= 0 else (fits, min(misses, limit))
@@ -139,6 +141,27 @@ def fastest(program: Program) -> tuple[Plan | None, float]:
         if not fits < limit < misses:
             limit = (fits + misses) / 2
     return best, at_least
+
+
+def with_less_kept(solved: Plan, memory: float, program: Program) -> Plan | None:
+    """The fastest plan that was found to fit with the partitions of one that does not, by what its layers recompute.
+
+    Most plans need but little more than the program counts, and one layer that recomputes more makes up for that: this
+    is the fastest plan but for what counts as nothing, and found in a hundredth of the time that all partitions take.
+
+    Args:
+        memory: bytes that the plan needs, by memory.py; the program says `solved.memory`.
+    """
+    most = program.setting.memory_limit
+    for _ in range(SOLVES):
+        other = program.solve(solved.memory - (memory - most), solved.assignment)
+        if other is None:
+            return None
+        plan = walked(other, program)
+        if plan.memory <= most:
+            return plan
+        solved, memory = other, plan.memory
+    return None
 
 
 def leanest(program: Program) -> tuple[Plan, float]:

@@ -281,6 +281,8 @@ class Program(LinearProgram):
         for demands in flow.demands:
             for demand, expression in demands.items():
                 wanted.setdefault(demand, []).append(expression)
+        has_one_reader = len(flow.demands) == 1
+        from_source: dict[Placement, Expression] = {source: {} for source in flow.sources}
         for (target, partitioned), expressions in wanted.items():
             sources = [s for s in flow.sources if not flow.is_resharded_later(s, target)]
             seconds = {s: self.reshard_seconds(tensor, s, target, partitioned, scope.layout) for s in sources}
@@ -293,12 +295,16 @@ class Program(LinearProgram):
             for expression in expressions:  # equal reshards of a value are made once and shared
                 self.row(total(dict.fromkeys(z.values(), 1.0), scaled(expression, -1)), lower=0)
             for source, variable in z.items():
-                if len(flow.demands) == 1 and seconds[source] != Seconds():
+                if has_one_reader and seconds[source] != Seconds():
                     self.reshards.setdefault(tensor, []).append((source, target, variable))
-                self.row(total({variable: 1.0}, scaled(flow.sources[source], -1)), upper=0)
+                from_source[source][variable] = 1.0
                 if scope.again and seconds[source].forward:
                     repeated = self.product(variable, scope.again[0], scope.times)
                     self.costs[repeated] = seconds[source].forward
+        for source, reshards in from_source.items():
+            # One reader wants one thing, which brings the relaxation closer; several may want several.
+            for some in [reshards] if has_one_reader else [{variable: 1.0} for variable in reshards]:
+                self.row(total(some, scaled(flow.sources[source], -1)), upper=0)
 
     def reshard_seconds(
         self, tensor: Tensor, source: Placement, target: Placement, partitioned: bool, layout: Layout
@@ -387,9 +393,12 @@ class Program(LinearProgram):
 
     # --- solving
 
-    def solve(self, memory_limit: float) -> Plan | None:
-        """The fastest plan within `memory_limit` bytes, or None."""
-        solution = self.minimize(np.array(self.costs), [(self.memory, memory_limit / GB)])
+    def solve(self, memory_limit: float, like: Assignment | None = None) -> Plan | None:
+        """The fastest plan within `memory_limit` bytes, or None; of those with the partitions of `like`, if given."""
+        held = (
+            {x: float(p == like.partitions[op]) for op, choices in self.x.items() for p, x in choices} if like else {}
+        )
+        solution = self.minimize(np.array(self.costs), [(self.memory, memory_limit / GB)], held)
         return None if solution is None else self.read_plan(solution)
 
     def leanest(self) -> Plan | None:
