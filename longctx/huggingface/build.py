@@ -114,7 +114,8 @@ def from_config(config: PreTrainedConfig, dtype: torch.dtype, attention: str | N
 def building(config: PreTrainedConfig) -> Iterator[None]:
     """Inside, models have their parameters on meta, and what transformers can't build is a ModelError."""
     try:
-        with parameters_on_meta(), warnings.catch_warnings(action="ignore"):  # of PyTorch, at a size of 0
+        with parameters_on_meta(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # PyTorch's, at a size of 0
             yield
     except Exception as error:  # values that make no sense fail anywhere in the model's code
         raise ModelError(

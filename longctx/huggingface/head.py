@@ -74,15 +74,29 @@ def _head_error(model: PreTrainedModel, names: list[str]) -> ModelError:
 def input_of_output_embeddings(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     """Runs a model up to its output embeddings, and returns what it hands them: [b, l] int64 -> [b, l, d]."""
     handed: list[torch.Tensor] = []
-
-    def take(hidden_states: torch.Tensor) -> torch.Tensor:
-        handed.append(hidden_states)
-        return hidden_states  # in place of the logits, which nobody reads
-
     lm_head: Any = model.get_output_embeddings()
-    with _forward_replaced(lm_head, take):
+    own = lm_head.__class__
+    lm_head.__class__, lm_head.take = TakenEmbeddings, handed.append
+    try:
         model(input_ids=tokens, use_cache=False)
+    finally:
+        lm_head.__class__ = own
+        del lm_head.take
     return handed[-1]
+
+
+class TakenEmbeddings(nn.Module):
+    """Output embeddings that call `take` with what they are handed, and return it in place of logits nobody reads.
+
+    nnScaler's tracer calls each module's forward as it was when tracing began, whatever is put in its place for a
+    while. So a model that it traces has these for good.
+    """
+
+    take: Callable[[torch.Tensor], None]
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self.take(hidden_states)
+        return hidden_states
 
 
 @contextmanager

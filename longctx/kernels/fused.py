@@ -10,13 +10,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import (
-    SDPBackend,
-    activate_flash_attention_impl,
-    current_flash_attention_impl,
-    restore_flash_attention_impl,
-    sdpa_kernel,
-)
+from torch.nn import attention as torch_attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from longctx.errors import KernelError
 
@@ -69,6 +64,8 @@ KERNELS = {
         masks_more=True,
     ),
 }
+# PyTorch can put another FlashAttention in the place of its own; 2.6, the newest that nnScaler takes, could not yet.
+_TAKES_OTHER_FLASH_ATTENTIONS = hasattr(torch_attention, "activate_flash_attention_impl")
 # In this order 'auto' tries PyTorch's own where none was chosen. The last takes what the others refuse.
 _IN_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
 
@@ -100,6 +97,8 @@ def why_not(implementation: str, dtype: torch.dtype, device: str | None) -> str 
     if kernel.module and not _is_installed(kernel.module):
         name, how = kernel.package
         return f"the package {name} is not installed; install it ({how}) or choose sdpa"
+    if kernel.activates and not _TAKES_OTHER_FLASH_ATTENTIONS:
+        return f"PyTorch {torch.__version__} can't put it behind scaled_dot_product_attention; choose flash"
     if dtype not in HALF:
         return "it computes in 16 bits only; choose sdpa, or compute in bf16"
     if device == "cpu":
@@ -185,12 +184,12 @@ def activate(flash_attention: str | None) -> None:
 
     The backward pass calls what is there when it runs, so between a forward and its backward it must not be changed.
     """
-    if current_flash_attention_impl() == flash_attention:
+    if not _TAKES_OTHER_FLASH_ATTENTIONS or torch_attention.current_flash_attention_impl() == flash_attention:
         return
     if flash_attention is None:
-        restore_flash_attention_impl()
+        torch_attention.restore_flash_attention_impl()
     else:
-        activate_flash_attention_impl(flash_attention)
+        torch_attention.activate_flash_attention_impl(flash_attention)
 
 
 def fused_operators() -> list[Callable]:

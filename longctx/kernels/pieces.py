@@ -8,8 +8,9 @@ The backward of a fused kernel makes the weights anew from scores and these loga
 returns the piece's term of the whole gradients.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Sequence  # noqa: UP035 - custom_op of PyTorch 2.6, which nnScaler takes, knows no other
 
 import torch
 

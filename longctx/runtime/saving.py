@@ -24,7 +24,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.staging import AsyncStager
 from tqdm import tqdm
 
@@ -55,6 +54,9 @@ class HostCopies(AsyncStager):
     _synchronize_after_execute = False  # the copies are there when `stage` returns
 
     def __init__(self, device_type: str):
+        # Not above: nnScaler's PyTorch 2.6, which has none, imports this module and makes no such object.
+        from torch.distributed.checkpoint._state_dict_stager import StateDictStager
+
         self.is_gpu = device_type == "cuda"
         self.copies = StateDictStager(pin_memory=self.is_gpu)
 

@@ -9,6 +9,7 @@ from torch import nn
 from longctx.huggingface.attention import make_no_masks
 from longctx.huggingface.build import build_model
 from longctx.huggingface.changes import Changes
+from longctx.huggingface.head import TakenEmbeddings
 from longctx.huggingface.weights import Weights, find_weights, random_weights, trained_config
 from longctx.job import DTYPES
 from longctx.runtime.parallel import not_finite
@@ -32,6 +33,7 @@ class WrappedModel(nn.Module):
         found = None if random_init else find_weights(model_id, changed)
         config = found.config if found else trained_config(model_id, random_init, changed)
         self.loss = build_model(config, DTYPES[precision], attn_implementation, changed.sequence_length)
+        self.loss.model.get_output_embeddings().__class__ = TakenEmbeddings
         make_no_masks()  # which nnScaler would keep
         fill(self.loss.model, stored_weights(found) if found else random_weights(config, seed))
 
