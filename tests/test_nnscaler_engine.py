@@ -9,8 +9,10 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -254,22 +256,46 @@ def job(tmp_path_factory) -> Path:
 
 def run(job: Path, engine: str, name: str, *more: str, plan_ngpus: int = 2, check: bool = True):
     """train.py on two ranks with an engine; its checkpoints and logs go to `name`."""
+    process = start(job, engine, name, *more, plan_ngpus=plan_ngpus)
+    out, err = process.communicate(timeout=900)
+    assert not check or process.returncode == 0, err[-3000:]
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def start(job: Path, engine: str, name: str, *more: str, plan_ngpus: int = 2, max_restarts: int = 0):
+    """Starts what `run` runs."""
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max_restarts={max_restarts}"]
     if engine == "nnscaler":
-        start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        script = [str(ROOT / "tests" / "nnscaler_on_cpu.py"), str(ROOT / "train.py"), "--engine", engine]
+        script = [sys.executable, *torchrun, str(ROOT / "tests" / "nnscaler_on_cpu.py"), str(ROOT / "train.py")]
     else:
-        start = [str(TORCH_PYTHON), "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-        script = [str(ROOT / "train.py"), "--engine", engine, "--hardware", "cpu"]
+        script = [str(TORCH_PYTHON), *torchrun, str(ROOT / "train.py"), "--hardware", "cpu"]
     paths = ["--model_id", "model", "--dataset_path", "rows", "--name", "job", "--compiled_dir", f"{name}/compiled"]
     paths += ["--checkpoint_dir", f"{name}/checkpoints", "--log_dir", f"{name}/runs"]
     ranks = ["--plan_ngpus", str(plan_ngpus), "--runtime_ngpus", "2", "--grad_accumulation_steps", str(2 * plan_ngpus)]
     steps = ["--max_train_steps", str(STEPS), "--max_epochs", "3", "--checkpoint_interval", "4"]
     rates = ["--learning_rate", "1e-3", "--lr_schedule", "cosine", "--warmup_steps", "2", "--weight_decay", "0.1"]
-    command = [*start, *script, *paths, *ranks, *steps, *rates, *more]
+    command = [*script, "--engine", engine, *paths, *ranks, *steps, *rates, *more]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900, cwd=job)
-    assert not check or result.returncode == 0, result.stderr[-3000:]
-    return result
+    said = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=environment, cwd=job, **said)
+
+
+def wait_for_step(job: Path, name: str, step: int) -> None:
+    file = job / name / "runs" / "job" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (file.exists() and file.read_text().count("\n") >= step):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+
+
+def rank_of(process: subprocess.Popen, rank: int) -> int:
+    """The process of a rank that torchrun has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    ranks = {}
+    for child in map(int, children):
+        environment = Path(f"/proc/{child}/environ").read_bytes().split(b"\0")
+        ranks |= {int(entry[5:]): child for entry in environment if entry.startswith(b"RANK=")}
+    return ranks[rank]
 
 
 def read_steps(job: Path, name: str) -> dict[int, dict]:
@@ -367,6 +393,48 @@ def test_a_run_goes_on_from_its_shards_bit_for_bit(trained):
     run(trained, "nnscaler", "resumed", *TP, "--resume_path", "nnscaler/checkpoints/0000-0004")
     assert min(read_steps(trained, "resumed")) == 5
     assert_same_training(trained, "resumed", "nnscaler", 5, rel=0)
+
+
+@needs_nnscaler
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_signal_to_one_rank_stops_all_after_the_same_step_and_the_same_command_goes_on(trained, rank):
+    """After step 2 at the soonest, of which there is no checkpoint but for the signal, and before the last."""
+    name = f"stopped_{rank}"
+    process = start(trained, "nnscaler", name, *TP)
+    wait_for_step(trained, name, 1)
+    os.kill(rank_of(process, rank), signal.SIGTERM)
+    said, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    by = "SIGTERM" if rank == 0 else "a signal to another rank"
+    stop = re.search(f"run: stopped by {by} after step ([0-9]+); the same command goes on from there", said)
+    step = int(stop[1])
+    assert step == max(read_steps(trained, name)) < STEPS
+    again = run(trained, "nnscaler", name, *TP)
+    assert f"after step {step}\n" in again.stdout
+    assert_same_training(trained, name, "nnscaler", 1, rel=0)
+
+
+@needs_nnscaler
+def test_a_rank_that_hangs_is_noticed_and_stacks_are_written(trained):
+    """One is stopped, so that it can't even write; the other waits for it."""
+    process = start(trained, "nnscaler", "hung", *TP, "--hang_timeout", "0.1")
+    wait_for_step(trained, "hung", 1)
+    os.kill(rank_of(process, 1), signal.SIGSTOP)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "no progress for 0.1 minutes" in error
+    stacks = (trained / "hung" / "runs" / "job" / "stacks-rank0.txt").read_text()
+    assert "in run_trainer" in stacks
+
+
+@needs_nnscaler
+def test_ranks_that_are_restarted_go_on_from_the_last_checkpoint(trained):
+    process = start(trained, "nnscaler", "restarted", *TP, max_restarts=1)
+    wait_for_step(trained, "restarted", 5)
+    os.kill(rank_of(process, 1), signal.SIGKILL)
+    _, error = process.communicate(timeout=300)
+    assert process.returncode == 0, error[-3000:]
+    assert_same_training(trained, "restarted", "nnscaler", 1, rel=0)
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,7 @@ def _hold_pythons_lock(folder: Path) -> None:
     os.dup2(os.open(folder / "err", os.O_WRONLY | os.O_CREAT), 2)
     watch.MARGIN, watch.STACKS_S = timedelta(seconds=1), 0.5
     watch.start()
-    watch.expect_progress(timedelta(seconds=2), folder / "stacks.txt")
+    watch.expect_progress(timedelta(seconds=2), folder)
     time.sleep(1.2 * watch.LOOK_S)  # so that the thread has seen it
     mutex, library = ctypes.create_string_buffer(64), ctypes.PyDLL(None)
     library.pthread_mutex_lock(mutex)

@@ -147,8 +147,7 @@ def take_steps(
             watch.progress()
         saver.finish()
     if stopped and position.step < schedule.total_steps:
-        by = watch.stop_asked() or "a signal to another rank"
-        torchrun.say(f"run: stopped by {by} after step {position.step}; the same command goes on from there")
+        say_stopped(position.step)
     return Reached(position, saver.newest() or reached.newest, is_end=True)
 
 
@@ -169,6 +168,12 @@ def roll_back(position: Position, rows: list[int], back: Position, error: NotFin
     """Where to go on from after the step from `position` on these rows went wrong: at `back`, without the rows."""
     torchrun.say(f"run: {error}; going back to step {back.step}, from where these rows are left out")
     return dataclasses.replace(back, skipped=(*(position.skipped or ()), Skipped(position.epoch, tuple(rows))))
+
+
+def say_stopped(step: int) -> None:
+    """Rank 0 prints what has ended the run after this step, of which there is a checkpoint."""
+    by = watch.stop_asked() or "a signal to another rank"
+    torchrun.say(f"run: stopped by {by} after step {step}; the same command goes on from there")
 
 
 def announce(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> None:

@@ -83,10 +83,10 @@ def ask_to_stop(by: str) -> None:
     _process.asked.append(by)
 
 
-def expect_progress(patience: timedelta, stacks: Path) -> None:
-    """From now on the process ends where `progress` is not called for that long; its stacks are appended to a file."""
+def expect_progress(patience: timedelta, folder: Path) -> None:
+    """From now on the process ends where `progress` is not called for that long, and its stacks go to a file there."""
     progress()
-    _process.stacks, _process.patience = stacks, patience
+    _process.stacks, _process.patience = folder / f"stacks-rank{torchrun.rank()}.txt", patience
 
 
 def progress() -> None:

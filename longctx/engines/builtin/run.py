@@ -74,7 +74,7 @@ def run(job: Job) -> tuple[int, int]:
     if weights:
         torchrun.say(*remarks(weights))
     patience = timedelta(minutes=job.hang_timeout)
-    watch.expect_progress(patience, job.log_folder / f"stacks-rank{torchrun.rank()}.txt")
+    watch.expect_progress(patience, job.log_folder)
     # Collectives give up later than the watch, which says where every rank waits.
     ranks = parallel.process_group(job.device, patience + watch.MARGIN)
     with ranks as device, saying_what_was_predicted(plan_file.predicted):

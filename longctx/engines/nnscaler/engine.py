@@ -20,12 +20,12 @@ from longctx.huggingface.attention import refuse_own_attention
 from longctx.huggingface.build import build_model
 from longctx.huggingface.configuration import vocab_size
 from longctx.huggingface.overrides import changed_config
-from longctx.huggingface.weights import find_weights, remarks, trained_config
+from longctx.huggingface.weights import check_hf_files, find_weights, remarks, trained_config
 from longctx.job import Job
 from longctx.runtime.checkpoint import Checkpoint
 from longctx.runtime.metrics import check_log
 from longctx.runtime.resume import check_same_model, find_resume
-from longctx.runtime.trainer import announce, count_steps, start_of
+from longctx.runtime.trainer import announce, check_first_rows, count_steps, start_of
 
 # The files of a folder of generated code.
 GENERATED_FILES = re.compile(r"gencode\d+\.py|graph\.ckp|forward_args\.pkl|\w+\.pt(\.\d+)?")
@@ -57,14 +57,15 @@ def run(job: Job) -> tuple[int, int]:
     resume = find_resume(job, len(rows), FORMATS)
     if resume:
         check_resume(resume, job, parameters, len(rows))
+    check_first_rows(rows, job, resume)
+    check_hf_files(job.model_id)
     check_log(job.log_folder, resume is not None)
     announce(job, len(rows), resume)
     start = start_of(resume)
     total_steps = count_steps(len(rows), start, job)
     if start.step >= total_steps:
         return start.step, start.step
-    _training().train(job, rows, parameters, resume)
-    return start.step, total_steps
+    return start.step, _training().train(job, rows, parameters, resume)
 
 
 def _training():

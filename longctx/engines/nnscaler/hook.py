@@ -4,6 +4,7 @@ import functools
 import json
 import time
 from contextlib import ExitStack
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -22,10 +23,10 @@ from longctx.errors import ModelError
 from longctx.huggingface.build import build_model
 from longctx.huggingface.weights import save_hf_files, trained_config
 from longctx.job import Job
-from longctx.runtime import checkpoint, merge
+from longctx.runtime import checkpoint, merge, watch
 from longctx.runtime.metrics import FlopCount, Step, metrics_log, step_metrics
 from longctx.runtime.schedule import learning_rate, schedule_of
-from longctx.runtime.trainer import check_finite, seed_dropout
+from longctx.runtime.trainer import check_finite, say_stopped, seed_dropout
 
 
 def aggregate_outputs(outputs: list[tuple], sync_group: dist.ProcessGroup) -> AggregatedOutputs:
@@ -51,13 +52,23 @@ def count_flops(job: Job, config: PreTrainedConfig) -> FlopCount:
     return FlopCount(*flops, hardware.peak_rate_here(job.dtype))
 
 
+def is_any_rank_asked_to_stop() -> bool:
+    """Whether any of all ranks was, of which each micro-batch sums over a part only. All of them have to call this."""
+    asked = torch.tensor(watch.stop_asked() is not None, dtype=torch.int32)
+    dist.all_reduce(asked)
+    return bool(asked)
+
+
 class StepHook(TrainHook):
-    """Our learning rate, check of the loss, log, and what our checkpoints hold, at the points where nnScaler asks."""
+    """Our learning rate, check of the loss, log, stops, and what our checkpoints hold, where nnScaler asks for them.
+
+    The watch over this process begins with the first step: compiling and loading are inside nnScaler.
+    """
 
     def __init__(self, job: Job, parameters: Parameters, n_rows: int):
         self.job, self.parameters, self.n_rows = job, parameters, n_rows
         self.config = trained_config(job.model_id, job.random_init, job.changes)
-        self.open_files = ExitStack()
+        self.until_the_end = ExitStack()
 
     def on_train_start(self, trainer: Trainer) -> None:
         # Of a resumed run nnScaler puts the random state back after this.
@@ -68,9 +79,12 @@ class StepHook(TrainHook):
         if trainer.rank == 0:
             self.flops = count_flops(self.job, self.config)
             files = metrics_log(self.job.log_folder, self.position.step, trainer.max_train_steps)
-            self.log = self.open_files.enter_context(files)
+            self.log = self.until_the_end.enter_context(files)
+        self.until_the_end.enter_context(watch.finishing_steps())
+        watch.expect_progress(timedelta(minutes=self.job.hang_timeout), self.job.log_folder)
 
     def on_step_start(self, trainer: Trainer, epoch: int, idx: int) -> None:
+        watch.progress()  # of the save before, which training waits for
         shuffled = order.epoch_order(self.n_rows, self.job.seed, self.position.epoch)
         self.rows = order.step_rows(shuffled, self.position, self.job.rows_per_step)
         self.started = time.perf_counter()
@@ -96,6 +110,16 @@ class StepHook(TrainHook):
         if trainer.rank == 0:
             self.log.write(step_metrics(step, self.job, self.flops))
 
+    def on_step_end(self, trainer: Trainer, *_: Any) -> None:
+        watch.progress()
+        if is_any_rank_asked_to_stop():
+            trainer.max_train_steps = self.position.step  # of which nnScaler saves a checkpoint, and leaves the epoch
+
+    def on_epoch_end(self, trainer: Trainer, epoch: int) -> None:
+        if trainer.max_train_steps < self.schedule.total_steps:
+            trainer.train_args.max_train_steps = trainer.max_train_steps  # and so it begins no other
+            say_stopped(self.position.step)
+
     def on_save_checkpoint(self, trainer: Trainer, state_dict: dict[str, Any]) -> None:
         ranks = trainer.world_size, self.job.plan_ngpus
         state = checkpoint.State(self.position, self.job.seed, self.n_rows, *ranks, self.parameters, self.schedule)
@@ -110,4 +134,4 @@ class StepHook(TrainHook):
                 state_dict["optimizer"]["param_groups"][0][name] = value
 
     def on_finalize(self, trainer: Trainer) -> None:
-        self.open_files.close()
+        self.until_the_end.close()

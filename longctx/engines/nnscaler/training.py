@@ -2,6 +2,7 @@
 
 import dataclasses
 import hashlib
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,12 @@ from longctx.errors import UserError
 from longctx.huggingface import attention as huggingface_attention
 from longctx.huggingface.weights import find_weights, trained_config
 from longctx.job import Job
+from longctx.runtime import watch
 from longctx.runtime.checkpoint import Checkpoint
+from longctx.runtime.parallel import process_group
 from longctx.runtime.trainer import BETAS
+
+COMPILE_TIMEOUT = timedelta(hours=6)  # nnScaler's own, of collectives: ranks wait in one while the first compiles
 
 
 def compile_plan(job: Job) -> None:
@@ -50,10 +55,13 @@ def compile_plan(job: Job) -> None:
     run_trainer(trainer_args(job))
 
 
-def train(job: Job, rows: Rows, parameters: Parameters, resume: Checkpoint | None) -> None:
+def train(job: Job, rows: Rows, parameters: Parameters, resume: Checkpoint | None) -> int:
+    """Trains by all ranks, which are joined here; nnScaler takes that over. Returns the steps that are done then."""
     hook = StepHook(job, parameters, len(rows))
     register_ops()
-    run_trainer(trainer_args(job, Samples(rows, job), hook, resume_options(resume, parameters, job.precision)))
+    with process_group(job.device, max(COMPILE_TIMEOUT, timedelta(minutes=job.hang_timeout) + watch.MARGIN)):
+        run_trainer(trainer_args(job, Samples(rows, job), hook, resume_options(resume, parameters, job.precision)))
+    return hook.position.step
 
 
 def run_trainer(train_args: TrainerArgs) -> None:
