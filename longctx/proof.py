@@ -260,7 +260,11 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
 
 
 def _own_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The summed cross entropy of the model's own logits."""
+    """The summed cross entropy of the model's own logits; if its configuration asks for its routers' auxiliary loss,
+    the loss that the model itself returns, as a sum."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        mean = model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
+        return (labels != IGNORE_INDEX).sum() * mean
     logits = model(input_ids=tokens, use_cache=False).logits[0]
     return F.cross_entropy(logits.to(model.dtype), labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
 
@@ -286,7 +290,8 @@ def _random_model(config: PreTrainedConfig) -> PreTrainedModel:
     """transformers' model in float32, with weights under which every operator matters: none is 0 or 1."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").train()
+        eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager).train()
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim > 1:

@@ -152,6 +152,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
     "cpmant": {"init_std": 0.02},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0}},
+    "deepseek_v3": {"num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {
@@ -164,11 +165,13 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {"text_config": {"layer_types": _FULL_AND_SLIDING}},
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
+    "gpt_oss": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8},
+    "mixtral": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
     "minicpm3": {"num_key_value_heads": 4},
     "ministral": {"head_dim": 16},
     "moshi": {"audio_vocab_size": 256},
@@ -184,9 +187,10 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
 
 
 def reference_model(config: PreTrainedConfig, seed: int = 0) -> PreTrainedModel:
-    """The Hugging Face model in float32 with its own eager attention, and no weight at 0 or 1."""
+    """The Hugging Face model in float32 with its own eager attention and experts, and no weight at 0 or 1."""
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager").train()
+    eager = {"attn_implementation": "eager", "experts_implementation": "eager"}
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager).train()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(3) if parameter.ndim > 1 else parameter.add_(0.1 * torch.randn_like(parameter))
@@ -203,7 +207,14 @@ def random_rows(n_rows: int, length: int, vocab_size: int, seed: int = 0) -> tup
 
 
 def reference_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The summed cross entropy of the Hugging Face model's own logits."""
+    """The summed cross entropy of the Hugging Face model's own logits.
+
+    Where its configuration asks for its routers' auxiliary loss, it is the loss that the model returns of each row.
+    """
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        rows = [(row.unsqueeze(0), own.unsqueeze(0)) for row, own in zip(tokens, labels, strict=True)]
+        losses = [model(input_ids=row, labels=own, shift_labels=own, use_cache=False).loss for row, own in rows]
+        return sum((own != IGNORE_INDEX).sum() * loss for (_, own), loss in zip(rows, losses, strict=True))
     logits = model(input_ids=tokens, use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 

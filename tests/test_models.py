@@ -70,7 +70,6 @@ def test_a_part_of_the_families_that_the_page_calls_right_is_right_on_four_ranks
 @pytest.mark.parametrize(
     ("family", "sentence"),
     [
-        ("mixtral", "MixtralForCausalLM is a mixture of experts, and this program can't train those yet"),
         ("xmod", "its forward takes numbers or shapes from the tokens"),
         ("reformer", "ReformerModelWithLMHead writes its own backward pass"),
     ],

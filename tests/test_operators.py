@@ -28,12 +28,13 @@ from longctx.compiler.ops.python import ATOM, PRODUCT, SUM, UNARY, Expression, V
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.kernels.attention import alibi_attention, attention, sink_attention
 from longctx.kernels.causal_conv1d import causal_conv1d
+from longctx.kernels.experts import ACTIVATIONS, balance, experts
 from longctx.kernels.linear_attention import decaying_linear_attention, gated_delta_rule
 from longctx.kernels.rms_norm import rms_norm
 from longctx.kernels.selective_scan import bounded_sqrt, linear_recurrence, selective_scan
 
 ATTENTION, ALIBI, SINKS = map(target_of, (attention, alibi_attention, sink_attention))
-RMS_NORM, LOSS = map(target_of, (rms_norm, chunk_linear_cross_entropy))
+RMS_NORM, LOSS, EXPERTS, BALANCE = map(target_of, (rms_norm, chunk_linear_cross_entropy, experts, balance))
 CONVOLUTION, SCAN, RECURRENCE, ROOT = map(target_of, (causal_conv1d, selective_scan, linear_recurrence, bounded_sqrt))
 DELTA_RULE, LINEAR_ATTENTION = map(target_of, (gated_delta_rule, decaying_linear_attention))
 FLOAT, INT, BOOL, CONTIGUOUS = torch.float64, torch.int64, torch.bool, torch.contiguous_format
@@ -380,6 +381,47 @@ def draw_attention(target: str, draw: Draw) -> Call:
     return Call(target, (query, key, value, *per_head), {"scale": 0.5, **options}, tolerance)
 
 
+def draw_topk(draw: Draw) -> Call:
+    shape = draw.shape()
+    dim = draw.dim(shape)
+    options = draw.one_of((), (dim,), (dim, False), (dim, True, False))
+    most = shape[dim] if options else shape[-1]
+    return Call("aten.topk.default", (draw.values(shape), draw.draw(st.integers(1, most)), *options))
+
+
+def draw_at_indices(target: str, draw: Draw) -> Call:
+    """Of gather, and of scatter, whose indices are taken once each: where two meet, either value may be left."""
+    shape = draw.shape()
+    dim = draw.dim(shape) % len(shape)
+    x, taken = draw.values(shape), draw.draw(st.integers(1, shape[dim]))
+    indices = torch.rand(shape, generator=draw.generator).argsort(dim).narrow(dim, 0, taken)
+    other = dim - 1
+    if len(shape) > 1 and draw.one_of(False, True):  # there may be fewer indices than places
+        indices = indices.narrow(other, 0, draw.draw(st.integers(1, indices.shape[other])))
+    rest = {"gather.default": (), "scatter.value": (0.5,), "scatter.src": (draw.values(indices.shape),)}[target]
+    return Call(f"aten.{target}", (x, dim, indices, *rest))
+
+
+def draw_experts(draw: Draw) -> Call:
+    (n, d, f), n_experts = draw.shape(3, 3), draw.one_of(1, 2, 4, 6)
+    k, transposed, gated = draw.draw(st.integers(1, n_experts)), draw.one_of(False, True), draw.one_of(False, True)
+    product = 2 * f if gated else f
+    chosen = torch.rand(n, n_experts, generator=draw.generator).argsort(1)[:, :k]
+    shapes = (
+        [[n_experts, d, product], [n_experts, f, d]] if transposed else [[n_experts, product, d], [n_experts, d, f]]
+    )
+    shapes += draw.one_of([], [[n_experts, product], [n_experts, d]])
+    tensors = (draw.values([n, d]), chosen, draw.values([n, k], low=0.0), *map(draw.values, shapes))
+    options = {"activation": draw.one_of(*ACTIVATIONS), "gated": gated, "transposed": transposed}
+    of_gate = draw.one_of({}, {"interleaved": True, "slope": 1.7, "limit": 1.0, "offset": 1.0}) if gated else {}
+    return Call(EXPERTS, tensors, {**options, **of_gate})
+
+
+def draw_balance(draw: Draw) -> Call:
+    n, n_experts = draw.shape(2, 2)
+    return Call(BALANCE, (draw.values([n, n_experts]), draw.draw(st.integers(1, n_experts))))
+
+
 def draw_rms_norm(draw: Draw) -> Call:
     shape = draw.shape()
     options, tolerance = draw.one_of(({}, 1e-9), ({"offset": 1.0}, 1e-5))
@@ -473,6 +515,11 @@ CALLS: dict[str, MakeCall] = {
         unary("where.Scalar", (1.0, float("-inf")), of=BOOL),
     ),
     "masked_fill": draw_masked_fill,
+    "topk": draw_topk,
+    "gather": partial(draw_at_indices, "gather.default"),
+    "scatter": alternatives(*(partial(draw_at_indices, f"scatter.{name}") for name in ("value", "src"))),
+    EXPERTS: draw_experts,
+    BALANCE: draw_balance,
     "flatten": draw_flatten,
     "unflatten": draw_unflatten,
     "unsqueeze": draw_unsqueeze,
@@ -523,7 +570,7 @@ CALLS: dict[str, MakeCall] = {
 }
 UNKNOWN: dict[str, MakeCall] = {  # operators that have no entry at all
     "roll": lambda draw: Call("aten.roll.default", (draw.values(draw.shape()), [1], [0])),
-    "topk": lambda draw: Call("aten.topk.default", (draw.values(draw.shape()), 1)),
+    "cummax": lambda draw: Call("aten.cummax.default", (draw.values(draw.shape()), -1)),
 }
 
 
@@ -691,6 +738,11 @@ OFFERED = [
     ("aten.unbind.int", (zeros(4, 2), 1), "S0 -> S0 S0"),
     ("aten.outer.default", (zeros(4), zeros(6)), "R S0 -> S1, S0 R -> S0"),
     ("aten.tril.default", (X,), "S0 -> S0"),
+    ("aten.topk.default", (X, 2), "S0 -> S0 S0, S1 -> S1 S1"),
+    ("aten.gather.default", (X, 2, zeros(2, 4, 4, dtype=INT)), "S0 S0 -> S0, S1 S1 -> S1"),
+    ("aten.gather.default", (X, 2, zeros(1, 4, 6, dtype=INT)), "S1 S1 -> S1"),
+    ("aten.scatter.value", (X, 1, zeros(2, 2, 6, dtype=INT), 0.5), "S0 S0 -> S0, S2 S2 -> S2"),
+    ("aten.scatter.src", (X, 1, zeros(2, 2, 6, dtype=INT), Y), "S0 S0 S0 -> S0, S2 S2 S2 -> S2"),
     ("aten.triu.default", (X,), "S0 -> S0"),
     ("aten.lift_fresh_copy.default", (X,), EVERY_DIM),
     ("aten.chunk.default", (X, 2, -1), "S0 -> S0 S0, S1 -> S1 S1"),
@@ -711,6 +763,12 @@ OFFERED = [
     (SINKS, (QUERY, KEY, KEY, zeros(4), 1.0), "S0 S0 S0 R -> S0, S1 S1 S1 S0 -> S2, S2 R R R -> S1"),
     (RMS_NORM, (X, zeros(6), 1e-5), "S0 R -> S0, S1 R -> S1"),
     (LOSS, (X, zeros(8, 6), TOKENS), "S0 R S0 -> S0, S1 R S1 -> S1"),
+    (
+        EXPERTS,
+        (zeros(4, 6), zeros(4, 2, dtype=INT), zeros(4, 2), zeros(2, 8, 6), zeros(2, 6, 4)),
+        "R R R S0 S0 -> P, S0 S0 S0 R R -> S0",
+    ),
+    (BALANCE, (zeros(4, 6), 2), "S0 -> P"),
     ("aten.baddbmm.default", (zeros(2, 1, 8), X, zeros(2, 6, 8)), "R S1 R -> S1, S0 S0 S0 -> S0, S2 R S2 -> S2"),
     (CONVOLUTION, (X, zeros(4, 2), zeros(4)), "S0 R R -> S0, S1 S0 S0 -> S1"),
     (DELTA_RULE, (*HEADS, zeros(2, 6, 4), zeros(2, 6, 4), 1.0), "S0 S0 S0 S0 S0 -> S0, S2 S2 S2 S2 S2 -> S2"),
@@ -733,7 +791,7 @@ def test_an_operator_is_offered_the_partitions_that_are_right_and_no_other(targe
 
 def test_every_operator_of_the_tables_is_tested():
     ours = {ATTENTION, ALIBI, SINKS, RMS_NORM, LOSS, CONVOLUTION, DELTA_RULE, LINEAR_ATTENTION, SCAN, RECURRENCE, ROOT}
-    known = {*aten.ATEN, *ours}
+    known = {*aten.ATEN, *ours, EXPERTS, BALANCE}
     assert set(CALLS) == known
     assert {name_of(target) for target, _, _ in OFFERED} == known
 
@@ -801,7 +859,7 @@ def test_a_dimension_that_the_ranks_can_not_share_evenly_is_not_split():
 
 @pytest.mark.parametrize(
     ("target", "args"),
-    [("aten.roll.default", (X, [1], [0])), ("aten.topk.default", (X, 2)), ("aten.flip.default", (X, [0]))],
+    [("aten.roll.default", (X, [1], [0])), ("aten.cummax.default", (X, 2)), ("aten.flip.default", (X, [0]))],
 )
 def test_an_unknown_operator_is_computed_by_every_rank(target, args):
     op, _ = as_op(Call(target, args))

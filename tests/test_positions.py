@@ -53,7 +53,7 @@ def logits(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
     head = model.get_output_embeddings()
     assert head is not None
     with torch.no_grad():
-        return head(input_of_output_embeddings(model, tokens))
+        return head(input_of_output_embeddings(model, tokens)[0])
 
 
 @pytest.mark.parametrize(("family", "changes"), CASES.values(), ids=CASES)

@@ -16,7 +16,7 @@ from longctx.compiler.hardware import Hardware, collective_seconds, sent_bytes
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.layout import Layout
 from longctx.compiler.lifetimes import saved_tensors, wants_gradient
-from longctx.compiler.ops import Flops, Shares, spec_of, told_split
+from longctx.compiler.ops import Flops, Shares, spec_of, splits_queries, told_share, told_split
 from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape, reshard_steps
@@ -43,8 +43,9 @@ def op_seconds(
 
     Args:
         layout: that of the body which the op is in.
-        evenly: whether to take all ranks to have as much to compute, even where they have not.
+        evenly: whether to take all ranks to have as much of attention's queries to compute, even where they have not.
     """
+    evenly = evenly and splits_queries(op, partition)
     flops = (even_flops if evenly else flops_of_busiest)(op, partition, plan_size)
     forward = _phase_seconds(op, "forward", flops.forward, partition, layout, plan_size, hardware)
     if not wants_gradient(op):
@@ -65,7 +66,7 @@ def _phase_seconds(
     )
     work = Work.STRIDED if layout.is_strided(op) else Work.COPIES
     moved = _local_bytes(op, _traffic(op, phase, layout), partition, plan_size)
-    passed = _local_bytes(op, spec.passes(op, phase), partition, plan_size)
+    passed = _local_bytes(op, spec.passes(op, phase), partition, plan_size) * told_share(op, partition, plan_size)
     return max(flops / rate, hardware.copy_seconds(work, moved)) + hardware.copy_seconds(Work.COPIES, passed)
 
 

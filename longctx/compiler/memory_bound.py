@@ -35,7 +35,7 @@ from longctx.compiler.lifetimes import (
     storages,
 )
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, scaled, total
-from longctx.compiler.ops import spec_of, told_split
+from longctx.compiler.ops import spec_of, splits_queries, told_share
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard, local_shape
 from longctx.compiler.plan import GB
@@ -188,7 +188,7 @@ def _more_for_parts(op: Op, choices: Choices) -> Expression:
     shares of the whole op's: its workspace is another then, and gradients of what was gathered are whole."""
     more: Expression = {}
     for partition, x in choices.partitions[op]:
-        if told_split(op, partition) is None:
+        if not splits_queries(op, partition):
             continue
         placed = iter(partition.inputs)
         shapes = (local_shape(t.shape, p, choices.plan_size) for t, p in zip(op.inputs, placed, strict=True))
@@ -272,8 +272,12 @@ class _Body:
         return total(*(scaled(chosen, size[p]) for p, chosen in placements.items()))
 
     def of_op(self, op: Op, tensor: Tensor) -> Expression:
-        """A rank's part of one of an op's inputs or outputs, as the op has it."""
-        return self.in_placements(tensor, self.placements_for(op, tensor))
+        """A rank's part of one of an op's inputs or outputs, as the op has it: what bytes are told as shares of."""
+        sizes = self.in_placements(tensor, self.placements_for(op, tensor))
+        if tensor not in op.inputs:
+            return sizes
+        shares = {x: told_share(op, p, self.choices.plan_size) for p, x in self.choices.partitions[op]}
+        return {x: size * shares.get(x, 1.0) for x, size in sizes.items()}
 
     def placements_for(self, op: Op, tensor: Tensor) -> dict[Placement, Expression]:
         return placements_of(self.choices.partitions[op], (*op.inputs, *op.outputs).index(tensor))

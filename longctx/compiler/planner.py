@@ -14,7 +14,7 @@ from longctx.compiler.ir import Graph
 from longctx.compiler.linear_program import RELATIVE_GAP
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.memory import MemoryPrediction, predict
-from longctx.compiler.ops import legal_partitions, spec_of, told_split
+from longctx.compiler.ops import legal_partitions, spec_of, splits_queries
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.program import Program
 from longctx.compiler.recompute import Recompute
@@ -71,7 +71,7 @@ def fastest_in_any_order(
     plan, at_least = fastest(Program(graph, setting, fixed))
     if plan is None:
         return fastest_without_queries(graph, setting, fixed), at_least
-    if fixed.balanced is not None or not splits_queries(plan.assignment):
+    if fixed.balanced is not None or not any(splits_queries(*chosen) for chosen in plan.assignment.partitions.items()):
         return plan, at_least
     orders = [True, False] if graph.inputs[0].shape[-1] % (2 * setting.plan_size) == 0 else [False]
     best: Plan | None = None
@@ -97,15 +97,11 @@ def fastest_without_queries(graph: Graph, setting: Setting, fixed: Fixed) -> Pla
 
 
 def may_split_queries(graph: Graph, setting: Setting, fixed: Fixed) -> bool:
-    """Whether it is open whether an op is split along a dimension of which a rank has to know where its part begins."""
+    """Whether it is open whether an op is split along tokens of which a rank has to know where its part begins."""
     if setting.plan_size == 1 or not fixed.queries:
         return False
-    return any(spec_of(op).told and op not in fixed.partitions for op in graph.all_ops())
-
-
-def splits_queries(assignment: Assignment) -> bool:
-    """Whether an op is split along a dimension of which a rank has to know where its part begins."""
-    return any(told_split(op, partition) for op, partition in assignment.partitions.items())
+    told = {op: spec_of(op).told for op in graph.all_ops() if op not in fixed.partitions}
+    return any(facts and facts.share is None for facts in told.values())
 
 
 def fastest(program: Program) -> tuple[Plan | None, float]:

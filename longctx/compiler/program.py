@@ -53,7 +53,7 @@ from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram,
 from longctx.compiler.localize import Assignment
 from longctx.compiler.memory import PERSISTENT_BYTES
 from longctx.compiler.memory_bound import Choices, largest_moment, placements_of
-from longctx.compiler.ops import Row, legal_partitions, spec_of, told_split
+from longctx.compiler.ops import Row, legal_partitions, spec_of, splits_queries
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.policies import chain_of
@@ -245,7 +245,7 @@ class Program(LinearProgram):
                     "ranks can't share evenly here; compile without it"
                 )
         elif not self.fixed.queries:
-            legal = [p for p in legal if told_split(op, p) is None]
+            legal = [p for p in legal if not splits_queries(op, p)]
         if op in self.fixed.not_partitions:
             legal = [p for p in legal if p.dim != self.fixed.not_partitions[op]]
         return legal

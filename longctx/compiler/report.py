@@ -10,7 +10,7 @@ from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, nbytes
 from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction, in_use, say_bytes
-from longctx.compiler.ops import is_known, spec_of, told_split
+from longctx.compiler.ops import is_known, spec_of, splits_queries
 from longctx.compiler.placement import Placement, Shard
 from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
@@ -73,7 +73,7 @@ def _say_imbalance(plan: Plan) -> list[str]:
         flops_of_busiest(op, partition, assignment.plan_size).forward
         / even_flops(op, partition, assignment.plan_size).forward
         for op, partition in assignment.partitions.items()
-        if told_split(op, partition)
+        if splits_queries(op, partition)
     ]
     if not more:
         return []

@@ -69,6 +69,7 @@ def attention_function(
     is_causal: bool | None = None,
     position_ids: torch.Tensor | None = None,  # the rotary embedding has used them already
     logits_to_keep: int | torch.Tensor = 0,  # is for the head
+    output_router_logits: bool | None = None,  # is for the routers
     **others,
 ) -> tuple[torch.Tensor, None]:
     """Attention with the signature of transformers: [b, heads, l, d], twice [b, kv_heads, l, d] -> [b, l, heads, d].

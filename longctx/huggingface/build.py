@@ -14,6 +14,7 @@ import longctx.kernels.gated  # noqa: F401  (registers what takes the place of g
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.data.rows import IGNORE_INDEX
 from longctx.errors import ModelError, one_line
+from longctx.huggingface import experts
 from longctx.huggingface.attention import (
     REGISTERED_NAME,
     attention_options,
@@ -41,7 +42,7 @@ class CausalLMLoss(nn.Module):
         self.head = read_head(model)
 
     def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        hidden_states = input_of_output_embeddings(self.model, tokens)
+        hidden_states, of_routers = input_of_output_embeddings(self.model, tokens)
         lm_head = self.model.get_output_embeddings()
         assert lm_head is not None, "read_head refuses a model without"
         weight = lm_head.weight
@@ -53,7 +54,11 @@ class CausalLMLoss(nn.Module):
         losses = chunk_linear_cross_entropy(
             hidden_states, weight, labels, IGNORE_INDEX, logit_softcap=self.head.logit_softcap
         )
-        return losses.sum()
+        if of_routers is None:
+            return losses.sum()
+        # transformers adds it to a mean over the tokens whose label counts, which is a sum over them here.
+        n_tokens = (labels != IGNORE_INDEX).sum()
+        return losses.sum() + n_tokens * self.model.router_aux_loss_coef * of_routers
 
 
 def build_model(
@@ -79,7 +84,7 @@ def build_model(
     make_no_masks()  # the head is read on meta tensors, on which transformers can make none
     model = _build_on_meta(config, dtype)
     _refuse_empty_weights(model)
-    _refuse_mixtures(model)
+    experts.route_experts(model)
     route_rms_norms(model)
     route_recurrences(model)
     if sequence_length is not None:
@@ -90,24 +95,26 @@ def build_model(
 
 
 def _build_on_meta(config: PreTrainedConfig, dtype: torch.dtype) -> PreTrainedModel:
-    """The model of transformers with its parameters on meta, and with our attention if it takes any but its own."""
+    """The model of transformers with its parameters on meta, and with our attention and experts if it takes any but its
+    own."""
+    chosen = {"attn_implementation": REGISTERED_NAME, "experts_implementation": experts.REGISTERED_NAME}
     with building(config):
         try:
-            return from_config(config, dtype, REGISTERED_NAME)
+            return from_config(config, dtype, **chosen)
         except KeyError as error:
             if error.args != (REGISTERED_NAME,):
                 raise
-            return from_config(config, dtype, "eager")  # it has a table of attention classes of its own
+            chosen["attn_implementation"] = "eager"  # it has a table of attention classes of its own
+            return from_config(config, dtype, **chosen)
 
 
-def from_config(config: PreTrainedConfig, dtype: torch.dtype, attention: str | None = None) -> PreTrainedModel:
+def from_config(config: PreTrainedConfig, dtype: torch.dtype, **implementations: str) -> PreTrainedModel:
     """transformers' model of a configuration, of which it gets a copy, since it writes to what it builds from.
 
     Args:
-        attention: the implementation by its name; transformers chooses if it is None.
+        implementations: of attention and experts, by their names; transformers chooses those that are left out.
     """
-    chosen = {} if attention is None else {"attn_implementation": attention}
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **chosen)
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **implementations)
 
 
 @contextmanager
@@ -129,15 +136,6 @@ def _refuse_empty_weights(model: PreTrainedModel) -> None:
     if empty := next((name for name, weight in model.named_parameters() if not weight.numel()), None):
         shape = list(model.get_parameter(empty).shape)
         raise ModelError(f"its config.json gives the weight {empty} the shape {shape}, which is empty; mend it")
-
-
-def _refuse_mixtures(model: PreTrainedModel) -> None:
-    """Raises a ModelError for a mixture of experts: which of its weights a token meets depends on the data."""
-    if any(name.rsplit(".", 1)[-1] == "experts" for name, _ in model.named_modules()):
-        raise ModelError(
-            f"{type(model).__name__} is a mixture of experts, and this program can't train those yet; "
-            "choose a model whose layers are dense"
-        )
 
 
 @contextmanager

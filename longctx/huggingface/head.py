@@ -71,18 +71,23 @@ def _head_error(model: PreTrainedModel, names: list[str]) -> ModelError:
     )
 
 
-def input_of_output_embeddings(model: PreTrainedModel, tokens: torch.Tensor) -> torch.Tensor:
-    """Runs a model up to its output embeddings, and returns what it hands them: [b, l] int64 -> [b, l, d]."""
+def input_of_output_embeddings(
+    model: PreTrainedModel, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Runs a model up to its output embeddings, and returns what it hands them: [b, l] int64 -> [b, l, d].
+
+    Of a mixture of experts whose configuration asks for it, the second result is its routers' auxiliary loss, [].
+    """
     handed: list[torch.Tensor] = []
     lm_head: Any = model.get_output_embeddings()
     own = lm_head.__class__
     lm_head.__class__, lm_head.take = TakenEmbeddings, handed.append
     try:
-        model(input_ids=tokens, use_cache=False)
+        output = model(input_ids=tokens, use_cache=False)
     finally:
         lm_head.__class__ = own
         del lm_head.take
-    return handed[-1]
+    return handed[-1], getattr(output, "aux_loss", None)
 
 
 class TakenEmbeddings(nn.Module):

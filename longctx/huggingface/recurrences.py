@@ -1,4 +1,5 @@
-"""Routes what a Hugging Face model computes token by token to this program's kernels: convolutions and recurrences.
+"""Routes what a Hugging Face model computes token by token to this program's kernels: convolutions, recurrences, and
+the sums over tokens that a mixture of experts is balanced by.
 
 transformers has each recurrence as a function beside the models that use it, once for each family, which other
 packages may replace by kernels of theirs. What it has itself loops over the tokens, so that tracing it at long context
@@ -20,6 +21,7 @@ from transformers.activations import ACT2FN
 
 from longctx.errors import ModelError
 from longctx.kernels.causal_conv1d import causal_conv1d
+from longctx.kernels.experts import balance
 from longctx.kernels.linear_attention import decaying_linear_attention, gated_delta_rule
 from longctx.kernels.selective_scan import bounded_sqrt, linear_recurrence, selective_scan
 
@@ -28,7 +30,7 @@ def route_recurrences(model: nn.Module) -> None:
     """Gives every module whose forward calls such a function a forward that calls ours.
 
     Raises:
-        ModelError: a function has the parameters of a recurrence and computes something else.
+        ModelError: a function has the parameters of one that is known here and computes something else.
     """
     for module in model.modules():
         forward = inspect.unwrap(type(module).forward)
@@ -70,7 +72,7 @@ def _ours_for(theirs: Any) -> Any:
     """What replaces a function of transformers; None if it is none, or no recurrence.
 
     Raises:
-        ModelError: it has the parameters of a recurrence and computes something else.
+        ModelError: it has the parameters of one that is known here and computes something else.
     """
     if isinstance(theirs, type) and issubclass(theirs, torch.autograd.Function):
         return BoundedSquareRoot if _is_bounded_square_root(theirs) else None
@@ -83,7 +85,7 @@ def _ours_for(theirs: Any) -> Any:
             if _same(theirs, recurrence):
                 return recurrence.ours
             raise ModelError(
-                f"{theirs.__module__}.{theirs.__name__} has the parameters of a recurrence that this program knows "
+                f"{theirs.__module__}.{theirs.__name__} has the parameters of a function that this program knows "
                 "and computes something else; choose another model"
             )
     return None
@@ -199,6 +201,16 @@ def _recurrence(self, hidden_states, recurrent_gate, reset, recurrent_states=Non
     return linear_recurrence(recurrent_gate * ~reset, hidden_states), None
 
 
+def _load_balancing_loss(gate_logits, num_experts=None, top_k=2, attention_mask=None):
+    """load_balancing_loss_func (arXiv:2101.03961, equations 4 to 6): of each layer [n, experts] -> []; 0 for none."""
+    if not isinstance(gate_logits, tuple):
+        return 0
+    _check_neutral({"attention_mask": attention_mask})
+    sums = torch.stack([balance(logits, top_k) for logits in gate_logits]).sum(0)
+    counts, probabilities = (sums / sum(logits.shape[0] for logits in gate_logits)).unbind()
+    return num_experts * (counts * probabilities).sum()
+
+
 class BoundedSquareRoot:
     """RecurrentGemma's SqrtBoundDerivative."""
 
@@ -284,12 +296,18 @@ def _recurrence_sample(generator: torch.Generator) -> dict[str, Any]:
     return {"self": None, **drawn, "reset": reset, "recurrent_states": None}
 
 
+def _router_sample(generator: torch.Generator) -> dict[str, Any]:
+    drawn = _drawn({"first": (9, 4), "second": (9, 4)}, generator)
+    return {"gate_logits": tuple(drawn.values()), "num_experts": 4, "top_k": 2}
+
+
 def _drawn(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> dict[str, torch.Tensor]:
     return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 
 
 _SCAN = frozenset(("hidden_states", "dt", "A", "B", "C"))
 RECURRENCES = (
+    Recurrence(frozenset(("gate_logits", "num_experts", "top_k")), _load_balancing_loss, (_router_sample,)),
     Recurrence(frozenset(("hidden_states", "weight", "bias", "activation")), _convolve, (_convolution_sample,)),
     Recurrence(
         frozenset(("query", "key", "value", "g", "beta", "chunk_size")),

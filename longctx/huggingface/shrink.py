@@ -1,7 +1,8 @@
 """Small configurations of an architecture, for a model that is of the same code but fast to run.
 
 Whatever chooses code stays as it is: flags, kinds of layers, activations, the size of attention's heads (rotary tables
-depend on it). Smaller are the numbers of tokens known, of layers, of heads, and with the heads the widths of layers.
+depend on it). Smaller are the numbers of tokens known, of layers, of experts, of heads, and with the heads the widths
+of layers.
 """
 
 import copy
@@ -17,12 +18,15 @@ LINEAR_HEADS = ("linear_num_value_heads", "linear_num_key_heads")
 WIDTHS = (
     "hidden_size",
     "intermediate_size",
+    "moe_intermediate_size",
+    "shared_expert_intermediate_size",
     "ffn_dim",
     "n_inner",
     "ffn_hidden_size",
     "word_embed_proj_dim",
     "lru_width",
 )
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WINDOWS = ("window", "window_size", "attention_chunk_size")  # how the names of windows end
 
 
@@ -93,9 +97,19 @@ def _reduce_width(text: PreTrainedConfig) -> bool:
     if "num_attention_heads" not in few or widths.get("hidden_size", 1) % n_heads:
         return False
     ratio = few["num_attention_heads"] / n_heads
+    _reduce_experts(text)
     for name, value in {**few, **_fewer(linear), **{n: math.ceil(v * ratio) for n, v in widths.items()}}.items():
         setattr(text, name, value)
     return True
+
+
+def _reduce_experts(text: PreTrainedConfig) -> None:
+    """As few experts as leave a choice: twice those that a token has, and in groups of them, two in each."""
+    most = 2 * max(1, getattr(text, "num_experts_per_tok", None) or 1)
+    groups = max(1, getattr(text, "n_group", None) or 1)
+    few = groups * max(2, math.ceil(most / groups))
+    for name, value in _numbers(text, EXPERTS).items():
+        setattr(text, name, min(value, few))
 
 
 def _numbers(text: PreTrainedConfig, names: tuple[str, ...]) -> dict[str, int]:

@@ -39,7 +39,9 @@ __all__ = [
     "legal_partitions",
     "register_op",
     "spec_of",
+    "splits_queries",
     "target_of",
+    "told_share",
     "told_split",
 ]
 
@@ -123,6 +125,22 @@ def told_split(op: Op, partition: placement.Partition) -> tuple[int, placement.S
         if isinstance(outer, placement.Shard):
             return tensor.shape[outer.dim], outer, sharing
     raise AssertionError(f"{op.target} is split along {partition.dim} and none of its inputs is")
+
+
+def splits_queries(op: Op, partition: placement.Partition) -> bool:
+    """Whether an op is split along tokens of which a rank has to know where its part begins, as attention's queries."""
+    told = spec_of(op).told
+    return told is not None and told.share is None and told_split(op, partition) is not None
+
+
+def told_share(op: Op, partition: placement.Partition, plan_size: int) -> float:
+    """What a rank has of bytes that are told as shares of an op's inputs, as the inputs are placed: all of them, but
+    where ranks share out what no input is split along."""
+    told, split = spec_of(op).told, told_split(op, partition)
+    if told is None or told.share is None or split is None:
+        return 1.0
+    _, _, sharing = split
+    return told.share(op, plan_size // sharing)
 
 
 def _of_length(length: int, annotation: Annotation, op: Op) -> set[str]:

@@ -60,6 +60,11 @@ def saves_indices(op: Op) -> list[Tensor]:
     return [t for t in op.inputs if not t.dtype.is_floating_point]
 
 
+def saves_indices_of_top(op: Op) -> list[Tensor]:
+    """Where the largest values came from, the second output."""
+    return list(op.outputs[1:])
+
+
 def product_flops(op: Op, first: int = 0) -> Flops:
     """Two FLOPs for each output and each term of its sum; a product has two gradients, each as large as itself."""
     forward = 2.0 * prod(op.outputs[0].shape) * op.inputs[first].shape[-1]
@@ -312,6 +317,14 @@ ATEN: dict[str, OpSpec] = {
             saves=saves_inputs,
             saves_besides=statistics_of_rows,
         ),
+        OpSpec(
+            "topk",
+            p.resized_along(2, default=-1),
+            py.method("topk", "", "dim", "largest", "sorted"),
+            saves=saves_indices_of_top,
+        ),
+        OpSpec("gather", p.at_indices, py.method("gather"), saves=saves_indices),
+        OpSpec("scatter", p.at_indices, py.method("scatter"), saves=saves_indices),
         OpSpec("tril", p.matrices, py.function("torch.tril")),
         OpSpec("triu", p.matrices, py.function("torch.triu")),
         # Constants.

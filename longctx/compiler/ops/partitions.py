@@ -93,17 +93,17 @@ def never_along(*arguments: int) -> Callable[[Op], str]:
     return write
 
 
-def dim_of(op: Op, argument: int) -> int:
-    """The dimension that an argument names, by its place if it has no name; 0 if the call leaves it out."""
-    return op.kwargs.get("dim", op.args[argument] if len(op.args) > argument else 0)
+def dim_of(op: Op, argument: int, default: int = 0) -> int:
+    """The dimension that an argument names, by its place if it has no name; `default` if the call leaves it out."""
+    return op.kwargs.get("dim", op.args[argument] if len(op.args) > argument else default)
 
 
-def resized_along(argument: int, *, removed: bool = False) -> Callable[[Op], str]:
+def resized_along(argument: int, *, removed: bool = False, default: int = 0) -> Callable[[Op], str]:
     """The output has another length along the dimension named by an argument, or not that dimension."""
 
     def write(op: Op) -> str:
         shape = op.inputs[0].shape
-        dim = dim_of(op, argument) % len(shape)
+        dim = dim_of(op, argument, default) % len(shape)
         names = names_of(shape)
 
         def entry(length: int) -> list[str]:
@@ -127,6 +127,15 @@ def one_index_of(argument: int) -> Callable[[Op], str]:
         return f"{_join(names, [*names[:dim], *names[dim + 1 :]])} -> {_join(names)}"
 
     return write
+
+
+def at_indices(op: Op) -> str:
+    """gather, scatter: indices along one dimension, which is never split; the others are where all have the same."""
+    shapes = [tensor.shape for tensor in (*op.inputs, *op.outputs)]
+    names = names_of(shapes[0])
+    whole = {op.args[1] % len(names)} | {d for d, sizes in enumerate(zip(*shapes, strict=True)) if len({*sizes}) > 1}
+    entries = [[str(n) if d in whole else names[d] for d, n in enumerate(shape)] for shape in shapes]
+    return f"{_join(*entries[: len(op.inputs)])} -> {_join(*entries[len(op.inputs) :])}"
 
 
 def stack(op: Op) -> str:

@@ -49,7 +49,7 @@ class RegisteredOp:
         """The annotation for an engine that tells the function nothing: what a rank has to be told of is not split."""
         if self.spec.told is None or not isinstance(self.annotation, str):
             return self.annotation
-        return re.sub(rf"\b{self.spec.told.dim}\b", f"{self.spec.told.dim}^", self.annotation)
+        return re.sub(rf"\b{self.spec.told.dim}\b\+?", f"{self.spec.told.dim}^", self.annotation)
 
     def fingerprint(self) -> str:
         """What the annotation is, the same in every process: its text, or where its function is and the source there.

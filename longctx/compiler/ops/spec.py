@@ -64,11 +64,15 @@ class Told:
         dim: the identifier of the annotation. Whoever doesn't tell the op must not split it along this.
         argument: the op's argument that takes where the blocks begin that a rank's part is made of, a tuple of ints.
         flops: of the products of blocks of n that begin there, given the op, the starts and n. Ranks may differ.
+        share: of bytes that are told as shares of inputs, what a rank has if it has one of so many parts, given the op
+            and their number; None where they are split as the inputs are. Only a dimension of a row's tokens, which has
+            none, may be in balanced order.
     """
 
     dim: str
     argument: str
     flops: Callable[[Op, Sequence[int], int], Flops]
+    share: Callable[[Op, int], float] | None = None
 
 
 # --- rules that many operators share, the defaults among them --------------------------------------------------------

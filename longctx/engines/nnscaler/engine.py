@@ -19,6 +19,7 @@ from longctx.errors import CheckpointMismatch, CompiledError, EngineError, Layer
 from longctx.huggingface.attention import refuse_own_attention
 from longctx.huggingface.build import build_model
 from longctx.huggingface.configuration import vocab_size
+from longctx.huggingface.experts import refuse_mixtures
 from longctx.huggingface.overrides import changed_config
 from longctx.huggingface.weights import check_hf_files, find_weights, remarks, trained_config
 from longctx.job import Job
@@ -105,13 +106,14 @@ def check_model(job: Job) -> Parameters:
 
     Raises:
         LayerNameError: it lacks one of the classes.
-        ModelError: the weights are not there or do not fit, or the model has an attention of its own.
+        ModelError: the weights are not there or do not fit, or the model has an attention of its own, or experts.
     """
     weights = None if job.random_init else find_weights(job.model_id, job.changes)
     # Only after the weights, which it may depend on, are here.
     config = weights.config if weights else trained_config(job.model_id, job.random_init, job.changes)
     wrapped = build_model(config, job.dtype, job.attn_implementation)
     refuse_own_attention(wrapped.model)
+    refuse_mixtures(wrapped.model)
     known = {type(module).__name__ for module in wrapped.modules()}
     model_name = type(wrapped.model).__name__
     for kind, names in ((LayerNameError, job.recompute_modules), (PivotNameError, job.nnscaler.pipeline_pivots)):

@@ -1,0 +1,173 @@
+"""Mixtures of experts: each token's experts compute what transformers' own do, and whole models are what they are."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from families import tiny_config
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from plans import Case, check_cases, random_assignment, trace_family
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+from longctx.compiler.ir import Op, Tensor, storage_of
+from longctx.compiler.lifetimes import saved_besides, saved_tensors
+from longctx.compiler.ops import spec_of, target_of
+from longctx.compiler.placement import Partition
+from longctx.errors import ModelError
+from longctx.huggingface.build import build_model
+from longctx.huggingface.experts import arguments_of
+from longctx.kernels.experts import experts
+from longctx.kernels.kept import keep, kept
+
+# --- one layer's experts ---------------------------------------------------------------------------------------------
+
+
+def transformers_experts(module_class: type, n_experts: int, d: int, f: int, dtype: torch.dtype) -> torch.nn.Module:
+    """A module of transformers' with its own eager forward, and random weights."""
+    config = SimpleNamespace(
+        num_local_experts=n_experts,
+        n_routed_experts=n_experts,
+        hidden_size=d,
+        intermediate_size=f,
+        moe_intermediate_size=f,
+        moe_latent_size=None,
+        hidden_act="silu",
+        mlp_hidden_act="relu2",
+        swiglu_alpha=1.702,
+        swiglu_limit=1.0,
+        _experts_implementation="eager",
+    )
+    module = module_class(config).to(dtype)
+    for weight in module.parameters():
+        torch.nn.init.normal_(weight, std=0.5)
+    return module
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    st.sampled_from([MixtralExperts, GptOssExperts, NemotronHExperts]),
+    st.integers(1, 12),
+    st.sampled_from([(1, 1), (3, 1), (4, 2), (8, 3), (16, 2)]),
+    st.sampled_from([(4, 8), (3, 5)]),
+    st.sampled_from([(torch.float64, 1e-12), (torch.float32, 1e-5)]),
+    st.integers(0, 100),
+)
+def test_experts_compute_what_transformers_eager_ones_do(module_class, n_tokens, sizes, widths, exact, seed):
+    """Whatever the number of tokens, and with experts that no token chose."""
+    (n_experts, k), (d, f), (dtype, tolerance) = sizes, widths, exact
+    torch.manual_seed(seed)
+    module = transformers_experts(module_class, n_experts, d, f, dtype)
+    chosen = torch.rand(n_tokens, n_experts).argsort(1)[:, :k]
+    x, weights = (torch.rand(n_tokens, n, dtype=dtype, requires_grad=True) for n in (d, k))
+    found = experts_of(module, x, chosen, weights)
+    expected = module(x, chosen, weights)
+
+    trained = [x, weights, *module.parameters()]
+    upstream = torch.randn_like(expected)
+    ours, theirs = (torch.autograd.grad(output, trained, upstream) for output in (found, expected))
+    torch.testing.assert_close([found, *ours], [expected, *theirs], rtol=tolerance, atol=tolerance)
+
+
+def experts_of(module: torch.nn.Module, *routed: torch.Tensor) -> torch.Tensor:
+    first = "gate_up_proj" if module.has_gate else "up_proj"
+    names = [first, "down_proj", *([f"{first}_bias", "down_proj_bias"] if module.has_bias else [])]
+    return experts(*routed, *(getattr(module, name) for name in names), **arguments_of(module))
+
+
+def random_call(n: int = 6, n_experts: int = 4, k: int = 2, d: int = 4, f: int = 8) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    chosen = torch.rand(n, n_experts).argsort(1)[:, :k]
+    shapes = ((n, d), (n, k), (n_experts, 2 * f, d), (n_experts, d, f))
+    x, *rest = (torch.randn(shape, requires_grad=True) for shape in shapes)
+    return [x, chosen, *rest]
+
+
+def doubled(call: list[torch.Tensor]) -> list[torch.Tensor]:
+    """In float64, in which each expert's products are calls of their own."""
+    return [t.detach().double().requires_grad_() if t.is_floating_point() else t for t in call]
+
+
+def test_ranks_with_some_of_the_experts_have_parts_of_the_sum_that_all_give():
+    x, chosen, weights, gate_up, down = random_call()
+    parts = [experts(x, chosen, weights, gate_up[i : i + 2], down[i : i + 2], starts=(i,)) for i in (0, 2)]
+    torch.testing.assert_close(sum(parts), experts(x, chosen, weights, gate_up, down))
+
+
+def test_autograd_saves_the_inputs_and_the_first_product_as_the_compiler_counts_them():
+    call = random_call()
+    inputs = tuple(Tensor(f"x{i}", tuple(t.shape), t.dtype, t.requires_grad) for i, t in enumerate(call))
+    op = Op(target_of(experts), inputs, {}, (Tensor("y", (6, 4), torch.float32, True),), "", None)
+    saved = {}
+    with saved_tensors_hooks(lambda t: saved.setdefault(storage_of(t), t), lambda t: t):
+        experts(*call)
+    assert {storage_of(t) for t in call} <= set(saved)
+    assert saved_tensors(op) == list(inputs)
+    besides = sum(t.nbytes for t in saved.values()) - sum(t.nbytes for t in call)
+    assert besides == sum(share * 6 * 4 * 4 for share in saved_besides(op).values()) == 12 * 16 * 4
+
+
+def test_the_flops_are_those_of_the_experts_that_tokens_chose():
+    call = random_call(d=8)
+    inputs = tuple(Tensor(f"x{i}", tuple(t.shape), t.dtype, t.requires_grad) for i, t in enumerate(call))
+    op = Op(target_of(experts), inputs, {}, (Tensor("y", (6, 8), torch.float32, True),), "", None)
+    with FlopCounterMode(display=False) as counter:
+        output = experts(*doubled(call))
+        forward = counter.get_total_flops()
+        output.sum().backward()
+    assert vars(spec_of(op).flops(op)) == {"forward": forward, "backward": counter.get_total_flops() - forward}
+
+
+def test_a_layer_that_keeps_its_experts_output_computes_no_product_of_them_again():
+    call = doubled(random_call())
+
+    def layer(x: torch.Tensor) -> torch.Tensor:
+        return kept("mlp.experts", experts, x, *call[1:]).tanh()
+
+    counts, gradients = [], []
+    for contexts in (None, keep("mlp.experts")):
+        options = {"context_fn": contexts} if contexts else {}
+        with FlopCounterMode(display=False) as counter:
+            output = checkpoint(layer, call[0], use_reentrant=False, **options)
+            gradients.append(torch.autograd.grad(output.sum(), [call[0], *call[2:]]))
+        counts.append(counter.get_total_flops())
+    torch.testing.assert_close(*gradients)
+    assert counts[0] / counts[1] == pytest.approx(4 / 3)  # forward, forward again and twice that for the gradients
+
+
+# --- models ----------------------------------------------------------------------------------------------------------
+
+
+# Plans over 4 ranks, and two copies of plans over 2. Mixtral and GPT-OSS have their routers' auxiliary loss.
+CASES = [
+    *(Case(family, seed, 4, 4) for family in ("mixtral", "gpt_oss") for seed in (0, 3)),
+    *(Case(family, 0, 4, 4) for family in ("olmoe", "deepseek_v3")),
+    *(Case(family, 5, 2, 4) for family in ("qwen3_moe", "glm4_moe")),
+]
+
+
+def test_plans_of_mixtures_are_right_whether_ranks_share_out_tokens_or_experts():
+    split = {p.dim for case in CASES for op, p in drawn(case).items() if op.target == target_of(experts)}
+    assert {"n", "e"} <= split
+    for case, (loss_error, gradient_error, worst) in check_cases(CASES).items():
+        assert loss_error < 1e-6, case
+        assert gradient_error < 1e-4, (case, worst)
+
+
+def drawn(case: Case) -> dict[Op, Partition]:
+    """The partitions of a case's plan."""
+    return random_assignment(trace_family(case.family), case.plan_ngpus, case.seed, [2]).partitions
+
+
+def test_experts_that_the_program_does_not_compute_are_refused_in_a_sentence():
+    module = transformers_experts(MixtralExperts, 2, 4, 8, torch.float32)
+    module._apply_gate = lambda product: product.chunk(2, -1)[0].sin()
+    with pytest.raises(ModelError, match="^MixtralExperts has a gate or a norm of its own.*; choose another model"):
+        arguments_of(module)
+    with pytest.raises(ModelError, match="^the experts of JetMoeForCausalLM are none that.*; choose another model"):
+        build_model(tiny_config("jetmoe"), torch.float32)
