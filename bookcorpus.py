@@ -9,7 +9,8 @@ files (a document each), .jsonl, .json and .parquet files (a document to a row),
 links are followed, hidden files, READMEs and licences are left out, and if its files are of several splits, by their
 names or by its README, --split is read. Files are read in sorted order. Each document becomes bos + tokens + eos, with
 what the tokenizer has of the two; all are concatenated and cut into rows, and only the tail that fills no row is left
-out. What was read and what was left out is printed, and recorded in corpus.json beside the rows.
+out. A column beside the tokens has the places at which documents begin. What was read and what was left out is printed,
+and recorded in corpus.json beside the rows.
 
 A document that can't be read ends the script before any is tokenized, since all are read once to see whether they can
 be; with --skip_bad_documents it is left out instead and counted.
@@ -38,7 +39,8 @@ from longctx.atomic import whole_folder, why_not_new
 from longctx.command_line import MOST_TOKENS, Cause, naming_options, option, parse
 from longctx.data.corpus import Corpus, open_corpus
 from longctx.data.documents import Documents
-from longctx.data.rows import record_corpus
+from longctx.data.packing import document_lengths
+from longctx.data.rows import BEGINS, record_corpus
 from longctx.data.tokens import Tokens, tokenize
 from longctx.errors import (
     BadDocument,
@@ -109,6 +111,10 @@ def summary(corpus: dict, asked: Asked, seconds: float) -> str:
         lines.append(f"read: {named(corpus['files'], 'files')}")
     left_out = corpus["left_out"] | ({"bad documents": corpus["bad_documents"]} if corpus["bad_documents"] else {})
     tail, empty = corpus["tail_dropped"], corpus["empty_documents"]
+    mean, of_a_token = corpus["document_length"]["mean"], corpus["document_length"]["weighted_mean"]
+    lines.append(
+        f"documents, cut where rows end, have {mean:,.0f} tokens on average, and a token is in one of {of_a_token:,.0f}"
+    )
     lines.append(f"left out: a tail of {tail:,} tokens, {empty:,} empty documents")
     lines += [f"left out: {named(names, reason)}" for reason, names in left_out.items()]
     speed = corpus["tokens"] / seconds
@@ -217,26 +223,37 @@ def write_rows(folder: Path, tokens: Iterable[Tokens], size: int, sequence_lengt
     """
     import datasets  # here, since --help and a sentence that it is missing do without
 
-    features = datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", BEGINS)})
     schema = features.arrow_schema
     counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "rows": 0, "largest_token": -1}
-    shards = []
+    shards, n_documents, squares = [], 0, 0  # as they are in the rows
     blocks = packed(counted(tokens, counts, size), sequence_length)
     for first in blocks:
         shards.append(folder / f"data-{len(shards):05d}.arrow")
         with pa.OSFile(os.fsencode(shards[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as shard:
-            for block in itertools.chain([first], itertools.islice(blocks, BLOCKS_PER_SHARD - 1)):
-                offsets = pa.array(np.arange(0, len(block) + 1, sequence_length, dtype=np.int32))
-                rows = pa.ListArray.from_arrays(offsets, pa.array(block))
-                shard.write_batch(pa.RecordBatch.from_arrays([rows], schema=schema))
+            for ids, begins in itertools.chain([first], itertools.islice(blocks, BLOCKS_PER_SHARD - 1)):
+                ends = np.arange(0, len(ids) + 1, sequence_length)  # of rows
+                rows = lists(ids, ends)
+                documents = lists((begins % sequence_length).astype(np.int32), np.searchsorted(begins, ends))
+                shard.write_batch(pa.RecordBatch.from_arrays([rows, documents], schema=schema))
                 counts["rows"] += len(rows)
+                lengths = document_lengths(begins, len(rows), sequence_length)
+                n_documents, squares = n_documents + len(lengths), squares + int((lengths**2).sum())
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
     write_state(folder, shards)
-    return counts | {"tail_dropped": counts["tokens"] - counts["rows"] * sequence_length}
+    kept = counts["rows"] * sequence_length
+    # Each document counts once for the mean, and each of its tokens for the other, by which attention's work goes.
+    length = {"mean": kept / max(n_documents, 1), "weighted_mean": squares / max(kept, 1)}
+    return counts | {"tail_dropped": counts["tokens"] - kept, "document_length": length}
 
 
-def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[np.ndarray]:
-    """Yields the token ids of `tokens`, adds them up in `counts`, and shows progress."""
+def lists(values: np.ndarray, ends: np.ndarray) -> pa.ListArray:
+    """A list of the values between each of `ends` and the next, the first of which is 0."""
+    return pa.ListArray.from_arrays(pa.array(ends.astype(np.int32)), pa.array(values))
+
+
+def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[Tokens]:
+    """Yields `tokens`, adds them up in `counts`, and shows progress."""
     with progress(size) as bar:
         for some in tokens:
             counts["documents"] += some.documents
@@ -250,7 +267,7 @@ def counted(tokens: Iterable[Tokens], counts: dict, size: int) -> Iterator[np.nd
                 refresh=False,
             )
             bar.update(some.share)
-            yield some.ids
+            yield some
 
 
 def progress(size: int, description: str = "") -> tqdm:
@@ -260,18 +277,22 @@ def progress(size: int, description: str = "") -> tqdm:
     return tqdm(total=size, desc=description, bar_format=form, delay=1, mininterval=interval)
 
 
-def packed(arrays: Iterable[np.ndarray], sequence_length: int) -> Iterator[np.ndarray]:
-    """Concatenates int32 arrays and yields blocks of whole rows, of about BLOCK tokens or, if longer, of one row."""
-    held, size = [], 0
-    for array in itertools.chain(arrays, [None]):
-        if array is not None:
-            held.append(array)
-            size += len(array)
+def packed(tokens: Iterable[Tokens], sequence_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Concatenates tokens and yields blocks of whole rows, of about BLOCK tokens or, if longer, of one row.
+
+    Of each block it yields the token ids, int32, and the indices at which documents begin among them, int64.
+    """
+    held, begins, size = [], [], 0
+    for some in itertools.chain(tokens, [None]):
+        if some is not None:
+            held.append(some.ids)
+            begins.append(some.begins + size)
+            size += len(some.ids)
         whole = size - size % sequence_length
-        if whole and (size >= BLOCK or array is None):
-            tokens = np.concatenate(held)
-            yield tokens[:whole]
-            held, size = [tokens[whole:]], size - whole
+        if whole and (size >= BLOCK or some is None):
+            ids, starts = np.concatenate(held), np.concatenate(begins)
+            yield ids[:whole], starts[starts < whole]
+            held, begins, size = [ids[whole:]], [starts[starts >= whole] - whole], size - whole
 
 
 def write_state(folder: Path, shards: list[Path]) -> None:

@@ -90,8 +90,28 @@ def one_at_a_time(tokenizer, texts) -> list[int]:
     return [token for token in marked if token is not None]
 
 
+def begins(tokenizer, texts) -> list[int]:
+    """Where documents must begin in the corpus."""
+    lengths = [len(one_at_a_time(tokenizer, [text])) for text in texts if text]
+    return [sum(lengths[:n]) for n in range(len(lengths))]
+
+
+def length_in_rows(tokenizer, texts, whole: int, sequence_length: int) -> dict[str, float]:
+    """The mean length of what the first `whole` tokens have of documents in rows, and that of a token's document."""
+    cuts = sorted({*(n for n in begins(tokenizer, texts) if n < whole), *range(0, whole, sequence_length), whole})
+    lengths = [end - start for start, end in itertools.pairwise(cuts)]
+    squares = sum(n * n for n in lengths)
+    return {"mean": whole / max(len(lengths), 1), "weighted_mean": squares / max(whole, 1)}
+
+
 def saved_rows(folder) -> list[list[int]]:
     return datasets.load_from_disk(str(folder))["input_ids"][:]
+
+
+def saved_begins(folder, sequence_length: int) -> list[int]:
+    """Where documents begin by the column of the rows, counted from the first row's first token."""
+    rows = datasets.load_from_disk(str(folder))["document_starts"][:]
+    return [row * sequence_length + place for row, places in enumerate(rows) for place in places]
 
 
 def in_pieces_of(monkeypatch, piece, overlap):
@@ -129,6 +149,7 @@ def test_rows_are_the_tokens_of_all_documents_one_after_another_but_for_the_tail
         rows = saved_rows(folder)
         assert [token for row in rows for token in row] == expected[:whole]
         assert {len(row) for row in rows} == {sequence_length}
+        assert saved_begins(folder, sequence_length) == [n for n in begins(tokenizer, texts) if n < whole]
     assert counts == {
         "documents": sum(map(bool, texts)),
         "empty_documents": texts.count(""),
@@ -136,6 +157,7 @@ def test_rows_are_the_tokens_of_all_documents_one_after_another_but_for_the_tail
         "rows": whole // sequence_length,
         "largest_token": max(expected, default=-1),
         "tail_dropped": len(expected) - whole,
+        "document_length": length_in_rows(tokenizer, texts, whole, sequence_length),
     }
 
 
@@ -168,8 +190,9 @@ def test_a_document_read_in_pieces_has_the_tokens_of_the_document_tokenized_whol
     with pytest.MonkeyPatch.context() as patch:
         in_pieces_of(patch, 2048, 512)
         documents = longctx.data.documents.row_documents(text, 1)
-        found = np.concatenate([tokens.ids for tokens in longctx.data.tokens.tokenize(documents, tokenizer, 1)])
-    assert found.tolist() == one_at_a_time(tokenizer, [text])
+        found = list(longctx.data.tokens.tokenize(documents, tokenizer, 1))
+    assert np.concatenate([tokens.ids for tokens in found]).tolist() == one_at_a_time(tokenizer, [text])
+    assert [tokens.begins.tolist() for tokens in found] == [[0], *[[]] * (len(found) - 1)]
 
 
 def test_a_long_text_file_is_read_in_pieces_and_tokenized_on_all_processes(
@@ -539,6 +562,8 @@ def test_a_tokenizer_with_one_of_bos_and_eos_has_that_between_documents(
     in_pieces_of(monkeypatch, 2048, 512)
     rows = run(tmp_path / "data.jsonl", tokenizer_path_or_name=tmp_path)
     expect(rows, one, texts)
+    tokens = len(one_at_a_time(one, texts))
+    assert saved_begins(rows, 8) == [n for n in begins(one, texts) if n < tokens // 8 * 8]
     assert f"\neach document {place} with <s>\n" in capsys.readouterr().out
 
 
@@ -594,6 +619,7 @@ def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printe
         "rows": tokens // 8,
         "largest_token": max(one_at_a_time(tokenizer, FIVE)),
         "tail_dropped": tokens % 8,
+        "document_length": length_in_rows(tokenizer, FIVE, tokens // 8 * 8, 8),
         "files": ["data.jsonl"],
         "left_out": {},
         "bad_documents": [],
@@ -601,10 +627,11 @@ def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printe
     assert f"4 documents, {tokens} tokens -> {tokens // 8} rows of 8" in capsys.readouterr().out
 
 
-def test_rows_are_int32_in_one_column(run, tmp_path):
+def test_rows_are_int32_and_so_is_where_documents_begin_in_them(run, tmp_path):
     write_jsonl(tmp_path / "data.jsonl", FIVE)
     saved = datasets.load_from_disk(str(run(tmp_path / "data.jsonl")))
-    assert saved.features == datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))})
+    lists = datasets.List(datasets.Value("int32"))
+    assert saved.features == datasets.Features({"input_ids": lists, "document_starts": lists})
 
 
 # What is wrong, in one sentence

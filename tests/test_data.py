@@ -24,6 +24,7 @@ from longctx.data.order import (
     step_rows,
     steps_per_epoch,
 )
+from longctx.data.packing import find_boundaries
 from longctx.errors import RowsError
 
 
@@ -319,3 +320,63 @@ def test_the_position_after_a_number_of_steps_is_that_of_taking_them_one_by_one(
     _, start = all_rows(n_rows, 1, before, 0, Position(), first)
     _, position = all_rows(n_rows, 1, now, 0, start, steps)
     assert position_after(start.step + steps, n_rows, now, start) == position
+
+
+# --- documents of a row ----------------------------------------------------------------------------------------------
+
+BOS = 1
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.integers(2, 9), st.integers(1, 5), st.booleans(), st.booleans(), st.data())
+def test_documents_begin_where_the_column_or_else_the_bos_tokens_say_and_with_each_row(
+    tmp_path_factory, length, n_rows, by_column, in_chunks, data
+):
+    folder = str(tmp_path_factory.getbasetemp())
+    tokens = data.draw(st.lists(st.lists(st.integers(0, 3), min_size=length, max_size=length), min_size=n_rows))
+    tokens[-1][-1] = BOS
+    table = pa.table({"input_ids": tokens})
+    begins = [[place for place, token in enumerate(row) if token == BOS] for row in tokens]
+    if by_column:
+        begins = [sorted(data.draw(st.sets(st.integers(0, length - 1)))) for _ in tokens]
+        table = table.append_column(stored.BEGINS, pa.array(begins, pa.list_(pa.int32())))
+    if in_chunks:
+        table = pa.concat_tables([table.slice(0, 1), table.slice(1)])
+    boundaries = find_boundaries(folder, table, length, None if by_column else BOS)
+    squares = []
+    for row, own in enumerate(begins):
+        starts = sorted({0, *own})
+        assert boundaries.starts(row) == tuple(starts)
+        squares.append(sum((end - start) ** 2 for start, end in zip(starts, [*starts[1:], length], strict=True)))
+        rows = stored.Rows(table, length, 10, boundaries)
+        tokens_of_row, labels, positions, given_starts = rows.load(row)
+        plain_tokens, plain_labels = stored.load_row(table, row, length, 10)
+        assert torch.equal(tokens_of_row, plain_tokens)
+        assert given_starts == tuple(starts)
+        assert positions.tolist() == [[place - max(s for s in starts if s <= place) for place in range(length)]]
+        lasts = [start - 1 for start in starts[1:]]
+        assert all(labels[0, place] == (-100 if place in lasts else plain_labels[0, place]) for place in range(length))
+    assert boundaries.squares.tolist() == squares
+    assert boundaries.length == pytest.approx(sum(squares) / (length * len(tokens)))
+
+
+@pytest.mark.parametrize(
+    ("bos", "facts", "sentence"),
+    [
+        (None, None, "nothing says where its documents begin: it has no column document_starts, and its model no bos"),
+        (BOS, {"bos_token": None}, "nothing says where .* and its tokenizer no bos token; make it again with"),
+        (BOS, None, "nothing says where its documents begin: .* the model's bos token, 1, is nowhere in it; make it"),
+    ],
+)
+def test_rows_that_do_not_say_where_documents_begin_are_refused(tmp_path, bos, facts, sentence):
+    if facts:
+        (tmp_path / "corpus.json").write_text(json.dumps({"tokenizer": "theirs", "vocab_size": 9} | facts))
+    with pytest.raises(RowsError, match=f"^{sentence}"):
+        find_boundaries(str(tmp_path), pa.table({"input_ids": [[5, 6], [7, 8]]}), 2, bos)
+
+
+@pytest.mark.parametrize("begins", [[0, 3], [-1], [None]])
+def test_document_starts_that_are_no_places_in_a_row_are_refused(tmp_path, begins):
+    table = pa.table({"input_ids": [[5, 6, 7]], stored.BEGINS: pa.array([begins], pa.list_(pa.int32()))})
+    with pytest.raises(RowsError, match="^its column document_starts has values that are no places in a row; make it"):
+        find_boundaries(str(tmp_path), table, 3, None)

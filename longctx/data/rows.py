@@ -7,7 +7,7 @@ programs may bring labels of their own, or masks that say which tokens are to be
 import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -18,14 +18,22 @@ from longctx import seal
 from longctx.errors import RowsError, one_line
 from longctx.schema import Count, Range, decode, read_json
 
+if TYPE_CHECKING:
+    from longctx.data.packing import Boundaries
+
 CORPUS = "corpus.json"  # what bookcorpus.py records of rows beside them
 MAKE_AGAIN = "make it again with bookcorpus.py"
 IGNORE_INDEX = -100  # the label of a position that the loss leaves out, PyTorch's default
 # Columns of 0 and 1, of which 0 leaves a token out of the loss, as transformers' apply_chat_template and TRL name them.
 # attention_mask has 0 for padding.
 MASKS = ("loss_mask", "assistant_masks", "completion_mask", "attention_mask")
+BEGINS = "document_starts"  # the column of the tokens of a row at which a document begins; packing.py reads it
 # What one value is called, of each column that is read.
-NAMES = {"input_ids": "token", "labels": "label"} | {mask: f"{mask} value" for mask in MASKS}
+NAMES = {"input_ids": "token", "labels": "label", BEGINS: "document start"} | {mask: f"{mask} value" for mask in MASKS}
+
+# What a model takes of a row: tokens and labels, and, where documents do not see each other, positions and where each
+# document begins.
+RowInputs = tuple[torch.Tensor, torch.Tensor] | tuple[torch.Tensor, torch.Tensor, torch.Tensor, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -50,7 +58,7 @@ def open_dataset(path: str) -> pa.Table:
 
     Returns:
         A row of lists of equal length each: the token ids in `input_ids`, and, where the dataset has them, `labels` and
-        the columns of MASKS.
+        the columns of MASKS; and the lists of BEGINS, which are of any length.
 
     Raises:
         RowsError: there is no such dataset, it holds something else, or its rows are not all of one length.
@@ -142,7 +150,9 @@ def check_rows(table: pa.Table) -> None:
         )
     if first < 2:
         raise RowsError(f"its rows have {first} tokens, and it takes 2 to predict one; make it again with longer rows")
-    for column in (name for name in NAMES if name != "input_ids" and name in table.column_names):
+    if BEGINS in table.column_names:
+        list_lengths(table, BEGINS, f"integers, one a document; {MAKE_AGAIN}")
+    for column in (name for name in NAMES if name not in ("input_ids", BEGINS) and name in table.column_names):
         lengths = list_lengths(table, column, "integers, one a token; mend them, or remove the column")
         if (row := first_other_than(first, lengths)) is not None:
             raise RowsError(f"row {row} has {lengths[row]} {column} and {first} tokens; mend it, or remove the column")
@@ -171,11 +181,13 @@ class CorpusFacts:
 
     Attributes:
         vocab_size: entries of the tokenizer.
+        bos_token: what each document begins with; None if the tokenizer has no such token.
         largest_token: -1 if there is none; None from older versions of bookcorpus.py, which did not record it.
     """
 
     tokenizer: str
     vocab_size: Count
+    bos_token: str | None = None
     largest_token: Annotated[int, Range(at_least=-1)] | None = None
 
 
@@ -276,15 +288,20 @@ def check_vocabulary(ids: torch.Tensor, row: int, what: str, vocab_size: int) ->
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows to train on, read as the plan and the model take them. `dataset` is open_dataset's."""
+    """The rows to train on, read as the plan and the model take them.
+
+    `dataset` is open_dataset's. `boundaries` are None where the documents of a row see each other.
+    """
 
     dataset: pa.Table
     sequence_length: int
     vocab_size: int
+    boundaries: "Boundaries | None" = None
 
     def __len__(self) -> int:
         return len(self.dataset)
 
-    def load(self, row: int | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Row `row` as (tokens, labels), as load_row gives them."""
-        return load_row(self.dataset, row, self.sequence_length, self.vocab_size)
+    def load(self, row: int | None) -> RowInputs:
+        """Row `row` as (tokens, labels), as load_row gives them, or with more, as Boundaries.apart does."""
+        tokens, labels = load_row(self.dataset, row, self.sequence_length, self.vocab_size)
+        return (tokens, labels) if self.boundaries is None else self.boundaries.apart(row, tokens, labels)

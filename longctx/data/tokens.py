@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
 
 import numpy as np
@@ -36,10 +36,12 @@ class Batch:
 class Tokens:
     """The next tokens of the corpus, bos and eos included, int32 [n], and how many documents end among them.
 
-    `share` is the share of the corpus's size that has been read for them.
+    `begins` are the indices at which a document begins, int64, ascending. `share` is the share of the corpus's size
+    that has been read for them.
     """
 
     ids: np.ndarray
+    begins: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))
     documents: int = 0
     empty_documents: int = 0
     share: int = 0
@@ -62,8 +64,7 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast, num_proc:
     encoded = encode_in_order(batches(documents), num_proc, initargs)
     for batch, ids, starts in encoded:
         if batch.piece is None:
-            empty = batch.texts.count("")
-            yield Tokens(ids, len(batch.texts) - empty, empty, batch.share)
+            yield Tokens(ids, starts, len(starts), batch.texts.count(""), batch.share)
         else:
             yield from join_pieces(batch.piece, batch.share, ids, starts, encoded)
 
@@ -126,14 +127,18 @@ def use_tokenizer(backend: Tokenizer, bos: list[int], eos: list[int]) -> None:
     tokenizer_in_use = backend, bos, eos
 
 
-def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray | None]:
-    """Tokenizes a batch: whole documents, with bos and eos, to (tokens, None), or a piece as encode_piece does."""
+def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Tokenizes a batch: a piece as encode_piece does, or whole documents, with bos and eos.
+
+    Of documents it returns the tokens of all, int32, and the index at which each of them begins, int64.
+    """
     if batch.piece:
         return encode_piece(batch.piece.text)
     backend, bos, eos = tokenizer_in_use
     encodings = backend.encode_batch_fast([text for text in batch.texts if text], add_special_tokens=False)
     ids = itertools.chain.from_iterable(itertools.chain(bos, encoding.ids, eos) for encoding in encodings)
-    return np.fromiter(ids, np.int32), None
+    ends = np.cumsum([0, *(len(bos) + len(encoding.ids) + len(eos) for encoding in encodings)], dtype=np.int64)
+    return np.fromiter(ids, np.int32), ends[:-1]
 
 
 def encode_piece(text: str) -> tuple[np.ndarray, np.ndarray]:
@@ -158,7 +163,7 @@ def join_pieces(
     joined and tokenized again as one; the text doubles each time, so that the time stays nearly linear in its length.
     """
     text, begin, low, high = piece.text, 0, OVERLAP // 4, OVERLAP * 3 // 4
-    yield Tokens(np.array(tokenizer_in_use[1], np.int32), share=share)
+    yield Tokens(np.array(tokenizer_in_use[1], np.int32), np.zeros(1, np.int64), share=share)
     while not piece.last:
         offset = len(text) - OVERLAP  # of the next piece in this one
         batch, next_ids, next_starts = next(following)
