@@ -17,7 +17,16 @@ from longctx.errors import KernelError, UserError
 from longctx.huggingface.attention import attention_function, attention_options
 from longctx.kernels import attention as attention_module
 from longctx.kernels import choice, fused
-from longctx.kernels.attention import attention, fused_shapes, is_one_kernel, workspace
+from longctx.kernels.attention import (
+    QUERY_BLOCK,
+    attention,
+    flops,
+    flops_of_queries,
+    fused_shapes,
+    is_one_kernel,
+    saves,
+    workspace,
+)
 from longctx.kernels.choice import Choice, Milliseconds, candidates, choose
 from longctx.options import parse_job
 from longctx.runtime import parallel
@@ -184,6 +193,22 @@ def test_every_fused_kernels_output_can_be_kept_where_the_rest_is_recomputed():
     for options in ({"implementation": "eager"}, {"softcap": 1.0}, {"dropout": 0.1}):
         assert not is_one_kernel(attention_op(SHAPES[0], **options))
     assert fused_shapes(attention_op(SHAPES[0], window=1024)) == ()
+
+
+@pytest.mark.parametrize(("d", "e", "options"), [(192, 128, {}), (128, 128, {"dropout": 0.1}), (100, 100, {})])
+def test_queries_whose_pieces_no_gpu_kernel_takes_are_priced_and_weighed_as_the_blocks_that_run(d, e, options):
+    def op(n_queries: int, d: int = d, e: int = e, **options) -> Op:
+        return attention_op([(1, 4, n_queries, d), (1, 4, 8192, d), (1, 4, 8192, e)], **options)
+
+    some, fused_op = flops_of_queries(op(8192, **options), (6144,), 2048), op(8192, 128, 128)
+    assert some.backward == 3.5 * some.forward  # a block's forward again, and the five products of its backward
+    assert flops_of_queries(op(8192, **options), (0,), 8192).backward == 2.5 * flops(op(8192, **options)).forward
+    assert flops_of_queries(fused_op, (6144,), 2048).backward == 2.5 * flops_of_queries(fused_op, (6144,), 2048).forward
+    part = op(2048, **options)
+    distances = 8 * QUERY_BLOCK * 8192  # int64, of which a block's mask is made
+    assert sum(share * nbytes(t) for t, share in workspace(part, "forward").items()) > distances
+    assert saves(part) == part.inputs
+    assert is_one_kernel(part) == is_one_kernel(op(8192, **options))  # a rank's ops have the names of the model's
 
 
 def predicted_backward(op: Op) -> float:

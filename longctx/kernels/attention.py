@@ -229,9 +229,21 @@ def takes_blocks(op: Op) -> bool:
 
     flash-attn has one. Where 'auto' finds it installed, attention needs less memory than is predicted.
     """
-    if arguments_of(op)["implementation"] == "flash_attention_2":
-        return False
-    return _holds_scores(op) or _windowed(op)
+    n_queries, n_keys = op.inputs[0].shape[2], op.inputs[1].shape[2]
+    return _masks_more(op) or (n_queries != n_keys and _falls_back(op))
+
+
+def _masks_more(op: Op) -> bool:
+    """Whether attention of all queries runs in blocks of them."""
+    return arguments_of(op)["implementation"] != "flash_attention_2" and (_holds_scores(op) or _windowed(op))
+
+
+def _falls_back(op: Op) -> bool:
+    """Whether attention of some of the queries runs in blocks of them: whether no kernel of a GPU takes its pieces."""
+    query, _, value = op.inputs[:3]
+    d = query.shape[-1]
+    has_kernel = not arguments_of(op)["dropout"] and d == value.shape[-1] and d % 8 == 0 and d <= 256
+    return arguments_of(op)["implementation"] != "flash_attention_2" and not has_kernel
 
 
 def _holds_scores(op: Op) -> bool:
@@ -250,7 +262,7 @@ def flops(op: Op) -> Flops:
     """Two products, scores and weighted values, over every pair of a query and a key that the query sees.
 
     The backward of a fused kernel has four products and computes the scores again: five products, or 2.5 times the
-    forward (arXiv:2307.08691, section 3.1.2).
+    forward (arXiv:2307.08691, section 3.1.2). Blocks of queries are computed again before it.
     """
     return flops_of_queries(op, (0,), op.inputs[1].shape[2])
 
@@ -264,7 +276,8 @@ def flops_of_queries(op: Op, starts: Sequence[int], n: int) -> Flops:
         return n * (n + 1) / 2 - max(0, n - window) * (n - window + 1) / 2
 
     forward = _forward_flops(op, sum(seen_by_first(start + n) - seen_by_first(start) for start in starts))
-    return Flops(forward, 2.5 * forward)
+    in_blocks = _masks_more(op) or (len(starts) * n < op.inputs[1].shape[2] and _falls_back(op))
+    return Flops(forward, (3.5 if in_blocks else 2.5) * forward)
 
 
 def unmasked_flops(op: Op) -> float:
@@ -409,8 +422,11 @@ def draws_random(op: Op) -> bool:
 
 
 def is_one_kernel(op: Op) -> bool:
-    """Whether attention is certain to be one fused kernel, whose saved output a recomputation can use."""
-    return not takes_blocks(op) and not arguments_of(op)["dropout"]
+    """Whether attention of all queries is one fused kernel for certain, whose output a recomputation can use.
+
+    Of some queries the kernel is called for each block of them, and its outputs are kept all the same.
+    """
+    return not _masks_more(op) and not arguments_of(op)["dropout"]
 
 
 def fused_shapes(op: Op) -> tuple[tuple[int, ...], ...]:
