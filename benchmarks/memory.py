@@ -226,7 +226,7 @@ def _gpu_kernels(module: nn.Module) -> Iterator[None]:
     loss = {"chunk_linear_cross_entropy": loss_on_gpu} if "chunk_linear_cross_entropy" in gencode else {}
     with (
         mock.patch.object(attention, "sdpa", _sdpa_on_gpu),
-        mock.patch.object(pieces, "_kernel_for", lambda query, kernel: pieces.FLASH),
+        mock.patch.object(pieces, "kernel_for", lambda query, kernel: pieces.FLASH),
         mock.patch.object(F, "rms_norm", lambda x, shape, weight, eps: _FusedRmsNorm.apply(x, weight)),
         mock.patch.dict(gencode, loss),
     ):

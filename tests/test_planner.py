@@ -34,6 +34,7 @@ from longctx.compiler.cost import (
     plan_sharded_copy_seconds,
     plan_sharded_seconds,
     reshard_op,
+    ring_seconds,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor
 from longctx.compiler.layout import Layout, layout_of
@@ -171,6 +172,13 @@ class Prices:
             self.known[key] = op_seconds(op, partition, layout, self.setting.plan_size, self.setting.hardware)
         return self.known[key]
 
+    def waited(self, op: Op, partition: Partition, cost: Seconds) -> float:
+        """For what goes round a ring."""
+        if not spec_of(op).told:
+            return 0.0
+        seconds = ring_seconds(op, partition, cost, self.setting.plan_size, self.setting.hardware)
+        return seconds.forward + seconds.backward
+
     def move(self, tensor: Tensor, source: Placement, target: Placement, split: bool, layout: Layout) -> Seconds:
         key = tensor, source, target, split
         if key not in self.known:
@@ -243,11 +251,12 @@ class Prices:
         times: int,
     ) -> float:
         layout = self.layout(owner)
-        costs = [self.op(op, partition, layout) for op, partition in partitions.items()]
-        compute = times * sum(cost.forward + cost.backward for cost in costs)
+        costs = {(op, partition): self.op(op, partition, layout) for op, partition in partitions.items()}
+        compute = times * sum(cost.forward + cost.backward for cost in costs.values())
+        waited = [self.waited(op, partition, cost) for (op, partition), cost in costs.items()]
         traffic, others = self.weights(owner, plan_sharded, times)
         moves = times * sum(self.moves(partitions, given, passed_on, layout))
-        return compute + moves + max(0.0, traffic - compute) + others
+        return compute + moves + times * sum(waited) + max(0.0, traffic - compute) + others
 
     # --- every choice there is
 

@@ -12,11 +12,21 @@ from math import prod
 
 import torch
 
-from longctx.compiler.hardware import Hardware, collective_seconds, sent_bytes
+from longctx.compiler.hardware import Hardware, collective_seconds, passed_bytes, passing_seconds, sent_bytes
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.layout import Layout
 from longctx.compiler.lifetimes import saved_tensors, wants_gradient
-from longctx.compiler.ops import Flops, Shares, spec_of, splits_queries, told_share, told_split
+from longctx.compiler.ops import (
+    Flops,
+    Ring,
+    Shares,
+    passed_round,
+    ring_of,
+    spec_of,
+    splits_queries,
+    told_share,
+    told_split,
+)
 from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Reshard, local_shape, reshard_steps
@@ -67,7 +77,12 @@ def _phase_seconds(
     work = Work.STRIDED if layout.is_strided(op) else Work.COPIES
     moved = _local_bytes(op, _traffic(op, phase, layout), partition, plan_size)
     passed = _local_bytes(op, spec.passes(op, phase), partition, plan_size) * told_share(op, partition, plan_size)
-    return max(flops / rate, hardware.copy_seconds(work, moved)) + hardware.copy_seconds(Work.COPIES, passed)
+    seconds = max(flops / rate, hardware.copy_seconds(work, moved)) + hardware.copy_seconds(Work.COPIES, passed)
+    ring = _ring_of(op, partition, plan_size, hardware)
+    if ring and ring.goes_round:
+        by_part = _local_bytes(op, ring.spec.passes(op, phase), partition, plan_size)
+        seconds += ring.n_ranks * hardware.copy_seconds(Work.COPIES, by_part)
+    return seconds
 
 
 def flops_of_busiest(op: Op, partition: Partition, plan_size: int) -> Flops:
@@ -86,6 +101,64 @@ def even_flops(op: Op, partition: Partition, plan_size: int) -> Flops:
     share = plan_size if partition.dim is not None else 1
     whole = spec_of(op).flops(op)
     return Flops(whole.forward / share, whole.backward / share)
+
+
+@dataclass(frozen=True)
+class _Ring:
+    """The ranks round which an op's inputs are passed, and what one sends to the next at a time.
+
+    goes_round: whether all parts go round, one after another, rather than what is in reach of a part straight to it.
+    """
+
+    spec: Ring
+    n_ranks: int
+    links: Hardware
+    n_bytes: float
+    goes_round: bool
+
+
+def _ring_of(op: Op, partition: Partition, plan_size: int, hardware: Hardware) -> _Ring | None:
+    spec, split = ring_of(op, partition), told_split(op, partition)
+    if spec is None or split is None:
+        return None
+    length, placed, sharing = split
+    n, reach = plan_size // sharing, spec.reach(op)
+    links = spread(hardware, sharing, n) if sharing > 1 else hardware
+    places = dict(zip(op.inputs, partition.inputs, strict=True))
+    part = sum(bytes_of(tensor, places[tensor], plan_size) for tensor in passed_round(op, spec))
+    if reach is None:
+        return _Ring(spec, n, links, part, goes_round=True)
+    blocks = 2 if placed.balanced else 1
+    return _Ring(spec, n, links, part * min(n - 1, blocks * reach * n / length), goes_round=False)
+
+
+def ring_seconds(op: Op, partition: Partition, computing: Seconds, plan_size: int, hardware: Hardware) -> Seconds:
+    """How long an op waits for what is passed round its ranks, given what it computes; 0 if nothing is.
+
+    Where all parts go round, a step computes with one of n of them while the next one travels. In the forward n - 1
+    steps do; in the backward as many, in which gradients travel behind the parts, and then once more, to come home.
+    What travels longer than a step computes is waited for, and that last step. Where only what is in reach is sent, it
+    is before anything is computed, and its gradient when all is.
+    """
+    ring = _ring_of(op, partition, plan_size, hardware)
+    if ring is None:
+        return Seconds()
+    once = passing_seconds(ring.links, ring.n_bytes, ring.n_ranks)
+    forward = backward = once
+    if ring.goes_round:
+        forward = (ring.n_ranks - 1) * max(0.0, once - computing.forward / ring.n_ranks)
+        backward = (ring.n_ranks - 1) * max(0.0, 2 * once - computing.backward / ring.n_ranks) + once
+    return Seconds(forward, backward if wants_gradient(op) else 0.0)
+
+
+def ring_bytes(op: Op, partition: Partition, plan_size: int, hardware: Hardware) -> list[tuple[float, float]]:
+    """What `collective_bytes` tells of a reshard, of what an op passes round; empty if it passes nothing."""
+    ring = _ring_of(op, partition, plan_size, hardware)
+    if ring is None:
+        return []
+    steps = ring.n_ranks - 1 if ring.goes_round else 1
+    times = (steps, (2 * steps + 1 if ring.goes_round else 1) if wants_gradient(op) else 0)
+    return [passed_bytes(ring.links, n * ring.n_bytes, ring.n_ranks) for n in times]
 
 
 def _local_bytes(op: Op, shares: Shares, partition: Partition, plan_size: int) -> float:

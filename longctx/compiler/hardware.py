@@ -277,6 +277,25 @@ def collective_seconds(hardware: Hardware, kind: str, whole_bytes: float, n_rank
     return _modelled_seconds(hardware, kind, whole_bytes, n_ranks)
 
 
+def passing_seconds(hardware: Hardware, n_bytes: float, n_ranks: int) -> float:
+    """Seconds in which each of n_ranks devices, the first of them filling a node, sends so many bytes to the next one.
+
+    The slowest link between two of them sets the pace, and one adapter alone carries what goes from a node to the next.
+    """
+    if n_ranks == 1:
+        return 0.0
+    link = hardware.network if n_ranks > hardware.devices_per_node else hardware.node_link
+    return hardware.launch_latency + link.latency + n_bytes / _rate(link, 1)
+
+
+def passed_bytes(hardware: Hardware, n_bytes: float, n_ranks: int) -> tuple[float, float]:
+    """Of the bytes that a device sends to the next one, those over its node's links, and over the network; of n_ranks
+    the average, since the last one of each node sends all to another."""
+    in_node = min(n_ranks, hardware.devices_per_node)
+    share = 1 / in_node if n_ranks > in_node else 0.0
+    return n_bytes * (1 - share), n_bytes * share
+
+
 _PASSES = {"all_gather": 1, "reduce_scatter": 1, "all_reduce": 2}  # round a ring
 
 

@@ -34,6 +34,11 @@ class OwnStarts:
     across: int = 1  # so many neighbours have the same blocks
 
 
+@dataclass(frozen=True)
+class OwnRing(OwnStarts):
+    """Stands for the ranks that have a dimension of this length in parts, which they pass round."""
+
+
 @dataclass(frozen=True, eq=False)
 class Tensor:
     """A value of the graph. Two are equal only if they are the same object."""

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 
 import torch
 
-from longctx.compiler.ir import Graph, LayerCall, Op, OwnStarts, Tensor, map_tensors
-from longctx.compiler.ops import spec_of, told_split
+from longctx.compiler.ir import Graph, LayerCall, Op, Tensor, map_tensors
+from longctx.compiler.ops import spec_of, told_arguments
 from longctx.compiler.ops.aten import CAST
 from longctx.compiler.ops.reshards import target_of_reshard
 from longctx.compiler.placement import REPLICATE, Grid, Partition, Placement, Shard, local_shape, reshard_steps
@@ -113,18 +113,9 @@ class _Localizer:
         for tensor, placement in zip(op.outputs, partition.outputs, strict=True):
             outputs.append(self.add_input(tensor, placement))
         draws_own = partition.dim is not None and spec_of(op).draws_random(op)
-        kwargs = {**kwargs, **self._own_starts(op, partition)}
+        kwargs = {**kwargs, **told_arguments(op, partition)}
         local = replace(op, args=args, kwargs=kwargs, outputs=tuple(outputs), draws_own=draws_own)
         self.ops.append(replace(local, args=_local_sizes(local)))
-
-    def _own_starts(self, op: Op, partition: Partition) -> dict[str, OwnStarts]:
-        """The argument that tells an op where this rank's part begins, if it is split along a dimension of which it has
-        to know that."""
-        told, split = spec_of(op).told, told_split(op, partition)
-        if told is None or split is None:
-            return {}
-        length, placement, sharing = split
-        return {told.argument: OwnStarts(length, placement.balanced, sharing)}
 
     def add_layer(self, call: LayerCall, wanted: dict[Tensor, Placement], boundary: Placement) -> None:
         """Appends the call of a layer, after the reshards to the placements that layers take their inputs in."""

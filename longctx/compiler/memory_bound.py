@@ -35,7 +35,7 @@ from longctx.compiler.lifetimes import (
     storages,
 )
 from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram, scaled, total
-from longctx.compiler.ops import spec_of, splits_queries, told_share
+from longctx.compiler.ops import spec_of, splits_queries, told_arguments, told_share
 from longctx.compiler.ops.spec import FLOAT32_BYTES
 from longctx.compiler.placement import PARTIAL, REPLICATE, Partition, Placement, Shard, local_shape
 from longctx.compiler.plan import GB
@@ -55,6 +55,7 @@ class Choices:
     reshards: Mapping[Tensor, list[tuple[Placement, Placement, int]]]  # of a value with one reader: from, to, whether
     recomputing: Sequence[int]  # of a kind: how many layers compute anything again
     repeats: Mapping[Op, int]  # of a layer's op: how many layers compute it again
+    any_order: bool  # whether the order of tokens is open: what the leaner one needs counts, which is the balanced one
 
 
 def largest_moment(program: LinearProgram, graph: Graph, choices: Choices) -> int:
@@ -193,17 +194,20 @@ def _more_for_parts(op: Op, choices: Choices) -> Expression:
         placed = iter(partition.inputs)
         shapes = (local_shape(t.shape, p, choices.plan_size) for t, p in zip(op.inputs, placed, strict=True))
         args, kwargs = map_tensors((op.args, op.kwargs), lambda t, shapes=shapes: replace(t, shape=next(shapes)))
-        own = spec_of(op).workspace(replace(op, args=args, kwargs=kwargs), "backward")
+        told = told_arguments(op, partition)
+        told = {name: replace(own, balanced=own.balanced or choices.any_order) for name, own in told.items()}
+        local = replace(op, args=args, kwargs={**kwargs, **told})
+        own = spec_of(op).workspace(local, "backward")
         whole = spec_of(op).workspace(op, "backward")
         sides = (*op.inputs, *op.outputs), (*partition.inputs, *partition.outputs)
         places = dict(reversed(list(zip(*sides, strict=True))))
         counted = sum(share * bytes_of(t, places[t], choices.plan_size) for t, share in whole.items())
         more[x] = max(0.0, sum(share * nbytes(t) for t, share in own.items()) - counted) / GB
     gathered = [
-        {z: bytes_of(t, target, choices.plan_size) / GB - bytes_of(t, source, choices.plan_size) / GB}
+        {z: max(0.0, bytes_of(t, target, choices.plan_size) - bytes_of(t, source, choices.plan_size)) / GB}
         for t in dict.fromkeys(op.inputs)
         for source, target, z in choices.reshards.get(t, ())
-        if t.requires_grad and isinstance(source, Shard) and target == REPLICATE
+        if t.requires_grad
     ]
     return total(more, *gathered)
 

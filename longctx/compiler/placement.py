@@ -109,7 +109,8 @@ class Partition:
     """One way for a plan's ranks to compute an operator: along the identifier `dim`, or, if None, whole on each rank.
 
     Of two identifiers, "k g", the first is split into parts of length 1 and these along the second. By "q / k" groups
-    of neighbours share out the first, and the ranks of a group the second.
+    of neighbours share out the first, and the ranks of a group the second. By "q ring" the op is split along the first,
+    and what it needs whole otherwise is passed round.
 
     An input that is replicated receives a gradient that is partial if the operator is partitioned, and replicated if it
     is not. A gradient has otherwise its tensor's placement; an output that is partial receives one that is replicated.

@@ -53,7 +53,6 @@ class Fixed:
     boundary: Placement | None = None
     policy: Recompute | None = None  # of every layer
     balanced: bool | None = None  # whether a row's tokens are split in balanced order; None if that is open
-    queries: bool = True  # whether attention may be split along its queries
 
 
 def describe(graph: Graph, plan: Plan) -> dict:

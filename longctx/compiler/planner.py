@@ -44,9 +44,6 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
     if plan is None:
         fixed = replace(fixed, balanced=bool(fixed.balanced))
         plan, at_least = leanest(Program(graph, setting, fixed))
-        if may_split_queries(graph, setting, fixed):
-            other, _ = leanest(Program(graph, setting, replace(fixed, queries=False)))
-            plan = min(plan, other, key=lambda plan: plan.memory)
         if plan.memory > setting.memory_limit:
             missing = math.ceil(10 * (plan.memory - setting.memory_limit) / GB) / 10
             raise DoesNotFit(say_need(plan.memory, at_least), missing)
@@ -65,13 +62,11 @@ def fastest_in_any_order(
 
     The order matters only to a plan that splits attention along its queries. If no such plan is the fastest although
     attention is taken to be shared out evenly, that is all; else either order is searched, unless the first gives a
-    plan that is as fast as that, or as `close`. Gathered keys and values are a part of what the program counts no
-    memory for: where it finds no plan that fits, those are searched that don't gather them.
+    plan that is as fast as that, or as `close`.
     """
     plan, at_least = fastest(Program(graph, setting, fixed))
-    if plan is None:
-        return fastest_without_queries(graph, setting, fixed), at_least
-    if fixed.balanced is not None or not any(splits_queries(*chosen) for chosen in plan.assignment.partitions.items()):
+    splits = plan and any(splits_queries(*chosen) for chosen in plan.assignment.partitions.items())
+    if fixed.balanced is not None or not splits:
         return plan, at_least
     orders = [True, False] if graph.inputs[0].shape[-1] % (2 * setting.plan_size) == 0 else [False]
     best: Plan | None = None
@@ -83,25 +78,7 @@ def fastest_in_any_order(
             best = plan
         if best and best.seconds * (1 - close) < at_least:
             return best, at_least
-    return best or fastest_without_queries(graph, setting, fixed), min(bounds, default=0.0)
-
-
-def fastest_without_queries(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
-    """The fastest plan that fits and splits no attention along its queries; to be called where none was found that may.
-
-    Where nothing that is open could be split so, there is no other plan to be found.
-    """
-    if not may_split_queries(graph, setting, fixed):
-        return None
-    return fastest(Program(graph, setting, replace(fixed, queries=False)))[0]
-
-
-def may_split_queries(graph: Graph, setting: Setting, fixed: Fixed) -> bool:
-    """Whether it is open whether an op is split along tokens of which a rank has to know where its part begins."""
-    if setting.plan_size == 1 or not fixed.queries:
-        return False
-    told = {op: spec_of(op).told for op in graph.all_ops() if op not in fixed.partitions}
-    return any(facts and facts.share is None for facts in told.values())
+    return best, min(bounds, default=0.0)
 
 
 def fastest(program: Program) -> tuple[Plan | None, float]:

@@ -22,6 +22,8 @@ from longctx.compiler.cost import (
     packing_time,
     plan_sharded_copy_seconds,
     plan_sharded_seconds,
+    ring_bytes,
+    ring_seconds,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op
 from longctx.compiler.layout import Layout, layout_of
@@ -42,7 +44,7 @@ class StepTime:
     packing: float  # reshards' copies into and out of what they send
     weight_copies: float  # FSDP's own, and casts of plan-sharded weights
     optimizer: float  # a micro-batch's share of the norm and AdamW at the end of a step
-    reshards: float  # of activations between the plan's ranks, waited for
+    reshards: float  # of activations between the plan's ranks, waited for; what goes round a ring too
     fsdp_exposed: float  # of weights and gradients, beyond the computing that hides it
     fsdp_hidden: float
     plan_sharded_gradients: float  # all-reduces over the data-parallel ranks, waited for
@@ -144,15 +146,23 @@ def step_time(graph: Graph, plan: Plan, setting: Setting) -> StepTime:
 
 
 def sent_by_link(graph: Graph, plan: Plan, setting: Setting) -> tuple[float, float]:
-    """The bytes that a rank sends in a micro-batch's reshards: over its node's links, and over the network."""
+    """The bytes that a rank sends of activations in a micro-batch: over its node's links, and over the network."""
     total = [0.0, 0.0]
+
+    def add(sides: list[tuple[float, float]], times: tuple[int, int]) -> None:
+        for sent, n in zip(sides, times, strict=False):
+            total[:] = (before + n * more for before, more in zip(total, sent, strict=True))
+
     for body in _bodies(graph, plan):
         times = len(body.policies)
         again = times - body.policies.count(Recompute.NOTHING)
         for op in body.local_ops:
-            sides = collective_bytes(op, setting.plan_size, setting.hardware) if isinstance(op, Op) else []
-            for sent, n in zip(sides, (times + again, times), strict=False):
-                total = [before + n * more for before, more in zip(total, sent, strict=True)]
+            if isinstance(op, Op):
+                add(collective_bytes(op, setting.plan_size, setting.hardware), (times + again, times))
+        for op in body.ops:
+            if isinstance(op, Op):
+                sides = ring_bytes(op, plan.assignment.partitions[op], setting.plan_size, setting.hardware)
+                add(sides, (times + body.recomputed(op), times))
     return total[0], total[1]
 
 
@@ -196,6 +206,8 @@ def _body_time(body: _Body, plan: Plan, setting: Setting) -> StepTime:
             seconds = _seconds_of(op, body.layout, plan, setting)
             compute += times * (seconds.forward + seconds.backward)
             recompute += body.recomputed(op) * seconds.forward
+            waited = ring_seconds(op, plan.assignment.partitions[op], seconds, plan_size, device)
+            reshards += times * (waited.forward + waited.backward) + body.recomputed(op) * waited.forward
     for op in body.local_ops:
         if isinstance(op, Op):
             seconds, copies = collective_time(op, plan_size, device), packing_time(op, body.layout, device)

@@ -46,6 +46,7 @@ from longctx.compiler.cost import (
     plan_sharded_copy_seconds,
     plan_sharded_seconds,
     reshard_ops,
+    ring_seconds,
 )
 from longctx.compiler.ir import Graph, LayerKind, Op, Tensor
 from longctx.compiler.layout import Layout, layout_of
@@ -53,7 +54,7 @@ from longctx.compiler.linear_program import CONSTANT, Expression, LinearProgram,
 from longctx.compiler.localize import Assignment
 from longctx.compiler.memory import PERSISTENT_BYTES
 from longctx.compiler.memory_bound import Choices, largest_moment, placements_of
-from longctx.compiler.ops import Row, legal_partitions, spec_of, splits_queries
+from longctx.compiler.ops import Row, legal_partitions, spec_of
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
 from longctx.compiler.plan import GB, Fixed, Plan, Setting
 from longctx.compiler.policies import chain_of
@@ -219,11 +220,13 @@ class Program(LinearProgram):
         for partition, x in self.x[op]:
             evenly = self.fixed.balanced is None
             seconds = op_seconds(op, partition, scope.layout, self.plan_size, self.setting.hardware, evenly)
-            self.costs[x] = scope.times * (seconds.forward + seconds.backward)
-            scope.compute[x] = self.costs[x]
+            waited = ring_seconds(op, partition, seconds, self.plan_size, self.setting.hardware)
+            scope.compute[x] = scope.times * (seconds.forward + seconds.backward)
+            self.costs[x] = scope.compute[x] + scope.times * (waited.forward + waited.backward)
             if recomputed is not None and seconds.forward and op not in scope.layout.not_repeated:
                 repeated = self.product(x, recomputed, scope.times)
-                self.costs[repeated] = scope.compute[repeated] = seconds.forward
+                scope.compute[repeated] = seconds.forward
+                self.costs[repeated] = seconds.forward + waited.forward
         self.tie_products(op, scope)
         self.add_demands(op, scope)
         for place, tensor in enumerate(op.outputs, len(op.inputs)):
@@ -244,8 +247,6 @@ class Program(LinearProgram):
                     f"it splits {op.module or 'the model'}'s {spec_of(op).name} along {dim!r}, which {self.plan_size} "
                     "ranks can't share evenly here; compile without it"
                 )
-        elif not self.fixed.queries:
-            legal = [p for p in legal if not splits_queries(op, p)]
         if op in self.fixed.not_partitions:
             legal = [p for p in legal if p.dim != self.fixed.not_partitions[op]]
         return legal
@@ -386,6 +387,7 @@ class Program(LinearProgram):
             self.reshards,
             [again[0] for _, again in self.chains],
             {op: variable for scope in self.scopes for op, variable in scope.repeats.items()},
+            self.fixed.balanced is None,
         )
         peak = largest_moment(self, self.graph, choices)
         self.costs[peak] = TIE_BREAK_SECONDS

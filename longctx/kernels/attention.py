@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from longctx.compiler.ir import Op, OwnStarts, Tensor, nbytes
+from longctx.compiler.ir import Op, OwnRing, OwnStarts, Tensor, nbytes
 from longctx.compiler.ops.registered import arguments_of, register_op
 from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, Told
+from longctx.compiler.ops.spec import Ring as RingSpec
 from longctx.compiler.work import Work
 from longctx.kernels.fused import HALF, resolve, sdpa
 from longctx.kernels.pieces import KEYS, attention_in_pieces, can_be_pieces
+from longctx.kernels.ring import Ring, keys_in_reach, ring_attention
 
 try:
     from flash_attn import flash_attn_func
@@ -27,6 +29,7 @@ except ImportError:
     flash_attn_func: Any = None
 
 QUERY_BLOCK = 1024  # queries whose scores are held at a time where there is no fused kernel
+BY_BLOCKS = ("eager", "flash_attention_2")  # implementations that are given all keys of a block of queries at once
 MULTIPROCESSORS = 132  # of an H100 and an H200; an A100 has 108, so that it needs less than is predicted, a B200 148
 
 
@@ -41,6 +44,7 @@ def attention(
     implementation: str = "auto",
     deterministic: bool = False,
     starts: Sequence[int] = (),
+    ring: Ring | None = None,
 ) -> torch.Tensor:
     """Causal attention: [b, heads, q, d], [b, kv_heads, l, d], [b, kv_heads, l, e] -> [b, q, heads, e].
 
@@ -59,24 +63,29 @@ def attention(
             torch.are_deterministic_algorithms_enabled(), which has to say so too.
         starts: the tokens at which the blocks begin, all of one length, that the queries are of, if these are not of
             all tokens. Left out, they are of the last ones.
+        ring: the ranks that have the row's queries, keys and values among them, if these are of the same l tokens of a
+            longer row.
 
     Raises:
         RuntimeError: the kernel that was asked for does not take these tensors.
     """
-    masks_more = bool(softcap or 0 < window < key.shape[2])  # than the keys that come after a query
+    length = key.shape[2] * (len(ring.starts) if ring else 1)
+    masks_more = bool(softcap or 0 < window < length)  # than the keys that come after a query
     kernel = resolve(implementation)
+    if ring and not masks_more and implementation not in BY_BLOCKS and can_be_pieces(query, value, dropout):
+        return ring_attention(query, key, value, scale, kernel, ring).transpose(1, 2)
     if kernel == "flash_attention_2" or (masks_more and _is_for_flash_attn(implementation, query)):
         attend = partial(_flash_attn, slopes=None, deterministic=deterministic)
     elif implementation == "eager" or masks_more:
         of_rows = _attend_in_float32 if softcap or implementation == "eager" else _attend_masked
         attend = partial(_blockwise_attention, attend=of_rows)
-    elif query.shape[2] == key.shape[2]:
+    elif ring is None and query.shape[2] == length:
         return sdpa(query, key, value, scale, dropout, kernel, is_causal=True).transpose(1, 2)
-    elif can_be_pieces(query, value, dropout):
+    elif ring is None and can_be_pieces(query, value, dropout):
         return attention_in_pieces(query, key, value, _starts_of(query, key, starts), scale, kernel)[0].transpose(1, 2)
     else:
         attend = partial(_blockwise_attention, attend=_attend_masked)
-    return _each_block(attend, query, key, value, starts, scale, window, softcap, dropout)
+    return _each_block(attend, query, key, value, starts, ring, scale, window, softcap, dropout)
 
 
 def alibi_attention(
@@ -91,6 +100,7 @@ def alibi_attention(
     implementation: str = "auto",
     deterministic: bool = False,
     starts: Sequence[int] = (),
+    ring: Ring | None = None,
 ) -> torch.Tensor:
     """`attention` with linear biases (ALiBi, arXiv:2108.12409, section 3), which take the place of positions.
 
@@ -101,7 +111,7 @@ def alibi_attention(
         attend = partial(_flash_attn, slopes=slopes, deterministic=deterministic)
     else:
         attend = partial(_blockwise_attention, attend=partial(_attend_in_float32, slopes=slopes))
-    return _each_block(attend, query, key, value, starts, scale, window, softcap, dropout)
+    return _each_block(attend, query, key, value, starts, ring, scale, window, softcap, dropout)
 
 
 def sink_attention(
@@ -116,6 +126,7 @@ def sink_attention(
     implementation: str = "auto",
     deterministic: bool = False,
     starts: Sequence[int] = (),
+    ring: Ring | None = None,
 ) -> torch.Tensor:
     """`attention` with a sink for each head, as GPT-OSS has it (arXiv:2508.10925, section 2.3).
 
@@ -123,7 +134,7 @@ def sink_attention(
     them, so blocks of queries are taken, whatever the implementation.
     """
     attend = partial(_blockwise_attention, attend=partial(_attend_in_float32, sinks=sinks))
-    return _each_block(attend, query, key, value, starts, scale, window, softcap, dropout)
+    return _each_block(attend, query, key, value, starts, ring, scale, window, softcap, dropout)
 
 
 def _is_for_flash_attn(implementation: str, query: torch.Tensor) -> bool:
@@ -136,16 +147,21 @@ def _starts_of(query: torch.Tensor, key: torch.Tensor, starts: Sequence[int]) ->
     return starts or [key.shape[2] - query.shape[2]]
 
 
-def _each_block(attend: Callable[..., torch.Tensor], query, key, value, starts, *mask) -> torch.Tensor:
+def _each_block(attend: Callable[..., torch.Tensor], query, key, value, starts, ring, scale, window, *mask):
     """Attention of each block of queries by `attend`, against the keys that are not after the block; [b, q, heads, e].
 
     So the last query that `attend` is given and the last key are of one token.
     """
-    starts = _starts_of(query, key, starts)
-    n = query.shape[2] // len(starts)
+    if ring:
+        seen = zip(*(keys_in_reach(x, ring, window) for x in (key, value)), strict=True)
+        n = query.shape[2] // len(ring.starts[ring.rank])
+    else:
+        starts = _starts_of(query, key, starts)
+        n = query.shape[2] // len(starts)
+        seen = ((key[:, :, : start + n], value[:, :, : start + n]) for start in starts)
     blocks = [
-        attend(rows, key[:, :, : start + n], value[:, :, : start + n], *mask)
-        for rows, start in zip(query.split(n, 2), starts, strict=True)
+        attend(rows, *keys_values, scale, window, *mask)
+        for rows, keys_values in zip(query.split(n, 2), seen, strict=True)
     ]
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
@@ -255,7 +271,44 @@ def _holds_scores(op: Op) -> bool:
 
 def _windowed(op: Op) -> bool:
     """Whether there is a window that does not span all keys."""
-    return 0 < arguments_of(op)["window"] < op.inputs[1].shape[2]
+    return 0 < arguments_of(op)["window"] < _row_length(op)
+
+
+def _row_length(op: Op) -> int:
+    """The number of a row's keys, of which a rank has a part where there is a ring."""
+    ring = _ring(op)
+    return ring.length if ring else op.inputs[1].shape[2]
+
+
+def _ring(op: Op) -> OwnRing | None:
+    """The ring that an op of one rank's graph is told of."""
+    return arguments_of(op)["ring"]
+
+
+def fits_ring(op: Op) -> bool:
+    """Whether it is of use that keys and values stay with their tokens: with a window, of which few are sent, and where
+    a fused kernel takes pieces of them."""
+    if _windowed(op):
+        return True
+    (*_, d), (*_, e) = op.inputs[0].shape, op.inputs[2].shape
+    is_fused = not takes_blocks(op) and arguments_of(op)["implementation"] not in BY_BLOCKS
+    return is_fused and not arguments_of(op)["dropout"] and d == e and d % 8 == 0 and d <= 256
+
+
+def keys_before(op: Op) -> int | None:
+    """The keys before its own that a block of queries sees; None if it is all of them."""
+    return arguments_of(op)["window"] - 1 if _windowed(op) else None
+
+
+def merges(op: Op, phase: str) -> Shares:
+    """The small kernels for each part that goes round. In the forward its output is cast to float32, and this and what
+    is merged so far are read and the latter is written; in the backward likewise the gradient of the queries, and the
+    gradients of keys and values are added to those that arrive."""
+    query, key, value = op.inputs[:3]
+    float32 = FLOAT32_BYTES / query.dtype.itemsize
+    if phase == "forward":
+        return {op.outputs[0]: 1 + 4 * float32}
+    return _shares((query, 1 + 4 * float32), (key, 7.0), (value, 7.0))
 
 
 def flops(op: Op) -> Flops:
@@ -307,20 +360,37 @@ def passes(op: Op, phase: str) -> Shares:
 
 
 def saves(op: Op) -> list[Tensor]:
-    """The inputs, from which blocks are recomputed. The backward of a fused kernel needs its output too."""
-    return op.inputs if takes_blocks(op) else [*op.inputs, *op.outputs]
+    """The inputs, from which blocks are recomputed. The backward of a fused kernel needs its output too.
+
+    With a window and a ring copies of the keys and values that blocks see take their place.
+    """
+    if not takes_blocks(op):
+        return [*op.inputs, *op.outputs]
+    return [t for t in op.inputs if t not in op.inputs[1:3]] if _ring(op) else op.inputs
 
 
 def saves_besides(op: Op) -> Shares:
     """A fused kernel also saves the logarithm of the sum of exponentials of each query's scores, in float32."""
-    query = op.inputs[0]
-    return {} if takes_blocks(op) else {query: FLOAT32_BYTES / (query.dtype.itemsize * query.shape[-1])}
+    query, key, value = op.inputs[:3]
+    if takes_blocks(op):
+        return _shares((key, 1 + _reach(op)), (value, 1 + _reach(op))) if _ring(op) else {}
+    return {query: FLOAT32_BYTES / (query.dtype.itemsize * query.shape[-1])}
+
+
+def _reach(op: Op) -> float:
+    """What is sent to a rank with a window, as a share of its own keys."""
+    ring = _ring(op)
+    assert ring is not None and _windowed(op)
+    own = op.inputs[1].shape[2]
+    return min((1 + ring.balanced) * (arguments_of(op)["window"] - 1), ring.length - own) / own
 
 
 def workspace(op: Op, phase: str) -> Shares:
     """What attention holds while it runs, besides its inputs, its output and their gradients."""
     if takes_blocks(op):
         return _blocks_workspace(op, phase)
+    if _ring(op):
+        return _ring_workspace(op, phase)
     is_whole = op.inputs[0].shape[2] == op.inputs[1].shape[2]
     return _fused_workspace(op, phase) if is_whole else _pieces_workspace(op, phase)
 
@@ -344,8 +414,8 @@ def _fused_workspace(op: Op, phase: str) -> Shares:
 
 
 def _pieces_workspace(op: Op, phase: str) -> Shares:
-    """The workspace of attention in pieces: in the forward, a block's output in float32, twice while pieces are merged,
-    and that of a piece.
+    """The workspace of attention in pieces: in the forward, a block's output in float32, and that of a piece, as it
+    comes and in float32.
 
     The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, and a piece's;
     the gradients of a piece's keys and values; and these for each query head, if several share them. The package
@@ -354,18 +424,45 @@ def _pieces_workspace(op: Op, phase: str) -> Shares:
     query, key, value = op.inputs[:3]
     float32 = FLOAT32_BYTES / query.dtype.itemsize
     if phase == "forward":
-        return {query: (3 * float32 + 1.0) / _blocks_of_queries(op)}
+        return {query: (2 * float32 + 1.0) / _blocks_of_queries(op)}
     piece = 1.0 if arguments_of(op)["implementation"] == "flash_attention_2" else min(1.0, KEYS / key.shape[2])
     groups = query.shape[1] / key.shape[1]
     of_keys = piece * (1.0 + (groups if groups > 1 else 0.0))
     copied_output = 1.0 if _is_flash(op) else 0.0
     of_queries = (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 1.0 + copied_output
-    return {query: of_queries / _blocks_of_queries(op), key: of_keys, value: of_keys}
+    return _shares((query, of_queries / _blocks_of_queries(op)), (key, of_keys), (value, of_keys))
+
+
+def _ring_workspace(op: Op, phase: str) -> Shares:
+    """The workspace of attention whose keys and values go round: in the forward, two parts of these, the output in
+    float32, and that of a piece as `_pieces_workspace` has it.
+
+    In the backward, besides these two parts, the gradients of the one that is here: this rank's terms, and what leaves
+    and what comes, of which one part is the gradient that is counted with the inputs'. Then the gradient of the queries
+    in float32; of a block of these, it as a kernel makes it, and cast; and the gradients of a piece's keys and values.
+    """
+    query, key, value = op.inputs[:3]
+    float32, blocks = FLOAT32_BYTES / query.dtype.itemsize, _blocks_of_queries(op)
+    if phase == "forward":
+        return _shares((query, float32 + (float32 + 1.0) / blocks), (key, 2.0), (value, 2.0))
+    groups = query.shape[1] / key.shape[1]
+    piece = min(1.0, KEYS / key.shape[2]) * (1.0 + (groups if groups > 1 else 0.0))
+    copied_output = 1.0 if _is_flash(op) else 0.0
+    of_block = (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 1.0 + copied_output
+    return _shares((query, float32 + of_block / blocks), (key, 4.0 + piece), (value, 4.0 + piece))
+
+
+def _shares(*shares: tuple[Tensor, float]) -> Shares:
+    """Shares of tensors, some of which may be the same one: of that their sum."""
+    total: Shares = {}
+    for tensor, share in shares:
+        total[tensor] = total.get(tensor, 0.0) + share
+    return total
 
 
 def _blocks_of_queries(op: Op) -> int:
     """How many blocks the queries of a rank are, which are computed one after the other: two in balanced order."""
-    starts = arguments_of(op)["starts"]
+    starts = arguments_of(op)["ring"] or arguments_of(op)["starts"]
     return 1 if isinstance(starts, OwnStarts) and not starts.balanced else 2
 
 
@@ -396,7 +493,8 @@ def _blocks_workspace(op: Op, phase: str) -> Shares:
     one block, padded with zeros. To these comes what a single block needs. Where scores are computed in float32, that
     is three tensors of their size in the forward, and in the backward the weights, the tanh and two gradients.
     Elsewhere it is the mask while it is made (int64 distances and three bytes for each pair of a query and a key), or
-    the keys and values for all heads with their gradients, whichever is larger.
+    the keys and values for all heads with their gradients, whichever is larger. With a ring, what is sent and what
+    arrives of keys and values is there too.
     """
     query, key, value = op.inputs[:3]
     n_queries, length, window = query.shape[2], key.shape[2], arguments_of(op)["window"]
@@ -408,7 +506,9 @@ def _blocks_workspace(op: Op, phase: str) -> Shares:
     else:
         mask = rows * keys * (8 + 3) / nbytes(query)
         block = max(mask, (2 if phase == "forward" else 4) * keys / n_queries)
-    return {query: 1 + block} | ({key: 1.0, value: 1.0} if phase == "backward" else {})
+    sent = 2 * _reach(op) if _ring(op) and _windowed(op) else 0.0
+    of_keys = sent + (1.0 if phase == "backward" else 0.0)
+    return _shares((query, 1 + block), (key, of_keys), (value, of_keys))
 
 
 def strides(op: Op, strided: bool) -> bool:
@@ -452,7 +552,7 @@ RULES = {
     "draws_random": draws_random,
     "can_be_kept": is_one_kernel,
     "shared_out": heads_and_queries,
-    "told": Told("q", "starts", flops_of_queries),
+    "told": Told("q", "starts", flops_of_queries, ring=RingSpec("l", "ring", fits_ring, keys_before, merges)),
 }
 register_op("b (k g) q d^, b k l^ d^, b k l^ e^ -> b q (k g) e^", **RULES)(attention)
 register_op("b (k g) q d^, b k l^ d^, b k l^ e^, (k g) -> b q (k g) e^", **RULES)(alibi_attention)

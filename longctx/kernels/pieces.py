@@ -8,7 +8,7 @@ The backward of a fused kernel makes the weights anew from scores and these loga
 returns the piece's term of the whole gradients.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Sequence  # noqa: UP035 - custom_op of PyTorch 2.6, which nnScaler takes, knows no other
 
@@ -16,7 +16,7 @@ import torch
 
 from longctx.kernels.fused import HALF, KERNELS, activate
 
-KEYS = 32_768  # in a piece at most: kernels whose query heads share keys make a gradient of these for each query head
+KEYS = 32_768  # of a piece in the backward, at most: kernels make the gradient of shared keys for each query head
 
 Tensors = tuple[torch.Tensor, ...]
 
@@ -56,15 +56,12 @@ def attention_in_pieces(
         starts: where in the row each block of queries begins; all are of one length.
         kernel: what `resolve` of fused.py says.
     """
-    run = _kernel_for(query, kernel)
-    output = torch.empty_like(query)
-    logarithms = query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
-    for rows, pieces in _blocks(query, starts):
+    run = kernel_for(query, kernel)
+    output, logarithms = empty_result(query)
+    for rows, start in blocks_of(query, starts):
         merged = None
-        for keys, is_causal in pieces:
-            found, log = run.forward(query[:, :, rows], key[:, :, keys], value[:, :, keys], is_causal, scale)
-            piece = found.to(logarithms.dtype), log.view(found.shape[:3]).to(logarithms.dtype)
-            merged = piece if merged is None else _merge(merged, piece)
+        for keys, is_causal in keys_seen(start, rows.stop - rows.start, (0,), key.shape[2]):
+            merged = merge(merged, attend(run, query[:, :, rows], key, value, keys, is_causal, scale))
         assert merged is not None, "a block sees its own keys"
         output[:, :, rows], logarithms[:, :, rows] = merged
     return output, logarithms
@@ -72,7 +69,7 @@ def attention_in_pieces(
 
 @attention_in_pieces.register_fake
 def _(query, key, value, starts, scale, kernel):
-    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=_wide(query.dtype))
+    return empty_result(query)
 
 
 def _save(ctx, inputs, output) -> None:
@@ -84,48 +81,110 @@ def _backward(ctx, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tenso
     """The gradients of query, key and value. Two terms at most are added up for a key, so that is exact to a rounding;
     those of a query are added up in float32."""
     query, key, value, output, logarithms = ctx.saved_tensors
-    run = _kernel_for(query, ctx.kernel)
+    run = kernel_for(query, ctx.kernel)
     of_query, of_key, of_value = torch.empty_like(query), torch.zeros_like(key), torch.zeros_like(value)
-    for rows, pieces in _blocks(query, ctx.starts):
-        own = gradient[:, :, rows], query[:, :, rows]
-        made = output[:, :, rows], logarithms[:, :, rows].contiguous()
-        total: torch.Tensor | float = 0.0
-        for keys, is_causal in pieces:
-            terms = run.backward(*own, key[:, :, keys], value[:, :, keys], *made, is_causal, ctx.scale)
-            total = total + terms[0].to(logarithms.dtype)
-            of_key[:, :, keys] += terms[1]
-            of_value[:, :, keys] += terms[2]
-        of_query[:, :, rows] = total
+    for rows, start in blocks_of(query, ctx.starts):
+        made = (x[:, :, rows] for x in (gradient, query, output, logarithms))
+        queries = Queries(*made, scale=ctx.scale)
+        seen = keys_seen(start, rows.stop - rows.start, (0,), key.shape[2], most=KEYS)
+        of_query[:, :, rows] = queries.add_gradients(run, seen, (key, value), (of_key, of_value))
     return of_query, of_key, of_value, None, None, None
 
 
 attention_in_pieces.register_autograd(_backward, setup_context=_save)
 
 
-def _blocks(query: torch.Tensor, starts: Sequence[int]) -> Iterator[tuple[slice, list[tuple[slice, bool]]]]:
-    """For each block its place among the queries, and the pieces of the row's keys that it sees: those before it, and
-    its own, which it sees causally."""
+# --- what ring.py does too -------------------------------------------------------------------------------------------
+
+
+def blocks_of(query: torch.Tensor, starts: Sequence[int]) -> Iterator[tuple[slice, int]]:
+    """For each block its place among the queries, and where in the row it begins."""
     n = query.shape[2] // len(starts)
-    for number, start in enumerate(starts):
-        before = [(slice(first, min(first + KEYS, start)), False) for first in range(0, start, KEYS)]
-        yield slice(number * n, (number + 1) * n), [*before, (slice(start, start + n), True)]
+    return ((slice(number * n, (number + 1) * n), start) for number, start in enumerate(starts))
 
 
-def _merge(one: Tensors, other: Tensors) -> Tensors:
-    """Two outputs over different keys as one over both, with their logarithms."""
-    log = torch.logaddexp(one[1], other[1])
-    shares = ((part[1] - log).exp().unsqueeze(-1) for part in (one, other))
-    return one[0] * next(shares) + other[0] * next(shares), log
+def keys_seen(
+    start: int, n: int, key_starts: Sequence[int], n_keys: int, most: int | None = None
+) -> Iterator[tuple[slice, bool]]:
+    """The pieces of some of a row's keys that a block of queries sees, each with whether it sees them causally.
+
+    The block sees those before it whole, its own causally, and those after it not at all.
+
+    Args:
+        start: where in the row the n queries begin.
+        key_starts: where each block of n_keys begins; the queries' own keys are all in one of them, or in none.
+        most: keys of a piece, at most.
+    """
+    for number, first in enumerate(key_starts):
+        begin = number * n_keys
+        end = begin + min(n_keys, max(0, start - first))
+        for place in range(begin, end, most or n_keys):
+            yield slice(place, min(place + (most or n_keys), end)), False
+        if first <= start < first + n_keys:
+            yield slice(end, end + n), True
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def empty_result(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Memory for the output, and for the logarithms."""
+    return torch.empty_like(query), query.new_empty(query.shape[:3], dtype=wide(query.dtype))
+
+
+def attend(run: PieceKernel, query, key, value, keys: slice, is_causal: bool, scale: float) -> Tensors:
+    """The output of a piece, and the logarithms, in float32."""
+    found, log = run.forward(query, key[:, :, keys], value[:, :, keys], is_causal, scale)
+    return found.to(wide(query.dtype)), log.view(found.shape[:3]).to(wide(query.dtype))
+
+
+def merge(one: Tensors | None, other: Tensors) -> Tensors:
+    """Two outputs over different keys as one over both, with their logarithms; the first is written over."""
+    if one is None:
+        return other
+    share = (other[1] - one[1]).sigmoid().unsqueeze(-1)
+    return one[0].lerp_(other[0], share), torch.logaddexp(one[1], other[1])
+
+
+@dataclass(frozen=True)
+class Queries:
+    """A block of queries in the backward pass: the gradient of its output, itself, its output, and the logarithms."""
+
+    gradient: torch.Tensor
+    query: torch.Tensor
+    output: torch.Tensor
+    logarithms: torch.Tensor
+    scale: float
+
+    def add_gradients(
+        self,
+        run: PieceKernel,
+        seen: Iterable[tuple[slice, bool]],
+        keys_values: Sequence[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        of_query: torch.Tensor | None = None,
+    ) -> torch.Tensor | None:
+        """Adds the terms of the pieces to the gradients of keys and values, and returns that of the queries, to which
+        it adds theirs, in float32; None if it is None and no piece is seen."""
+        logarithms = self.logarithms.contiguous()
+        for keys, is_causal in seen:
+            key, value = (x[:, :, keys] for x in keys_values)
+            of_piece, *others = run.backward(
+                self.gradient, self.query, key, value, self.output, logarithms, is_causal, self.scale
+            )
+            of_piece = of_piece.to(logarithms.dtype)
+            of_query = of_piece if of_query is None else of_query.add_(of_piece)
+            for total, term in zip(gradients, others, strict=True):
+                total[:, :, keys] += term
+        return of_query
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """What is merged and added up in: float32, or float64 of float64."""
     return torch.promote_types(dtype, torch.float32)
 
 
 # --- kernels ---------------------------------------------------------------------------------------------------------
 
 
-def _kernel_for(query: torch.Tensor, kernel: str) -> PieceKernel:
+def kernel_for(query: torch.Tensor, kernel: str) -> PieceKernel:
     """The kernel on the query's device. Where none was chosen, and for 'sdpa', it is PyTorch's flash backend."""
     if not query.is_cuda:
         return PieceKernel(_cpu_forward, _cpu_backward)

@@ -116,11 +116,64 @@ def own_starts(length: int, balanced: bool = False, across: int = 1) -> tuple[in
 
     With `across`, so many neighbours have the same blocks.
     """
-    size, rank = plan_size() // across, plan_rank() // across
+    return _starts(length, balanced, plan_size() // across)[plan_rank() // across]
+
+
+def _starts(length: int, balanced: bool, size: int) -> tuple[tuple[int, ...], ...]:
+    """Where each rank's blocks of a dimension begin."""
     if not balanced:
-        return (rank * (length // size),)
+        return tuple((rank * (length // size),) for rank in range(size))
     block = length // (2 * size)
-    return rank * block, length - (rank + 1) * block
+    return tuple((rank * block, length - (rank + 1) * block) for rank in range(size))
+
+
+@dataclass(frozen=True)
+class Ring:
+    """Ranks that have the parts of a dimension, for an op that passes them round.
+
+    starts: of each rank, where its blocks of the dimension begin.
+    """
+
+    ranks: Ranks
+    starts: tuple[tuple[int, ...], ...]
+
+    @property
+    def rank(self) -> int:
+        return self.ranks.rank
+
+    def pass_on(self, x: torch.Tensor) -> Callable[[], torch.Tensor]:
+        """Sends a contiguous tensor, of any shape, to the next rank; returns what waits for the tensor of that shape
+        that the rank before sends, and returns it. Until then the first must not be written to.
+
+        It is an all-to-all in which each rank has one receiver: two sends and receives, which gloo has for tensors on
+        GPUs too.
+        """
+        size, arriving = self.ranks.size, torch.empty_like(x)
+        to_each, from_each = [0] * size, [0] * size
+        to_each[(self.rank + 1) % size] = from_each[(self.rank - 1) % size] = x.numel()
+        flat = arriving.view(-1), x.view(-1)
+        work = dist.all_to_all_single(*flat, from_each, to_each, group=self.ranks.group, async_op=True)
+        return partial(_arrived, arriving, work, x)
+
+    def exchange(self, x: torch.Tensor, to_each: Sequence[int], from_each: Sequence[int]) -> torch.Tensor:
+        """Sends each rank its share of a vector, of these lengths one after another, and returns those that come."""
+        received = x.new_empty(sum(from_each))
+        dist.all_to_all_single(received, x, list(from_each), list(to_each), group=self.ranks.group)
+        return received
+
+
+def _arrived(arriving: torch.Tensor, work: dist.Work | None, sent: torch.Tensor) -> torch.Tensor:
+    """What arrives, when it has. What is sent is held until then: NCCL reads it while this process goes on."""
+    if work is not None:
+        work.wait()
+    return arriving
+
+
+def ring_of(length: int, balanced: bool = False, across: int = 1) -> Ring:
+    """The ranks that have a dimension of that length in parts: all of a plan, or those that are each `across` from the
+    next."""
+    ranks = ranks_of(across=across) if across > 1 else ranks_of()
+    return Ring(ranks, _starts(length, balanced, ranks.size))
 
 
 def all_to_all(

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 
 from longctx.compiler import placement
 from longctx.compiler.annotation import Annotation, Entry, expand_leading, parse
-from longctx.compiler.ir import Op, OwnStarts, Tensor
+from longctx.compiler.ir import Op, OwnRing, OwnStarts, Tensor
 from longctx.compiler.ops import aten
-from longctx.compiler.ops.python import OWN_STARTS, Expression, Values, overload
+from longctx.compiler.ops.python import Expression, Values, overload, own_function
 from longctx.compiler.ops.registered import REGISTERED_OPS, RegisteredOp, arguments_of, register_op, target_of
 from longctx.compiler.ops.reshards import COLLECTIVES, RESHARDS
-from longctx.compiler.ops.spec import Flops, OpSpec, Shares, View
+from longctx.compiler.ops.spec import Flops, OpSpec, Ring, Shares, View
 
 __all__ = [
     "COLLECTIVES",
@@ -28,6 +28,7 @@ __all__ = [
     "Flops",
     "OpSpec",
     "RegisteredOp",
+    "Ring",
     "Row",
     "Shares",
     "View",
@@ -37,14 +38,18 @@ __all__ = [
     "imports_of",
     "is_known",
     "legal_partitions",
+    "passed_round",
     "register_op",
+    "ring_of",
     "spec_of",
     "splits_queries",
     "target_of",
+    "told_arguments",
     "told_share",
     "told_split",
 ]
 
+RING = " ring"  # behind the identifier of a dimension that is split with a ring
 DRAW_OWN = "draw_own"  # of collectives: what calls an op that draws random numbers for a part of its own
 
 
@@ -101,24 +106,71 @@ def legal_partitions(op: Op, plan_size: int, row: Row | None = None) -> list[pla
         return placement.partitions(annotation, shapes, plan_size)
     of_tokens = _of_length(row.length, annotation, op)
     in_order = of_tokens if row.balanced else ()
-    legal = placement.partitions(annotation, shapes, plan_size, in_order)
+    legal = _with_ring(op, annotation, placement.partitions(annotation, shapes, plan_size, in_order))
     if not 1 < row.group_size < plan_size:
         return legal
     n_groups, told = plan_size // row.group_size, spec_of(op).told
-    for outer in placement.partitions(annotation, shapes, n_groups, in_order):
-        if outer.dim in of_tokens and placement.PARTIAL not in outer.outputs:
-            apart = (None, outer.dim, told.dim if told else None)  # which a group's ranks don't share out
+    for outer in _with_ring(op, annotation, placement.partitions(annotation, shapes, n_groups, in_order)):
+        dim = outer.dim and outer.dim.removesuffix(RING)
+        if dim in of_tokens and placement.PARTIAL not in outer.outputs:
+            apart = (None, dim, told.dim if told else None)  # which a group's ranks don't share out
             parts = [placement.local_shape(s, p, n_groups) for s, p in zip(shapes, outer.inputs, strict=True)]
             within = placement.partitions(annotation, parts, row.group_size, in_order)
             legal += [placement.in_groups(outer, p, row.group_size) for p in within if p.dim not in apart]
     return legal
 
 
+def _with_ring(op: Op, annotation: Annotation, legal: list[placement.Partition]) -> list[placement.Partition]:
+    """The partitions, and besides that along a dimension that the op is told of, the same with a ring if it has one."""
+    told = spec_of(op).told
+    if told is None or told.ring is None or not told.ring.fits(op):
+        return legal
+    return [*legal, *(_ringed(p, told.ring, annotation, op) for p in legal if p.dim == told.dim)]
+
+
+def _ringed(split: placement.Partition, ring: Ring, annotation: Annotation, op: Op) -> placement.Partition:
+    """The partition with the ring's dimension split as well, in the same order."""
+    (order,) = {p.balanced for p in split.inputs if isinstance(p, placement.Shard)}
+    inputs = list(split.inputs)
+    for number, (entry, tensor) in enumerate(zip(annotation.inputs, op.inputs, strict=True)):
+        dims = () if entry.replicated else expand_leading(entry, len(tensor.shape))
+        for place, factors in enumerate(dims):
+            if factors[0].name == ring.dim:
+                inputs[number] = placement.Shard(place, balanced=order)
+    return placement.Partition(f"{split.dim}{RING}", tuple(inputs), split.outputs)
+
+
+def told_arguments(op: Op, partition: placement.Partition) -> dict[str, OwnStarts]:
+    """The argument that tells an op where this rank's part begins, if it is split along a dimension of which it has to
+    know that; or with which ranks it passes parts round."""
+    told, split = spec_of(op).told, told_split(op, partition)
+    if told is None or split is None:
+        return {}
+    length, placed, sharing = split
+    ring = ring_of(op, partition)
+    if ring:
+        return {ring.argument: OwnRing(length, placed.balanced, sharing)}
+    return {told.argument: OwnStarts(length, placed.balanced, sharing)}
+
+
+def ring_of(op: Op, partition: placement.Partition) -> Ring | None:
+    """The ring of an op, if parts are passed round under this partition."""
+    told = spec_of(op).told
+    is_ring = told and partition.dim and partition.dim.split(" / ")[0] == f"{told.dim}{RING}"
+    return told.ring if told and is_ring else None
+
+
+def passed_round(op: Op, ring: Ring) -> list[Tensor]:
+    """The inputs of which the ranks of a ring have parts that they pass round."""
+    entries = zip(annotation_of(op).inputs, op.inputs, strict=True)
+    return [t for entry, t in entries if ring.dim in {dim.name for factors in entry.dims for dim in factors}]
+
+
 def told_split(op: Op, partition: placement.Partition) -> tuple[int, placement.Shard, int] | None:
     """How the dimension is split of which a rank has to know where its part begins: its length, its placement, and how
     many neighbours have the same part; None if it is not split."""
     told = spec_of(op).told
-    if told is None or partition.dim is None or partition.dim.split(" / ")[0] != told.dim:
+    if told is None or partition.dim is None or partition.dim.split(" / ")[0].removesuffix(RING) != told.dim:
         return None
     for tensor, placed in zip(op.inputs, partition.inputs, strict=True):
         outer, sharing = (placed.outer, placed.size) if isinstance(placed, placement.Grid) else (placed, 1)
@@ -159,7 +211,7 @@ def imports_of(op: Op) -> list[tuple[str, str]]:
     """The modules and the names that generated code imports to call an op; none for PyTorch's own operators."""
     targets = [] if aten.is_aten(op) else [op.target]
     targets += [f"{COLLECTIVES}.{DRAW_OWN}"] if op.draws_own else []
-    targets += [f"{COLLECTIVES}.{OWN_STARTS}" for value in op.kwargs.values() if isinstance(value, OwnStarts)]
+    targets += [f"{COLLECTIVES}.{own_function(value)}" for value in op.kwargs.values() if isinstance(value, OwnStarts)]
     return [(module, name) for module, _, name in (target.rpartition(".") for target in targets)]
 
 

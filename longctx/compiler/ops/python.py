@@ -7,11 +7,12 @@ from typing import Any
 
 import torch
 
-from longctx.compiler.ir import Device, Op, OwnStarts, Tensor
+from longctx.compiler.ir import Device, Op, OwnRing, OwnStarts, Tensor
 
 # How tightly an expression binds, for parentheses: a name or a call, a unary minus, a product, a sum.
 ATOM, UNARY, PRODUCT, SUM = 3, 2, 1, 0
 OWN_STARTS = "own_starts"  # of collectives: where this rank's parts of a dimension begin
+OWN_RING = "ring_of"  # of collectives: the ranks round which the parts of a dimension are passed
 OPEN_END = 2**63 - 1  # how ATen writes the end of x[1:]
 
 
@@ -49,7 +50,7 @@ class Values:
         if isinstance(value, OwnStarts):
             options = {"balanced": value.balanced, "across": value.across if value.across > 1 else 0}
             said = [f"{name}={option}" for name, option in options.items() if option]
-            return f"{OWN_STARTS}({', '.join([str(value.length), *said])})"
+            return f"{own_function(value)}({', '.join([str(value.length), *said])})"
         if isinstance(value, (tuple, list)):
             items = ", ".join(self.write(item) for item in value)
             return f"({items},)" if len(value) == 1 else f"({items})"
@@ -60,6 +61,11 @@ class Values:
         if isinstance(value, str):
             return repr(value).replace("'", '"')
         raise TypeError(f"generated code can't hold a {type(value).__name__}: {value!r}")
+
+
+def own_function(value: OwnStarts) -> str:
+    """The function of collectives that gives a rank this argument."""
+    return OWN_RING if isinstance(value, OwnRing) else OWN_STARTS
 
 
 Writer = Callable[[Op, Values], Expression | None]  # None where the form does not fit this call

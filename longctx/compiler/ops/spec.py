@@ -57,6 +57,26 @@ class Resharding:
 
 
 @dataclass(frozen=True)
+class Ring:
+    """Of an op that is split along a dimension of which it needs all of another, as attention needs all keys: how the
+    ranks may keep their parts of the other, of the same places in a row, and send them to each other while they run.
+
+    Attributes:
+        dim: the identifier of the other dimension.
+        argument: the op's argument that takes the ranks.
+        fits: whether this call can be computed so.
+        reach: how much of the other dimension a block needs of what is before its own part; None if all of it.
+        passes: bytes that are read and written beside the products for each rank's part, in a phase.
+    """
+
+    dim: str
+    argument: str
+    fits: Callable[[Op], bool]
+    reach: Callable[[Op], int | None]
+    passes: Callable[[Op, str], Shares]
+
+
+@dataclass(frozen=True)
 class Told:
     """A dimension of which a rank has to know where its part begins, as attention does of its queries.
 
@@ -67,12 +87,14 @@ class Told:
         share: of bytes that are told as shares of inputs, what a rank has if it has one of so many parts, given the op
             and their number; None where they are split as the inputs are. Only a dimension of a row's tokens, which has
             none, may be in balanced order.
+        ring: how what every rank needs whole otherwise may be passed round; None if it can't be.
     """
 
     dim: str
     argument: str
     flops: Callable[[Op, Sequence[int], int], Flops]
     share: Callable[[Op, int], float] | None = None
+    ring: Ring | None = None
 
 
 # --- rules that many operators share, the defaults among them --------------------------------------------------------
