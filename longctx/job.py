@@ -64,6 +64,13 @@ class Options:
     recompute_modules: tuple[str, ...] | None = option(
         None, "class names, separated by commas, of the layers to recompute; '' for none (default: planned)"
     )
+    expert_imbalance: float = option(
+        1.5,
+        "where ranks share out a mixture's experts, the tokens of the busiest rank's over the mean that the plan has "
+        "room for",
+        at_least=1,
+        at_most=1e3,
+    )
     plan: Path | None = option(None, "the plan.json whose partitions to take, at this sequence length")
 
     # A rehearsal.

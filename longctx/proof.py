@@ -51,7 +51,7 @@ LENGTHS = (67, 61, 47, 31, 23, 13, 7, 5, 3, 2)
 LOSS_TOLERANCE = 1e-6
 GRADIENT_TOLERANCE = 1e-4
 ROUNDINGS = 5  # how many times its own rounding a model's gradients may be off where that is more
-NOT_COMPARED = {"dropout", "deterministic", "implementation"}  # options of attention that a proof is made without
+NOT_COMPARED = {"dropout", "deterministic", "implementation", "imbalance"}  # options that a proof is made without
 SMALL = 1e-4  # of the norm of all gradients: less is nothing but rounding, as the gradient of a key's bias is
 MOST_PARAMETERS = 500_000_000  # 16 bytes each: two models and their gradients
 

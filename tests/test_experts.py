@@ -1,5 +1,7 @@
 """Mixtures of experts: each token's experts compute what transformers' own do, and whole models are what they are."""
 
+import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -15,10 +17,14 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
-from longctx.compiler.ir import Op, Tensor, storage_of
+from longctx.compiler.cost import even_flops, flops_of_busiest
+from longctx.compiler.ir import Graph, Op, Tensor, storage_of
 from longctx.compiler.lifetimes import saved_besides, saved_tensors
-from longctx.compiler.ops import spec_of, target_of
+from longctx.compiler.localize import Assignment, localize
+from longctx.compiler.ops import legal_partitions, spec_of, target_of, told_share
 from longctx.compiler.placement import Partition
+from longctx.compiler.prediction import count_met_parameters, count_parameters
+from longctx.engines.builtin.run import BalanceTeller
 from longctx.errors import ModelError
 from longctx.huggingface.build import build_model
 from longctx.huggingface.experts import arguments_of
@@ -138,6 +144,35 @@ def test_a_layer_that_keeps_its_experts_output_computes_no_product_of_them_again
         counts.append(counter.get_total_flops())
     torch.testing.assert_close(*gradients)
     assert counts[0] / counts[1] == pytest.approx(4 / 3)  # forward, forward again and twice that for the gradients
+
+
+def test_the_busiest_of_ranks_with_experts_of_their_own_has_its_part_and_more_by_the_imbalance():
+    """Of products, and of what is saved and held of each row: 1.5 times a quarter, of 8 experts on 4 ranks."""
+    call = random_call(n_experts=8)
+    inputs = tuple(Tensor(f"x{i}", tuple(t.shape), t.dtype, t.requires_grad) for i, t in enumerate(call))
+    output = Tensor("y", (6, 4), torch.float32, True)
+    op = Op(target_of(experts), inputs, {"imbalance": 1.5}, (output,), "", None)
+    (apart,) = (partition for partition in legal_partitions(op, 4) if partition.dim == "e")
+    own = localize(Graph("Model", inputs, output, {}, {}, (op,), (), ""), Assignment(4, {op: apart}))
+    (local,) = (item for item in own.body if isinstance(item, Op) and item.target == op.target)
+
+    assert flops_of_busiest(op, apart, 4).forward == 1.5 / 4 * even_flops(op, legal_partitions(op, 1)[0], 1).forward
+    assert told_share(op, apart, 4) == 1.5 / 4
+    for rule in (spec_of(op).saves_besides, partial(spec_of(op).workspace, phase="backward")):
+        whole, part = (rule(each)[each.inputs[0]] for each in (op, local))
+        assert part == 1.5 / 4 * whole
+
+
+def test_a_run_says_once_that_experts_take_more_than_there_is_room_for_and_again_where_it_is_far_more(capsys):
+    tell = BalanceTeller(n_ranks=4, limit=1.5)
+    for share in (0.2, 0.37, 0.38, 0.4, 0.5):
+        tell(share)
+    assert re.findall(r"take ([\d.]+) times", capsys.readouterr().out) == ["1.52", "2.00"]
+
+
+def test_of_experts_the_parameters_count_that_a_token_meets():
+    graph = trace_family("qwen3_moe")  # 2 of 4 experts, each of 3 matrices of 64 x 32, in 2 layers
+    assert count_parameters(graph) - count_met_parameters(graph) == 2 * 2 * 3 * 64 * 32
 
 
 # --- models ----------------------------------------------------------------------------------------------------------

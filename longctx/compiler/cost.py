@@ -76,7 +76,9 @@ def _phase_seconds(
     )
     work = Work.STRIDED if layout.is_strided(op) else Work.COPIES
     moved = _local_bytes(op, _traffic(op, phase, layout), partition, plan_size)
-    passed = _local_bytes(op, spec.passes(op, phase), partition, plan_size) * told_share(op, partition, plan_size)
+    share = told_share(op, partition, plan_size)
+    passes = {t: size * (share if t in op.inputs else 1.0) for t, size in spec.passes(op, phase).items()}
+    passed = _local_bytes(op, passes, partition, plan_size)
     seconds = max(flops / rate, hardware.copy_seconds(work, moved)) + hardware.copy_seconds(Work.COPIES, passed)
     ring = _ring_of(op, partition, plan_size, hardware)
     if ring and ring.goes_round:

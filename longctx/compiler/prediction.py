@@ -79,12 +79,10 @@ def forward_flops(graph: Graph) -> tuple[float, float]:
 
     The first is the convention of the reference program, 2 * (parameters * l + 2 * layers * hidden * l ** 2), so that
     MFU figures compare; but attention, and whatever else has products without weights, is counted as each layer has
-    it: with its own heads, their width, and its window.
+    it: with its own heads, their width, and its window. Of experts those parameters count that a token meets.
     """
-    whole = causal = 2.0 * count_parameters(graph) * graph.inputs[0].shape[-1]
-    ops = [(op, 1) for op in graph.body if isinstance(op, Op)]
-    ops += [(op, len(graph.calls_of(number))) for number, kind in enumerate(graph.kinds) for op in kind.ops]
-    for op, n in ops:
+    whole = causal = 2.0 * count_met_parameters(graph) * graph.inputs[0].shape[-1]
+    for op, n in _ops_and_times(graph):
         if not any(t.kind == "parameter" for t in op.inputs):
             spec = spec_of(op)
             own = spec.flops(op).forward
@@ -95,6 +93,22 @@ def forward_flops(graph: Graph) -> tuple[float, float]:
 
 def count_parameters(graph: Graph) -> int:
     return sum(prod(t.shape) for t in graph.all_parameters().values())
+
+
+def count_met_parameters(graph: Graph) -> float:
+    """The parameters that a token meets, on average: all, but of experts those of the ones that it chooses."""
+    met = float(count_parameters(graph))
+    for op, n in _ops_and_times(graph):
+        if spec_of(op).chooses_weights:
+            weights = sum(prod(t.shape) for t in op.inputs if t.kind == "parameter")
+            met += n * (spec_of(op).flops(op).forward / (2 * graph.inputs[0].shape[-1]) - weights)
+    return met
+
+
+def _ops_and_times(graph: Graph) -> list[tuple[Op, int]]:
+    """Every op of the root and of the layer kinds, with how often a forward pass runs it."""
+    ops = [(op, 1) for op in graph.body if isinstance(op, Op)]
+    return ops + [(op, len(graph.calls_of(number))) for number, kind in enumerate(graph.kinds) for op in kind.ops]
 
 
 def predict(graph: Graph, plan: Plan, setting: Setting) -> Prediction:

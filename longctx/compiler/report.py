@@ -4,17 +4,24 @@ from collections import Counter
 from collections.abc import Sequence
 
 from longctx.compiler.alternatives import at_other_lengths, other_plans
-from longctx.compiler.cost import collective_time, even_flops, flops_of_busiest, op_seconds, packing_time
+from longctx.compiler.cost import (
+    collective_bytes,
+    collective_time,
+    even_flops,
+    flops_of_busiest,
+    op_seconds,
+    packing_time,
+)
 from longctx.compiler.hardware import Hardware
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, nbytes
 from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction, in_use, say_bytes
-from longctx.compiler.ops import is_known, spec_of, splits_queries
+from longctx.compiler.ops import is_known, spec_of, splits_queries, told_split
 from longctx.compiler.placement import Placement, Shard
 from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
-from longctx.compiler.prediction import Prediction, StepTime, sent_by_link, step_time
+from longctx.compiler.prediction import Prediction, StepTime, count_met_parameters, sent_by_link, step_time
 from longctx.compiler.work import PRODUCT_KINDS
 from longctx.flops import step_flops
 
@@ -57,6 +64,7 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         f"between layers hidden states are {_say(plan.assignment.boundary)}; {_say_weights(graph, plan)}",
         f"layers: {_say_policies(plan)}",
         *_say_imbalance(plan),
+        *_say_experts(graph, plan, setting),
         *_say_links(graph, plan, setting),
         f"bound by {_bound(prediction.time)}",
         _say_prices(setting.hardware),
@@ -81,6 +89,34 @@ def _say_imbalance(plan: Plan) -> list[str]:
     return [
         f"ranks share out attention's queries, {order}: the busiest computes {max(more) - 1:.1%} more than the average"
     ]
+
+
+def _say_experts(graph: Graph, plan: Plan, setting: Setting) -> list[str]:
+    """Of a mixture, what a token meets of its parameters; and for each way in which ranks share a layer's experts, the
+    balance that is assumed and what a rank sends."""
+    lines: dict[str, None] = {}
+    for (_, ops), (_, own) in zip(graph.bodies(), localize(graph, plan.assignment).bodies(), strict=True):
+        for op, there in zip(_experts_in(ops), _experts_in(own), strict=True):
+            around = [r for r in own if set(r.outputs) & set(there.inputs) or set(r.inputs) & set(there.outputs)]
+            sent = sum(sum(sides) for r in around for sides in collective_bytes(r, setting.plan_size, setting.hardware))
+            lines[f"{_say_shared_experts(op, plan)}; a rank sends {say_bytes(sent)} for them in a layer"] = None
+    met = f"a token meets {count_met_parameters(graph):,.0f} of the parameters, by which MFU is counted"
+    return [met, *lines] if lines else []
+
+
+def _experts_in(ops: Sequence[Op]) -> list[Op]:
+    return [op for op in ops if spec_of(op).chooses_weights]
+
+
+def _say_shared_experts(op: Op, plan: Plan) -> str:
+    """How ranks share out the experts of a layer, and what balance of them that assumes."""
+    partition, plan_size = plan.assignment.partitions[op], plan.assignment.plan_size
+    if partition.dim is None:
+        return "a rank computes all experts" + (" of its rows" if plan_size == 1 else ", as every other one does")
+    if told_split(op, partition) is None:
+        return "ranks share out the tokens of the experts, whose balance makes no difference"
+    times = flops_of_busiest(op, partition, plan_size).forward / even_flops(op, partition, plan_size).forward
+    return f"ranks share out the experts, of which the busiest rank's take {times:.3g} times the mean of the tokens"
 
 
 def _say_links(graph: Graph, plan: Plan, setting: Setting) -> list[str]:

@@ -67,6 +67,7 @@ def build_model(
     attn_implementation: str = "auto",
     sequence_length: int | None = None,
     deterministic: bool = False,
+    expert_imbalance: float = 1.0,
 ) -> CausalLMLoss:
     """The model in train mode, its parameters on meta (no memory is allocated), its buffers real and on the CPU.
 
@@ -75,6 +76,7 @@ def build_model(
         attn_implementation: as kernels.attention takes it.
         sequence_length: tokens of a row; rotary tables that depend on it are made for it.
         deterministic: whether attention's backward is to give the same bits each time.
+        expert_imbalance: the `imbalance` of kernels.experts.
 
     Raises:
         ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't.
@@ -84,7 +86,7 @@ def build_model(
     make_no_masks()  # the head is read on meta tensors, on which transformers can make none
     model = _build_on_meta(config, dtype)
     _refuse_empty_weights(model)
-    experts.route_experts(model)
+    experts.route_experts(model, expert_imbalance)
     route_rms_norms(model)
     route_recurrences(model)
     if sequence_length is not None:

@@ -20,15 +20,15 @@ REGISTERED_NAME = "annotated"  # what models are told as experts_implementation
 SPREAD = 8.0  # of the random numbers by which gates are compared, so that limits show
 
 
-def route_experts(model: PreTrainedModel) -> None:
-    """Tells every experts module by which arguments `experts` computes what it does.
+def route_experts(model: PreTrainedModel, imbalance: float) -> None:
+    """Tells every experts module by which arguments `experts` computes what it does, and which imbalance it allows for.
 
     Raises:
         ModelError: a module computes something that `experts` does not, or doesn't ask the registry.
     """
     for path, module in model.named_modules():
         if hasattr(module, "_apply_gate"):
-            module.told_to_experts = arguments_of(module)
+            module.told_to_experts = arguments_of(module) | ({} if imbalance == 1 else {"imbalance": imbalance})
         elif path.rsplit(".", 1)[-1] == "experts":
             raise ModelError(
                 f"the experts of {type(model).__name__} are none that transformers lets another function compute, and "

@@ -8,7 +8,7 @@ device, and the host does not wait for it, unless a rank has some of the experts
 The second half of the file is what the compiler has to know: FLOPs, what is saved, and what a rank has of either.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod
@@ -43,7 +43,7 @@ def experts(
     limit: float = 0.0,
     offset: float = 0.0,
     transposed: bool = False,
-    imbalance: float = 1.5,
+    imbalance: float = 1.0,
     starts: Sequence[int] = (),
 ) -> torch.Tensor:
     """The weighted sum of what a token's experts return: [n, d], [n, k] int64, [n, k] -> [n, d].
@@ -131,8 +131,13 @@ def _rows_of(top_k_index: torch.Tensor, n_experts: int, first: int | None) -> _R
     ends = torch.searchsorted(chosen, behind, out_int32=True)
     if first is not None:
         n_rows = int(ends[-1])
+        for observe in observers:
+            observe(n_rows / top_k_index.numel())
         chosen, pairs = chosen[:n_rows], pairs[:n_rows]
     return _Rows(pairs, pairs // top_k_index.shape[1], chosen, ends)
+
+
+observers: list[Callable[[float], None]] = []  # are told which share of all rows those of a part of the experts are
 
 
 class _Experts(torch.autograd.Function):
@@ -323,16 +328,18 @@ def saves_besides(op: Op) -> Shares:
 
 
 def workspace(op: Op, phase: str) -> Shares:
-    """What is held of each row at most; places are five int64, while they are sorted.
+    """What is held of each row at most, with five int64 for places while they are sorted; and the sum over a token's
+    rows in float32.
 
-    In the forward these are the second product, that times the weights in float32, and the sum; in the backward the
-    gradient of the output before and after it is weighted, of what the second product takes and that itself, and the
-    gradient of the first product with its halves.
+    In the forward these are what the second product takes, what it gives, and that times the weights in float32; in the
+    backward the gradient of the output before and after it is weighted, of what the second product takes and that
+    itself, and the gradient of the first product with its halves.
     """
     d, product, hidden = _widths(op)
     itemsize = op.inputs[0].dtype.itemsize
-    numbers = hidden + 2 * d + d if phase == "forward" else 2 * d + 3 * hidden + product
-    return _of_rows(op, numbers + 5 * 8 / itemsize, itemsize)
+    float32 = FLOAT32_BYTES / itemsize
+    numbers = hidden + d + float32 * d if phase == "forward" else 2 * d + 3 * hidden + product
+    return _of_rows(op, numbers + 5 * 8 / itemsize, itemsize) | {op.outputs[0]: float32}
 
 
 def passes(op: Op, phase: str) -> Shares:
@@ -343,10 +350,10 @@ def passes(op: Op, phase: str) -> Shares:
     d, product, hidden = _widths(op)
     itemsize = op.inputs[0].dtype.itemsize
     float32 = FLOAT32_BYTES / itemsize
-    added_up = 3 * float32 * d + d
-    if phase == "forward":
-        return _of_rows(op, 2 * d + product + hidden + d + float32 * d + added_up, itemsize)
-    return _of_rows(op, 4 * d + 2 * d + 3 * product + 6 * hidden + added_up, itemsize)
+    of_gate = product + hidden if phase == "forward" else 3 * product + 6 * hidden
+    gathered_and_weighted = (3 + float32) * d if phase == "forward" else 6 * d
+    numbers = of_gate + gathered_and_weighted + 3 * float32 * d
+    return _of_rows(op, numbers, itemsize) | {op.outputs[0]: 2 * float32 + 1}
 
 
 register_op(
@@ -358,6 +365,7 @@ register_op(
     workspace=workspace,
     draws_random=draws_nothing,
     can_be_kept=always,
+    chooses_weights=True,
     told=Told("e", "starts", flops_of_experts, share=_share_of_busiest),
 )(experts)
 register_op("n+ e^ -> 2 e^", draws_random=draws_nothing, rewrite=beside_their_routers)(balance)

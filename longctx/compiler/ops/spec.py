@@ -197,6 +197,7 @@ class OpSpec:
         sizes: the place among its arguments of the sizes of its output, which differ on a rank that has a part.
         is_identity: whether a call with these arguments returns its input, provided that shape and dtype are the same.
         keeps_name: whether a person would go on calling the value by its old name, as after a cast.
+        chooses_weights: whether a token meets only some of its weights, as one does of a mixture of experts.
         lookup: whether its second input holds indices into the rows of its first.
         can_be_kept: whether its output is worth keeping where the rest of a layer is recomputed, being dear to compute,
             and can be kept: see longctx/kernels/kept.py.
@@ -228,6 +229,7 @@ class OpSpec:
     sizes: int | None = None
     is_identity: Callable[[tuple], bool] = lambda args: False
     keeps_name: bool = False
+    chooses_weights: bool = False
     lookup: bool = False
     can_be_kept: Callable[[Op], bool] = lambda op: False
     shared_out: Callable[[Op], str] | None = None

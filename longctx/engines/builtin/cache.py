@@ -114,6 +114,7 @@ def plan_inputs(job: Job) -> dict[str, Any]:
         "gpu_mem_constraint": job.gpu_mem_constraint,
         "grad_accumulation_steps": job.grad_accumulation_steps,
         "recompute_modules": job.recompute_modules,
+        "expert_imbalance": job.expert_imbalance,
         "trust_model": job.trust_model,  # what was trusted is compiled anew, and proved, once it isn't any more
         "plan": compiled.read_decisions(job.plan) if job.plan else None,
         "ops": sources.hash_registered_ops(),

@@ -32,7 +32,8 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     """
     started = time.perf_counter()
     config = trained_config(job.model_id, job.random_init, job.changes)
-    model = build_model(config, job.dtype, job.attn_implementation, job.sequence_length, job.deterministic)
+    options = (job.attn_implementation, job.sequence_length, job.deterministic, job.expert_imbalance)
+    model = build_model(config, job.dtype, *options)
     graph = trace(model, sample_row(job.sequence_length))
     traced = time.perf_counter()
     proved = prove(graph, config, job)

@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -30,7 +31,7 @@ from longctx.huggingface.weights import (
     trained_config,
 )
 from longctx.job import Job
-from longctx.kernels import choice, fused
+from longctx.kernels import choice, experts, fused
 from longctx.runtime import parallel, watch
 from longctx.runtime.determinism import be_deterministic
 from longctx.runtime.metrics import FlopCount, check_log
@@ -85,6 +86,7 @@ def run(job: Job) -> tuple[int, int]:
         peak = hardware.peak_rate_here(job.dtype) if device.type == "cuda" else None
         flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, peak)
         announce(job, len(rows), resume)
+        experts.observers.append(BalanceTeller(job.plan_ngpus, job.expert_imbalance))
         load_weights = functools.partial(load_start, weights, config, job.seed)
         write_hf_files = functools.partial(save_hf_files, job.model_id, config)
         return train(model, rows, job, flops, resume, load_weights, write_hf_files)
@@ -138,6 +140,28 @@ def saying_what_was_predicted(predicted: compiled.Predicted) -> Iterator[None]:
             f"the GPU of rank {torchrun.rank()} is out of memory, with {allocated / GB:.1f} GB allocated and "
             f"{reserved / GB:.1f} reserved at most, where the plan had predicted {predicted.peak_bytes / GB:.1f}"
         ) from error
+
+
+@dataclass
+class BalanceTeller:
+    """Says in a line that the experts of this rank, one of n, take more of the tokens than the plan has room for.
+
+    Another line follows only where they take a quarter more than that.
+    """
+
+    n_ranks: int
+    limit: float
+    told: float = 0.0
+
+    def __call__(self, share: float) -> None:
+        times = share * self.n_ranks
+        if times > max(self.limit, 1.25 * self.told):
+            self.told = times
+            print(
+                f"run: the experts of rank {torchrun.rank()} take {times:.2f} times the mean of the tokens, and the "
+                f"plan has room for {self.limit:g} times; if memory runs out, compile for a larger expert_imbalance",
+                flush=True,
+            )
 
 
 def build_on_rank(job: Job, folder: Path, plan: compiled.GeneratedModule, device) -> parallel.ParallelModel:
