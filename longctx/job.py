@@ -96,6 +96,10 @@ class Options:
     trust_model: bool = option(False, "compile without proving that the code computes what the model does")
     deterministic: bool = option(False, "the same bits in every run, on a GPU too; slower, and takes more memory")
 
+    document_mask: bool = option(
+        False, "each token sees only those of its own document, and positions begin anew with each document of a row"
+    )
+
     # Training. A step is one of the optimizer's.
     learning_rate: float = option(2e-5, "of AdamW", above=0)
     min_learning_rate: float = option(0.0, "the floor that linear and cosine schedules fall to", at_least=0)
@@ -134,6 +138,8 @@ class Job(Options):
     device: str = "cpu"  # or "cuda"
     name: str = field()
     engine_reason: str = ""  # why it is this engine
+    # With --document_mask: how many documents of equal length attention in a row costs as much as within the rows' own.
+    equal_documents: int = 0
 
     @property
     def dtype(self) -> torch.dtype:

@@ -5,12 +5,13 @@ What the options are is declared in job.py.
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 from longctx import devices, torchrun
 from longctx.atomic import why_not_writable
 from longctx.command_line import LONGEST_NAME, Cause, naming_options, parse, value_as_text
-from longctx.data import rows
+from longctx.data import packing, rows
 from longctx.engines import NNSCALER, TORCH
 from longctx.engines.nnscaler import options as nnscaler
 from longctx.errors import (
@@ -43,10 +44,10 @@ from longctx.errors import (
     TrainingError,
     UserError,
 )
-from longctx.huggingface.configuration import vocab_size
+from longctx.huggingface.configuration import bos_token, vocab_size
 from longctx.huggingface.overrides import changed_config
 from longctx.job import Job, Options
-from longctx.kernels.fused import KERNELS, why_not
+from longctx.kernels.fused import KERNELS, check_documents, why_not
 
 DESCRIPTION = "Trains a causal language model at long context: compiles a plan for it, then runs the generated code."
 
@@ -92,7 +93,8 @@ def complete(options: Options) -> Job:
         "sequence_length": length,
         "name": options.name or f"{model_name(options.model_id)}-{length}-{options.plan_ngpus}of{runtime_ngpus}",
     }
-    return Job(**{**vars(options), **chosen})
+    job = Job(**{**vars(options), **chosen})
+    return replace(job, equal_documents=equal_documents(job)) if job.document_mask else job
 
 
 def model_name(model_id: str) -> str:
@@ -151,6 +153,19 @@ def choose_sequence_length(options: Options) -> int:
             f"{length} tokens; leave the option out, or make rows of that length with bookcorpus.py"
         )
     return length
+
+
+def equal_documents(job: Job) -> int:
+    """How many documents of equal length attention in a row costs as much as within the rows' own; 1 without rows.
+
+    Raises:
+        RowsError: nothing says where the documents of the rows begin.
+    """
+    if job.dataset_path is None:
+        return 1
+    dataset, bos = rows.open_dataset(job.dataset_path), bos_token(changed_config(job.model_id, job.changes))
+    boundaries = packing.find_boundaries(job.dataset_path, dataset, job.sequence_length, bos)
+    return max(1, round(job.sequence_length / boundaries.length))
 
 
 # --- checks --------------------------------------------------------------------------------------------------------
@@ -232,6 +247,10 @@ def check_attention(job: Job) -> None:
         raise UserError(f"--trust_gencode: {NNSCALER} checks no code; leave it out, or choose --engine {TORCH}")
     if job.stop_on_save_failure and job.engine == NNSCALER:
         raise UserError(f"--stop_on_save_failure: {NNSCALER} does so anyway; leave it out")
+    if job.document_mask and job.engine == NNSCALER:
+        raise UserError(f"--document_mask: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
+    if job.document_mask:
+        check_documents(name)
     if job.deterministic and job.engine == NNSCALER:
         raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
 

@@ -3,8 +3,9 @@
 What can go wrong between a model and its code is a silent loss of numbers: an operator that tracing drops, a mask that
 is not built, a norm that was taken for another. So each model is run once as transformers runs it, with its own eager
 attention, in float32 on the CPU, and once as generated code, on the same row with the same weights: the loss and every
-gradient have to be equal. The model is a small one of the same configuration, which runs the same operators in every
-kind of layer; that it does is checked.
+gradient have to be equal. Where the documents of a row do not see each other, transformers runs them one by one. The
+model is a small one of the same configuration, which runs the same operators in every kind of layer; that it does is
+checked.
 
 A proof holds for a configuration, this program's code, and the versions of PyTorch and transformers. It is remembered
 in the user's cache folder: longctx/proofs in $XDG_CACHE_HOME, or in ~/.cache.
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -29,7 +31,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from longctx import compiled, sources
 from longctx.atomic import whole_file
 from longctx.compiler import codegen
-from longctx.compiler.ir import Graph, Op, Tensor
+from longctx.compiler.ir import DOCUMENT_STARTS, Graph, Op, Tensor
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.ops import legal_partitions, spec_of
 from longctx.compiler.ops.aten import is_aten
@@ -101,7 +103,7 @@ def prove(graph: Graph, config: PreTrainedConfig, sequence_length: int) -> Proof
     with suppress(ValueError):
         if (remembered := decode(Proof, read_json(file))).holds:
             return remembered
-    proof = _prove(candidates, signature, length, graph.class_name)
+    proof = _prove(candidates, signature, length, graph.class_name, _keeps_documents_apart(graph))
     with suppress(OSError), whole_file(file) as aside:  # a home may be one that can't be written to
         aside.write_text(json.dumps(dataclasses.asdict(proof)))
     return proof
@@ -117,15 +119,19 @@ def _code() -> list:
     return [sources.hash_registered_ops(), sources.hash_files(files), torch.__version__, transformers.__version__]
 
 
-def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, class_name: str) -> Proof:
-    """The proof by the first of the small models that has the signature of the large one."""
+def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, class_name: str, apart: bool) -> Proof:
+    """The proof by the first of the small models that has the signature of the large one.
+
+    Args:
+        apart: whether the documents of a row do not see each other.
+    """
     reason = f"none of its layers can be had with fewer than {MOST_PARAMETERS:,} parameters"
     for config in candidates:
         try:
-            model = build_model(config, torch.float32, "auto", length)
+            model = build_model(config, torch.float32, "auto", length, documents_apart=apart)
             if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
                 continue
-            graph = trace(model, sample_row(length))
+            graph = trace(model, sample_row(length, len(_documents(length)) if apart else 0))
         except UserError as error:
             reason = one_line(error)
             continue
@@ -136,7 +142,8 @@ def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, cla
         proof = compare(graph, config, length)
         if not proof.holds:
             raise ProofError(
-                f"the code generated for {class_name} does not compute what transformers computes: in a small model of "
+                f"the code generated for {class_name} does not compute what transformers computes"
+                f"{' of the documents of a row, one by one' if apart else ''}: in a small model of "
                 f"its kind the loss differs by {proof.loss_error:.1e} and the gradient of {proof.parameter} by "
                 f"{proof.gradient_error:.1e}; choose another model"
             )
@@ -227,9 +234,11 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
         ProofError: transformers can't run the model, or the generated code doesn't run.
     """
     tokens, labels = _random_row(vocab_size(config), length)
+    starts = _documents(length) if _keeps_documents_apart(graph) else (0,)
+    labels[:, [start - 1 for start in starts[1:]]] = IGNORE_INDEX
     try:
         model = _random_model(config)
-        expected = _own_loss(model, tokens, labels)
+        expected = _own_loss(model, tokens, labels, starts)
         expected.backward()
     except Exception as error:  # whatever a model's own code raises
         raise ProofError(
@@ -244,7 +253,7 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
     weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
     try:
         module = _generated_module(graph, weights)
-        loss = module(tokens, labels)
+        loss = module(tokens, labels, *(_apart(starts, length) if _keeps_documents_apart(graph) else ()))
         loss.backward()
     except Exception as error:
         raise ProofError(
@@ -254,26 +263,52 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
     error = abs(loss.item() - expected.item()) / abs(expected.item())
     errors = gradient_errors(gradients_of(module), gradients_of(model))
     close = may_be_rounding(max(errors.values()))
-    roundings = _own_roundings(model, tokens, labels) if close else dict.fromkeys(errors, 0.0)
+    roundings = _own_roundings(model, tokens, labels, starts) if close else dict.fromkeys(errors, 0.0)
     worst = max(errors, key=lambda name: errors[name] / allowed(roundings[name]))
     return Proof(error, errors[worst], worst, roundings[worst])
 
 
-def _own_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The summed cross entropy of the model's own logits; if its configuration asks for its routers' auxiliary loss,
-    the loss that the model itself returns, as a sum."""
-    if getattr(model.config.get_text_config(), "output_router_logits", False):
-        mean = model(input_ids=tokens, labels=labels, shift_labels=labels, use_cache=False).loss
-        return (labels != IGNORE_INDEX).sum() * mean
-    logits = model(input_ids=tokens, use_cache=False).logits[0]
-    return F.cross_entropy(logits.to(model.dtype), labels[0], ignore_index=IGNORE_INDEX, reduction="sum")
+def _keeps_documents_apart(graph: Graph) -> bool:
+    return any(tensor.name == DOCUMENT_STARTS for tensor in graph.inputs)
 
 
-def _own_roundings(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, float]:
+def _documents(length: int) -> tuple[int, ...]:
+    """Where the documents of a row begin: a long one, one of a single token, and two more; fewer in a short row."""
+    return tuple(sorted({0, 2 * length // 3, 2 * length // 3 + 1, 3 * length // 4}))
+
+
+def _apart(starts: tuple[int, ...], length: int) -> tuple[torch.Tensor, tuple[int, ...]]:
+    """Positions that begin anew with each document, [1, length], and where these begin."""
+    lengths = [end - start for start, end in pairwise((*starts, length))]
+    return torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0), starts
+
+
+def _own_loss(
+    model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor, starts: tuple[int, ...]
+) -> torch.Tensor:
+    """The summed cross entropy of the model's own logits, one document after another.
+
+    If its configuration asks for its routers' auxiliary loss, it is the loss that the model itself returns, as a sum.
+    """
+    losses = []
+    for start, end in pairwise((*starts, tokens.shape[1])):
+        own = labels[:, start:end]
+        if getattr(model.config.get_text_config(), "output_router_logits", False):
+            mean = model(input_ids=tokens[:, start:end], labels=own, shift_labels=own, use_cache=False).loss
+            losses.append((own != IGNORE_INDEX).sum() * mean)
+        else:
+            logits = model(input_ids=tokens[:, start:end], use_cache=False).logits[0].to(model.dtype)
+            losses.append(F.cross_entropy(logits, own[0], ignore_index=IGNORE_INDEX, reduction="sum"))
+    return torch.stack(losses).sum()
+
+
+def _own_roundings(
+    model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor, starts: tuple[int, ...]
+) -> dict[str, float]:
     """How far each of the model's own gradients, which it has in float32, is from that in float64."""
     rounded = {name: gradient.double() for name, gradient in gradients_of(model).items()}
     model.zero_grad()
-    _own_loss(model.double(), tokens, labels).backward()
+    _own_loss(model.double(), tokens, labels, starts).backward()
     return gradient_errors(rounded, gradients_of(model))
 
 

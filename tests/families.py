@@ -1,6 +1,9 @@
 """Small models of the decoder families in transformers, with weights under which every operator changes the loss."""
 
 import dataclasses
+import random
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -206,11 +209,31 @@ def random_rows(n_rows: int, length: int, vocab_size: int, seed: int = 0) -> tup
     return tokens[:, :-1].contiguous(), labels
 
 
-def reference_loss(model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def random_documents(length: int, seed: int) -> tuple[int, ...]:
+    """Where the documents of a row begin: from one to six of them, of any length from a single token on."""
+    draw = random.Random(seed)
+    return (0, *sorted(draw.sample(range(1, length), draw.randint(0, 5))))
+
+
+def reference_loss(
+    model: PreTrainedModel, tokens: torch.Tensor, labels: torch.Tensor, documents: Sequence[tuple[int, ...]] = ()
+) -> torch.Tensor:
     """The summed cross entropy of the Hugging Face model's own logits.
 
     Where its configuration asks for its routers' auxiliary loss, it is the loss that the model returns of each row.
+
+    Args:
+        documents: where each row's begin, if the model is to run these one by one.
     """
+    if documents:
+        losses = []
+        for row, starts in enumerate(documents):
+            for start, end in pairwise((*starts, tokens.shape[1])):
+                own = labels[row : row + 1, start:end].clone()
+                if end < tokens.shape[1]:
+                    own[:, -1] = IGNORE_INDEX  # there is no token after a document's last
+                losses.append(reference_loss(model, tokens[row : row + 1, start:end], own))
+        return torch.stack(losses).sum()
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         rows = [(row.unsqueeze(0), own.unsqueeze(0)) for row, own in zip(tokens, labels, strict=True)]
         losses = [model(input_ids=row, labels=own, shift_labels=own, use_cache=False).loss for row, own in rows]

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from families import (
     FAMILIES,
     config_of,
+    random_documents,
     random_rows,
     reference_loss,
     reference_model,
@@ -38,6 +39,7 @@ from longctx.compiler.plan import Plan, Setting
 from longctx.compiler.recompute import Recompute, names_of_keepable
 from longctx.compiler.trace import sample_row, trace
 from longctx.compiler.work import Work
+from longctx.data.rows import apart
 from longctx.huggingface.build import build_model
 from longctx.proof import gradients_of
 from longctx.runtime import parallel
@@ -49,12 +51,25 @@ train.register_loss()
 
 @dataclass(frozen=True)
 class Case:
-    """One drawn plan of one family's model, for `plan_ngpus` of `n_ranks` ranks."""
+    """One drawn plan of one family's model, for `plan_ngpus` of `n_ranks` ranks.
+
+    `apart` is whether the documents of a row do not see each other; the Hugging Face model then runs them one by one.
+    """
 
     family: str
     seed: int
     plan_ngpus: int
     n_ranks: int
+    apart: bool = False
+
+    @property
+    def n_rows(self) -> int:
+        return self.n_ranks // self.plan_ngpus
+
+    @property
+    def reference(self) -> str:
+        """The file of what the Hugging Face model computes."""
+        return f"{self.family}-{self.n_rows}{'-apart' if self.apart else ''}.pt"
 
 
 def random_assignment(graph: Graph, plan_size: int, seed: int, group_sizes: Sequence[int] = ()) -> Assignment:
@@ -76,6 +91,7 @@ def random_assignment(graph: Graph, plan_size: int, seed: int, group_sizes: Sequ
         shards = [
             Shard(d, balanced=balanced) for d, size, balanced in orders if size % (plan_size * (1 + balanced)) == 0
         ]
+        shards = [] if tensor.kind == "host" else shards
         return draw.choice([REPLICATE, *shards])
 
     alike = graph.placed_alike()
@@ -102,18 +118,25 @@ def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
 
 
 @cache
-def trace_family(family: str) -> Graph:
-    return trace(build_model(config_of(family), torch.float32), sample_row(LENGTH))
+def trace_family(family: str, apart: bool = False) -> Graph:
+    model = build_model(
+        config_of(family), torch.float32, sequence_length=LENGTH if apart else None, documents_apart=apart
+    )
+    return trace(model, sample_row(LENGTH, 4 if apart else 0))
 
 
-def write_reference(folder: Path, family: str, n_rows: int) -> None:
-    """The Hugging Face model's weights, loss and gradients on `n_rows` rows."""
-    config = config_of(family)
-    reference = reference_model(config)
-    loss = reference_loss(reference, *random_rows(n_rows, LENGTH, 256))
+def documents_of(case: Case) -> list[tuple[int, ...]]:
+    """Where the documents of each row begin, if they are apart."""
+    return [random_documents(LENGTH, seed=row) for row in range(case.n_rows)] if case.apart else []
+
+
+def write_reference(folder: Path, case: Case) -> None:
+    """The Hugging Face model's weights, loss and gradients on a case's rows."""
+    reference = reference_model(config_of(case.family))
+    loss = reference_loss(reference, *random_rows(case.n_rows, LENGTH, 256), documents_of(case))
     loss.backward()
     weights = {name: parameter.detach() for name, parameter in reference.named_parameters()}
-    torch.save((weights, gradients_of(reference), loss.item()), folder / f"{family}-{n_rows}.pt")
+    torch.save((weights, gradients_of(reference), loss.item()), folder / case.reference)
 
 
 def chosen_plan(graph: Graph, case: Case) -> Plan:
@@ -148,15 +171,14 @@ def run_cases(folder: Path, cases: list[Case]) -> None:
     errors = {}
     with parallel.process_group() as device:
         for case in tqdm(cases, disable=dist.get_rank() != 0):
-            n_rows = case.n_ranks // case.plan_ngpus
             class_name, layers_path, resident = torch.load(folder / f"{case}" / "facts.pt")
-            weights, gradients, expected = torch.load(folder / f"{case.family}-{n_rows}.pt")
+            weights, gradients, expected = torch.load(folder / case.reference)
             module = parallel.load_generated(folder / f"{case}", class_name)
             model = parallel.parallelize(module, layers_path, device, torch.float32, case.plan_ngpus, resident)
             parallel.load_tensors(model, weights.items())
-            tokens, labels = random_rows(n_rows, LENGTH, 256)
-            row = slice(model.data_parallel_rank, model.data_parallel_rank + 1)
-            loss = module(tokens[row], labels[row])
+            row = model.data_parallel_rank
+            inputs = [x[row : row + 1] for x in random_rows(case.n_rows, LENGTH, 256)]
+            loss = module(*(apart(*inputs, documents_of(case)[row]) if case.apart else inputs))
             loss.backward()
             parallel.reduce_plan_sharded_gradients(model)
             total = loss.detach().clone()
@@ -180,34 +202,33 @@ def check_cases(
     (n_ranks,) = {case.n_ranks for case in cases}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        for family in dict.fromkeys(case.family for case in cases):
-            graph = trace_family(family)
-            for case in cases:
-                if case.family == family:
-                    n_rows = n_ranks // case.plan_ngpus
-                    if not (folder / f"{family}-{n_rows}.pt").exists():
-                        write_reference(folder, family, n_rows)
-                    write_case(folder, case, graph, chosen)
+        for case in cases:
+            if not (folder / case.reference).exists():
+                write_reference(folder, case)
+            write_case(folder, case, trace_family(case.family, case.apart), chosen)
         run_ranks(n_ranks, run_cases, folder, cases, start_method=start_method)
         return torch.load(folder / "errors.pt", weights_only=False)
 
 
-def draw_cases(n_cases: int, n_ranks: int, first_seed: int = 0) -> list[Case]:
+def draw_cases(n_cases: int, n_ranks: int, first_seed: int = 0, apart: bool = False) -> list[Case]:
     """Cases over all families in turn, of plans over all ranks; on 4 ranks, also of plans of 2."""
     families = list(FAMILIES)
     plans = {4: [4, 4, 2]}.get(n_ranks, [n_ranks])
     seeds = range(first_seed, first_seed + n_cases)
-    return [Case(families[i % len(families)], i, plans[i // len(families) % len(plans)], n_ranks) for i in seeds]
+    return [Case(families[i % len(families)], i, plans[i // len(families) % len(plans)], n_ranks, apart) for i in seeds]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--cases", type=int, default=500)
+    parser.add_argument("--apart", action="store_true", help="rows of documents that do not see each other")
     args = parser.parse_args()
     train.register_loss()
     worst = defaultdict(lambda: (0, 0.0, 0.0))
     for n_ranks, share in ((1, 0.05), (2, 0.3), (3, 0.1), (4, 0.35), (6, 0.1), (8, 0.1)):
-        for case, (loss, gradient, _) in check_cases(draw_cases(round(args.cases * share), n_ranks)).items():
+        for case, (loss, gradient, _) in check_cases(
+            draw_cases(round(args.cases * share), n_ranks, apart=args.apart)
+        ).items():
             count, loss_before, gradient_before = worst[case.family]
             worst[case.family] = (count + 1, max(loss, loss_before), max(gradient, gradient_before))
     print("| family | plans | worst loss error | worst gradient error |\n| --- | --- | --- | --- |")

@@ -96,6 +96,7 @@ def test_rows_of_any_length_take_no_longer_to_try_than_those_of_131072_tokens(no
 def test_auto_tries_every_kernel_that_is_there_and_one_that_was_asked_for_alone(monkeypatch):
     monkeypatch.setattr(choice, "why_not", lambda name, dtype, device: None if name in ("cudnn", "flash") else "absent")
     assert candidates("auto", deterministic=False) == ("cudnn", "flash")
+    assert candidates("auto", deterministic=False, documents_apart=True) == ("flash",)  # cuDNN's takes none apart
     assert candidates("fa4", deterministic=True) == ("fa4",)
     assert candidates("sdpa", deterministic=False) == candidates("eager", deterministic=True) == ()
 
@@ -105,7 +106,7 @@ def test_auto_is_not_left_to_a_clock_where_runs_are_to_have_the_same_bits():
 
 
 class Job(SimpleNamespace):
-    attn_implementation, deterministic, dtype = "auto", False, torch.bfloat16
+    attn_implementation, deterministic, document_mask, dtype = "auto", False, False, torch.bfloat16
 
 
 @pytest.fixture

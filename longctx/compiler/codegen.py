@@ -436,7 +436,10 @@ def _write_run(run: list[LayerCall], first: int, graph: Graph, plan: Plan, body:
 def _class(name: str, says: str, tree: dict, inputs: Sequence[Tensor], arguments: list[str], lines: list[str]) -> str:
     """The class of a module, with the parameters and buffers in `tree` and a forward that consists of `lines`."""
     assignments = "\n".join(f"self.{part} = {_parameters(value)}" for part, value in tree.items())
-    shapes = ", ".join(f"{argument} {list(t.shape)}" for argument, t in zip(arguments, inputs, strict=True))
+    shapes = ", ".join(
+        f"{argument} on the host" if t.kind == "host" else f"{argument} {list(t.shape)}"
+        for argument, t in zip(arguments, inputs, strict=True)
+    )
     forward = "\n".join([f"# {shapes}", *lines])
     return f'''
 class {name}(nn.Module):

@@ -14,6 +14,10 @@ from typing import Any
 
 import torch
 
+# Inputs of a model whose documents do not see each other: positions, which begin anew with each document, and where the
+# documents of the row begin. The second is a tuple of ints that stays on the host, where kernels are told of lengths.
+POSITION_IDS, DOCUMENT_STARTS = "position_ids", "document_starts"
+
 
 class Device:
     """Stands for the device that the generated code runs on, among the arguments of an op."""
@@ -47,7 +51,7 @@ class Tensor:
     shape: tuple[int, ...]
     dtype: torch.dtype
     requires_grad: bool
-    kind: str = "activation"  # or 'input', 'parameter', 'constant'
+    kind: str = "activation"  # or 'input', 'host' (an input that no device has), 'parameter', 'constant'
 
 
 @dataclass(frozen=True)

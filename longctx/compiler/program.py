@@ -147,7 +147,7 @@ class Program(LinearProgram):
 
     def placements(self, tensor: Tensor, fixed: Placement | None = None) -> list[Placement]:
         """Those that a value may have between layers."""
-        splittable = self.plan_size > 1
+        splittable = self.plan_size > 1 and tensor.kind != "host"
         orders = [self.tokens.balanced and size == self.tokens.length for size in tensor.shape]
         shards = [
             Shard(d, balanced=in_order)

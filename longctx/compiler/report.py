@@ -13,7 +13,7 @@ from longctx.compiler.cost import (
     packing_time,
 )
 from longctx.compiler.hardware import Hardware
-from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, nbytes
+from longctx.compiler.ir import DOCUMENT_STARTS, Graph, LayerCall, LayerKind, Op, nbytes
 from longctx.compiler.layout import Layout, layout_of
 from longctx.compiler.localize import localize
 from longctx.compiler.memory import MemoryPrediction, in_use, say_bytes
@@ -54,6 +54,7 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
     plan_size, world_size, time = setting.plan_size, setting.world_size, prediction.time
     return [
         *_say_whole_attention(graph, plan_size, prediction),
+        *_say_documents(graph),
         f"{graph.class_name} at {sequence_length:,} tokens on {setting.world_size} x {setting.hardware.name}: "
         f"{prediction.n_parameters:,} parameters, {len(graph.layer_calls)} layers",
         f"plan_ngpus {plan_size}, runtime_ngpus {world_size}: {world_size // plan_size} row(s) at a time",
@@ -71,6 +72,17 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         *_say_host_bound(graph, prediction.time),
         *_say_gap(plan),
         *(f"warning: {target} is not known: every rank computes it whole" for target in unknown_operators(graph)),
+    ]
+
+
+def _say_documents(graph: Graph) -> list[str]:
+    """What attention is priced as, where the documents of a row do not see each other."""
+    length = graph.inputs[0].shape[-1]
+    return [
+        f"attention stays within documents, and is priced as that within {tensor.shape[0]:,} a row of "
+        f"{length / tensor.shape[0]:,.0f} tokens each: the length of the document that a token is in, on average"
+        for tensor in graph.inputs
+        if tensor.name == DOCUMENT_STARTS
     ]
 
 

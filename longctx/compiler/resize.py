@@ -20,8 +20,13 @@ def resize(graph: Graph, old: int, new: int) -> Graph | None:
 
     def change(tensor: Tensor) -> Tensor:
         if tensor not in made:
-            made[tensor] = replace(tensor, shape=tuple(new if size == old else size for size in tensor.shape))
+            made[tensor] = replace(tensor, shape=resized(tensor))
         return made[tensor]
+
+    def resized(tensor: Tensor) -> tuple[int, ...]:
+        if tensor.kind == "host":  # documents are as long as before, and as many more or fewer in a row
+            return (max(1, round(tensor.shape[0] * new / old)),)
+        return tuple(new if size == old else size for size in tensor.shape)
 
     def sizes(value):
         return [new if size == old else size for size in value] if isinstance(value, list) else value

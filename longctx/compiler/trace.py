@@ -10,7 +10,7 @@ import inspect
 import logging
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, redirect_stderr
+from contextlib import contextmanager, redirect_stderr, suppress
 from dataclasses import dataclass, replace
 from io import StringIO
 from math import prod
@@ -24,10 +24,10 @@ from torch.overrides import TorchFunctionMode
 
 from longctx.compiler.annotation import output_shapes
 from longctx.compiler.functional import Memory, Place, Variable, View, apply, overwrite, read, variables_of
-from longctx.compiler.ir import FlatGraph, Graph, Op, Tensor, storage_of
+from longctx.compiler.ir import DOCUMENT_STARTS, POSITION_IDS, FlatGraph, Graph, Op, Tensor, storage_of
 from longctx.compiler.layers import fold_layers
 from longctx.compiler.ops import REGISTERED_OPS, RegisteredOp, aten, spec_of
-from longctx.compiler.ops.positions import Positions, UnknownValueError
+from longctx.compiler.ops.positions import Positions, UnknownValueError, known_values
 from longctx.compiler.ops.writes import writes
 from longctx.compiler.statements import statement_of
 from longctx.errors import AnnotationError, ModelError, UserError, one_line
@@ -64,12 +64,22 @@ def trace(module: nn.Module, sample: dict[str, torch.Tensor]) -> Graph:
     if not flat.output.requires_grad:
         raise ModelError(f"{class_name} writes its own backward pass, which tracing loses; choose another model")
     _check_learned_positions(flat, class_name)
+    if any(tensor.name == DOCUMENT_STARTS for tensor in flat.inputs):
+        _check_documents_apart(flat, class_name)
     return fold_layers(flat, class_name, *_decoder_layers(model, flat))
 
 
-def sample_row(sequence_length: int) -> dict[str, torch.Tensor]:
-    """What a model is traced with: [1, l] int64 each, on meta, each a tensor of its own."""
-    return {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in ("tokens", "labels")}
+def sample_row(sequence_length: int, n_documents: int = 0) -> dict[str, torch.Tensor]:
+    """What a model is traced with: [1, l] int64 each, on meta, each a tensor of its own.
+
+    Where documents do not see each other there are positions too, and where each document begins, [n_documents]: so
+    many documents of equal length stand for those of the rows, of which each has its own.
+    """
+    names = ["tokens", "labels"] + ([POSITION_IDS] if n_documents else [])
+    sample = {name: torch.empty(1, sequence_length, dtype=torch.long, device="meta") for name in names}
+    if n_documents:
+        sample[DOCUMENT_STARTS] = torch.empty(n_documents, dtype=torch.long, device="meta")
+    return sample
 
 
 @contextmanager
@@ -247,7 +257,7 @@ def _flatten(module: nn.Module, exported, buffers: dict[str, torch.Tensor], opaq
                 parameters[name] = _tensor(name, value, parameter.requires_grad, "parameter")
             env[node] = Variable(parameters[name], Memory(storage, state=name))
         elif spec.kind.name == "USER_INPUT":
-            inputs.append(_tensor(node.name, value, False, "input"))
+            inputs.append(_tensor(node.name, value, False, "host" if node.name == DOCUMENT_STARTS else "input"))
             env[node] = Variable(inputs[-1], Memory(storage))
         else:
             constant = _tensor(path.rsplit(".", 1)[-1], value, False, "constant")
@@ -397,18 +407,37 @@ def _check_learned_positions(flat: FlatGraph, class_name: str) -> None:
 
     Running the model would fail there, but tracing reads no entry of the table of positions.
     """
-    makers = {t: op for op in flat.ops for t in op.outputs}
-    positions_in = Positions(makers, flat.constants)
     length = flat.inputs[0].shape[-1]
+    for table, positions in _learned_positions(flat):
+        if (missing := positions.max().item() + 1 - table.shape[0]) > 0:
+            raise ModelError(
+                f"{class_name} has learned positions ({table.name}) for {length - missing} tokens and "
+                f"the rows have {length}; take rows of at most {length - missing}, or another model"
+            )
+
+
+def _check_documents_apart(flat: FlatGraph, class_name: str) -> None:
+    """Raises a ModelError for a state that is carried along the row, or for positions that can't begin anew."""
+    if crossing := next((op for op in flat.ops if spec_of(op).crosses_documents), None):
+        raise ModelError(
+            f"{crossing.module} of {class_name} has a recurrence or a convolution ({spec_of(crossing).name}), which "
+            "goes from one document of a row into the next; choose another model"
+        )
+    if any(tensor.name == POSITION_IDS for op in flat.ops for tensor in op.inputs):
+        return
+    for table, _ in _learned_positions(flat):
+        raise ModelError(
+            f"{class_name} has learned positions ({table.name}) and its forward takes none, so that they can't begin "
+            "anew with each document of a row; choose another model"
+        )
+
+
+def _learned_positions(flat: FlatGraph) -> Iterator[tuple[Tensor, torch.Tensor]]:
+    """The tables of which rows are looked up by positions, and the numbers of these rows."""
+    makers = {t: op for op in flat.ops for t in op.outputs}
+    positions_in = Positions(makers, known_values(flat))
     for op in flat.ops:
         if spec_of(op).lookup:
             table, indices = op.inputs[:2]
-            try:
-                positions = positions_in.whole(indices)
-            except UnknownValueError:
-                continue  # they are tokens
-            if (missing := positions.max().item() + 1 - table.shape[0]) > 0:
-                raise ModelError(
-                    f"{class_name} has learned positions ({table.name}) for {length - missing} tokens and "
-                    f"the rows have {length}; take rows of at most {length - missing}, or another model"
-                )
+            with suppress(UnknownValueError):  # the others are tokens
+                yield table, positions_in.whole(indices)

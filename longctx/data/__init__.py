@@ -6,7 +6,7 @@ formats.py      the documents of one file of text, JSON or Parquet
 documents.py    what a document is: whole, in pieces, or the reason why it can't be read
 tokens.py       documents -> tokens, on several processes, in the order of the documents
 rows.py         the dataset that bookcorpus.py packs these tokens into, opened, checked and read a row at a time
-packing.py      the documents of a row, and what follows where they do not see each other
+packing.py      where the documents of a row begin
 order.py        the order in which training takes the rows
 
 bookcorpus.py uses the first five, train.py the last three; a dataset of rows on disk is all that passes between them.

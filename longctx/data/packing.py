@@ -1,4 +1,4 @@
-"""The documents of a row: where each begins, and what follows for a model in which they do not see each other.
+"""The documents of a row: where each begins.
 
 Rows are cut from one stream of documents, so a document may go on in the next row. What is there of it is, in that row,
 a document of its own: it begins with the row, at position 0.
@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from longctx.data.rows import BEGINS, IGNORE_INDEX, MAKE_AGAIN, RowInputs, corpus_facts, load_values
+from longctx.data.rows import BEGINS, MAKE_AGAIN, corpus_facts, load_values
 from longctx.errors import RowsError
 
 SHORT = 1024  # tokens of the documents of a row that counts for nothing, which is to take no longer than others
@@ -49,19 +49,6 @@ class Boundaries:
         else:
             begins = (load_values(self.dataset, "input_ids", row) == self.bos).nonzero().flatten()
         return tuple(sorted({0, *begins.tolist()}))
-
-    def apart(self, row: int | None, tokens: torch.Tensor, labels: torch.Tensor) -> RowInputs:
-        """Tokens and labels of a row, [1, l] int64 each, as a model takes them whose documents do not see each other.
-
-        From the last token of a document nothing is learned: what comes after it is another document's. Positions,
-        [1, l] int64, begin anew with each document.
-        """
-        starts = self.starts(row)
-        firsts = torch.tensor(starts)
-        labels = labels.index_fill(1, firsts[1:] - 1, IGNORE_INDEX)
-        lengths = firsts.diff(append=torch.tensor([self.sequence_length]))
-        positions = torch.arange(self.sequence_length) - firsts.repeat_interleave(lengths)
-        return tokens, labels, positions.unsqueeze(0), starts
 
 
 def find_boundaries(path: str, dataset: pa.Table, sequence_length: int, bos: int | None) -> Boundaries:

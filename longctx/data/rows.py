@@ -256,6 +256,21 @@ def load_row(
     return tokens.unsqueeze(0), torch.nn.functional.pad(places[1:], (0, 1), value=IGNORE_INDEX).unsqueeze(0)
 
 
+def apart(tokens: torch.Tensor, labels: torch.Tensor, starts: tuple[int, ...]) -> RowInputs:
+    """Tokens and labels of a row, [1, l] int64 each, as a model takes them whose documents do not see each other.
+
+    From the last token of a document nothing is learned: what comes after it is another document's. Positions, [1, l]
+    int64, begin anew with each document.
+
+    Args:
+        starts: the tokens at which a document begins, ascending from 0.
+    """
+    firsts, length = torch.tensor(starts), tokens.shape[1]
+    labels = labels.index_fill(1, firsts[1:] - 1, IGNORE_INDEX)
+    positions = torch.arange(length) - firsts.repeat_interleave(firsts.diff(append=torch.tensor([length])))
+    return tokens, labels, positions.unsqueeze(0), starts
+
+
 def load_values(dataset: pa.Table, column: str, row: int) -> torch.Tensor:
     """One row of a column, int64 [l]."""
     values = dataset.column(column)[row].values
@@ -302,6 +317,6 @@ class Rows:
         return len(self.dataset)
 
     def load(self, row: int | None) -> RowInputs:
-        """Row `row` as (tokens, labels), as load_row gives them, or with more, as Boundaries.apart does."""
-        tokens, labels = load_row(self.dataset, row, self.sequence_length, self.vocab_size)
-        return (tokens, labels) if self.boundaries is None else self.boundaries.apart(row, tokens, labels)
+        """Row `row` as load_row gives it, or as `apart` makes it."""
+        loaded = load_row(self.dataset, row, self.sequence_length, self.vocab_size)
+        return loaded if self.boundaries is None else apart(*loaded, self.boundaries.starts(row))

@@ -32,7 +32,8 @@ class CausalLMLoss(nn.Module):
     """A Hugging Face causal language model whose forward returns the loss, summed over tokens.
 
     forward(tokens, labels): [b, l] int64 each -> scalar float32. `labels` are shifted already: labels[:, i] is the
-    token after tokens[:, i], or IGNORE_INDEX.
+    token after tokens[:, i], or IGNORE_INDEX. Where the documents of a row do not see each other, forward is given
+    `position_ids` too, which begin anew with each of them, and `document_starts`, which tracing hands to attention.
     """
 
     def __init__(self, model: PreTrainedModel, attention_options: dict[str, Any] | None = None):
@@ -41,8 +42,14 @@ class CausalLMLoss(nn.Module):
         self.attention_options = attention_options or {}
         self.head = read_head(model)
 
-    def forward(self, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        hidden_states, of_routers = input_of_output_embeddings(self.model, tokens)
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        labels: torch.Tensor,
+        position_ids: torch.Tensor | None = None,
+        document_starts: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        hidden_states, of_routers = input_of_output_embeddings(self.model, tokens, position_ids)
         lm_head = self.model.get_output_embeddings()
         assert lm_head is not None, "read_head refuses a model without"
         weight = lm_head.weight
@@ -67,6 +74,7 @@ def build_model(
     attn_implementation: str = "auto",
     sequence_length: int | None = None,
     deterministic: bool = False,
+    documents_apart: bool = False,
     expert_imbalance: float = 1.0,
 ) -> CausalLMLoss:
     """The model in train mode, its parameters on meta (no memory is allocated), its buffers real and on the CPU.
@@ -76,10 +84,12 @@ def build_model(
         attn_implementation: as kernels.attention takes it.
         sequence_length: tokens of a row; rotary tables that depend on it are made for it.
         deterministic: whether attention's backward is to give the same bits each time.
+        documents_apart: whether the documents of a row are not to see each other.
         expert_imbalance: the `imbalance` of kernels.experts.
 
     Raises:
-        ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't.
+        ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't, or
+            its rotary tables are not the same for documents of every length.
     """
     options = attention_options(attn_implementation, deterministic)
     register_attention(options)
@@ -89,8 +99,10 @@ def build_model(
     experts.route_experts(model, expert_imbalance)
     route_rms_norms(model)
     route_recurrences(model)
+    if documents_apart:
+        _refuse_routers_loss(model)
     if sequence_length is not None:
-        settle_rotary_tables(model, sequence_length)
+        settle_rotary_tables(model, sequence_length, documents_apart)
     wrapped = CausalLMLoss(model, options).train()
     make_masks()
     return wrapped
@@ -138,6 +150,15 @@ def _refuse_empty_weights(model: PreTrainedModel) -> None:
     if empty := next((name for name, weight in model.named_parameters() if not weight.numel()), None):
         shape = list(model.get_parameter(empty).shape)
         raise ModelError(f"its config.json gives the weight {empty} the shape {shape}, which is empty; mend it")
+
+
+def _refuse_routers_loss(model: PreTrainedModel) -> None:
+    """Raises a ModelError for a mixture of experts whose loss tells how evenly the tokens of a text go to its experts."""
+    if getattr(model.config.get_text_config(), "output_router_logits", False):
+        raise ModelError(
+            f"{type(model).__name__} has a loss of its routers that is of a whole text, and the documents of a row are "
+            "several; set output_router_logits to false in its configuration, or choose another model"
+        )
 
 
 @contextmanager

@@ -39,6 +39,12 @@ def vocab_size(config: PreTrainedConfig) -> int:
     return config.get_text_config().vocab_size
 
 
+def bos_token(config: PreTrainedConfig) -> int | None:
+    """The token that a text begins with, as the model was trained; None if it has none."""
+    token = getattr(config.get_text_config(), "bos_token_id", None)
+    return token if type(token) is int else None
+
+
 @functools.cache  # each look at the hub is a request; a folder's file may change, and is read each time
 def _hub_config(model_id: str) -> PreTrainedConfig:
     return _read_config(model_id)

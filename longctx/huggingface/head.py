@@ -6,6 +6,7 @@ differently in every family (final_logit_softcapping, logits_scaling, logit_scal
 silently be ignored. So the head is run once, on meta tensors, and its operators are recorded.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -72,18 +73,21 @@ def _head_error(model: PreTrainedModel, names: list[str]) -> ModelError:
 
 
 def input_of_output_embeddings(
-    model: PreTrainedModel, tokens: torch.Tensor
+    model: PreTrainedModel, tokens: torch.Tensor, position_ids: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """Runs a model up to its output embeddings, and returns what it hands them: [b, l] int64 -> [b, l, d].
+    """Runs a model up to its output embeddings, and returns what it hands them: [b, l] int64 each -> [b, l, d].
 
-    Of a mixture of experts whose configuration asks for it, the second result is its routers' auxiliary loss, [].
+    A model that takes no positions is given none. Of a mixture of experts whose configuration asks for it, the second
+    result is its routers' auxiliary loss, [].
     """
     handed: list[torch.Tensor] = []
     lm_head: Any = model.get_output_embeddings()
+    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
+    given = {} if position_ids is None or not takes_positions else {"position_ids": position_ids}
     own = lm_head.__class__
     lm_head.__class__, lm_head.take = TakenEmbeddings, handed.append
     try:
-        output = model(input_ids=tokens, use_cache=False)
+        output = model(input_ids=tokens, use_cache=False, **given)
     finally:
         lm_head.__class__ = own
         del lm_head.take

@@ -1,8 +1,8 @@
 """Causal attention, as generated code calls it: by a fused kernel where there is one, in blocks of queries elsewhere.
 
-The first half of the file is the function; its fused kernels are in fused.py, and what they need for some of a row's
-queries in pieces.py. The second half is what the compiler has to know of it: its FLOPs, what autograd saves, and its
-workspace.
+The first half of the file is the function; its fused kernels are in fused.py, what they need for some of a row's
+queries in pieces.py, and what keeps the documents of a row apart in documents.py. The second half is what the compiler
+has to know of it: its FLOPs, what autograd saves, and its workspace.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,14 +19,16 @@ from longctx.compiler.ops.registered import arguments_of, register_op
 from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, Told
 from longctx.compiler.ops.spec import Ring as RingSpec
 from longctx.compiler.work import Work
+from longctx.kernels.documents import Packed, attend_in_parts, attend_packed, flash_packed
 from longctx.kernels.fused import HALF, resolve, sdpa
-from longctx.kernels.pieces import KEYS, attention_in_pieces, can_be_pieces
+from longctx.kernels.pieces import KEYS, attention_in_pieces, can_be_pieces, fits_gpu_kernels
 from longctx.kernels.ring import Ring, keys_in_reach, ring_attention
 
 try:
-    from flash_attn import flash_attn_func
+    from flash_attn import flash_attn_func, flash_attn_varlen_func
 except ImportError:
     flash_attn_func: Any = None
+    flash_attn_varlen_func: Any = None
 
 QUERY_BLOCK = 1024  # queries whose scores are held at a time where there is no fused kernel
 BY_BLOCKS = ("eager", "flash_attention_2")  # implementations that are given all keys of a block of queries at once
@@ -45,6 +47,7 @@ def attention(
     deterministic: bool = False,
     starts: Sequence[int] = (),
     ring: Ring | None = None,
+    document_starts: Sequence[int] = (),
 ) -> torch.Tensor:
     """Causal attention: [b, heads, q, d], [b, kv_heads, l, d], [b, kv_heads, l, e] -> [b, q, heads, e].
 
@@ -65,6 +68,9 @@ def attention(
             all tokens. Left out, they are of the last ones.
         ring: the ranks that have the row's queries, keys and values among them, if these are of the same l tokens of a
             longer row.
+        document_starts: the tokens of the row at which a document begins, ascending from 0, if each token is to see
+            only those of its own document. On a GPU, in 16 bits, FlashAttention takes them all at once, windows
+            included; elsewhere they are computed one after the other.
 
     Raises:
         RuntimeError: the kernel that was asked for does not take these tensors.
@@ -74,9 +80,17 @@ def attention(
     kernel = resolve(implementation)
     if ring and not masks_more and implementation not in BY_BLOCKS and can_be_pieces(query, value, dropout):
         return ring_attention(query, key, value, scale, kernel, ring).transpose(1, 2)
+    of_row, mask = (starts, ring, document_starts), (scale, window, softcap, dropout)
     if kernel == "flash_attention_2" or (masks_more and _is_for_flash_attn(implementation, query)):
-        attend = partial(_flash_attn, slopes=None, deterministic=deterministic)
-    elif implementation == "eager" or masks_more:
+        return _by_flash_attn(query, key, value, *of_row, None, deterministic, *mask)
+    if document_starts:
+        places = document_starts, _starts_of(query, key, starts)
+        if query.is_cuda and can_be_pieces(query, value, dropout) and not softcap and implementation != "eager":
+            attend = partial(flash_packed, scale=scale, window=window, kernel=kernel)
+            return attend_packed(attend, query, key, value, *places)
+        options = {"implementation": implementation, "deterministic": deterministic}
+        return attend_in_parts(lambda q, k, v: attention(q, k, v, *mask, **options), query, key, value, *places)
+    if implementation == "eager" or masks_more:
         of_rows = _attend_in_float32 if softcap or implementation == "eager" else _attend_masked
         attend = partial(_blockwise_attention, attend=of_rows)
     elif ring is None and query.shape[2] == length:
@@ -85,7 +99,7 @@ def attention(
         return attention_in_pieces(query, key, value, _starts_of(query, key, starts), scale, kernel)[0].transpose(1, 2)
     else:
         attend = partial(_blockwise_attention, attend=_attend_masked)
-    return _each_block(attend, query, key, value, starts, ring, scale, window, softcap, dropout)
+    return _each_block(attend, query, key, value, *of_row, *mask)
 
 
 def alibi_attention(
@@ -101,17 +115,18 @@ def alibi_attention(
     deterministic: bool = False,
     starts: Sequence[int] = (),
     ring: Ring | None = None,
+    document_starts: Sequence[int] = (),
 ) -> torch.Tensor:
     """`attention` with linear biases (ALiBi, arXiv:2108.12409, section 3), which take the place of positions.
 
     To the score of query i and key j of a head, scaled and capped, slopes[head] * (j - i) is added. `slopes` are
     float32, [heads]. Of the fused kernels flash-attn's knows biases; elsewhere blocks of queries are taken.
     """
+    of_row, mask = (starts, ring, document_starts), (scale, window, softcap, dropout)
     if resolve(implementation) == "flash_attention_2" or _is_for_flash_attn(implementation, query):
-        attend = partial(_flash_attn, slopes=slopes, deterministic=deterministic)
-    else:
-        attend = partial(_blockwise_attention, attend=partial(_attend_in_float32, slopes=slopes))
-    return _each_block(attend, query, key, value, starts, ring, scale, window, softcap, dropout)
+        return _by_flash_attn(query, key, value, *of_row, slopes, deterministic, *mask)
+    attend = partial(_blockwise_attention, attend=partial(_attend_in_float32, slopes=slopes))
+    return _each_block(attend, query, key, value, *of_row, *mask)
 
 
 def sink_attention(
@@ -127,6 +142,7 @@ def sink_attention(
     deterministic: bool = False,
     starts: Sequence[int] = (),
     ring: Ring | None = None,
+    document_starts: Sequence[int] = (),
 ) -> torch.Tensor:
     """`attention` with a sink for each head, as GPT-OSS has it (arXiv:2508.10925, section 2.3).
 
@@ -134,7 +150,7 @@ def sink_attention(
     them, so blocks of queries are taken, whatever the implementation.
     """
     attend = partial(_blockwise_attention, attend=partial(_attend_in_float32, sinks=sinks))
-    return _each_block(attend, query, key, value, starts, ring, scale, window, softcap, dropout)
+    return _each_block(attend, query, key, value, starts, ring, document_starts, scale, window, softcap, dropout)
 
 
 def _is_for_flash_attn(implementation: str, query: torch.Tensor) -> bool:
@@ -147,18 +163,21 @@ def _starts_of(query: torch.Tensor, key: torch.Tensor, starts: Sequence[int]) ->
     return starts or [key.shape[2] - query.shape[2]]
 
 
-def _each_block(attend: Callable[..., torch.Tensor], query, key, value, starts, ring, scale, window, *mask):
+def _each_block(
+    attend: Callable[..., torch.Tensor], query, key, value, starts, ring, document_starts, scale, window, *mask
+) -> torch.Tensor:
     """Attention of each block of queries by `attend`, against the keys that are not after the block; [b, q, heads, e].
 
-    So the last query that `attend` is given and the last key are of one token.
+    A block is cut where documents begin, if these are told. So the last query that `attend` is given and the last key
+    are of one token.
     """
-    if ring:
-        seen = zip(*(keys_in_reach(x, ring, window) for x in (key, value)), strict=True)
-        n = query.shape[2] // len(ring.starts[ring.rank])
-    else:
+    if ring is None:
         starts = _starts_of(query, key, starts)
-        n = query.shape[2] // len(starts)
-        seen = ((key[:, :, : start + n], value[:, :, : start + n]) for start in starts)
+        return attend_in_parts(
+            lambda q, k, v: attend(q, k, v, scale, window, *mask), query, key, value, document_starts or (0,), starts
+        )
+    seen = zip(*(keys_in_reach(x, ring, window) for x in (key, value)), strict=True)
+    n = query.shape[2] // len(ring.starts[ring.rank])
     blocks = [
         attend(rows, *keys_values, scale, window, *mask)
         for rows, keys_values in zip(query.split(n, 2), seen, strict=True)
@@ -166,21 +185,38 @@ def _each_block(attend: Callable[..., torch.Tensor], query, key, value, starts, 
     return blocks[0] if len(blocks) == 1 else torch.cat(blocks, 1)
 
 
-def _flash_attn(query, key, value, scale, window, softcap, dropout, slopes, deterministic) -> torch.Tensor:
-    """FlashAttention-2 by the package flash-attn, which adds -slope * |i - j| to the scores, if there are slopes.
+def _by_flash_attn(query, key, value, starts, ring, document_starts, slopes, deterministic, *mask) -> torch.Tensor:
+    """FlashAttention-2 by the package flash-attn; it adds -slope * |i - j| to the scores, if there are slopes."""
+    more = {"slopes": slopes, "deterministic": deterministic}
+    if not document_starts:
+        return _each_block(partial(_flash_attn, **more), query, key, value, starts, ring, (), *mask)
+    attend = partial(_flash_attn_packed, mask=mask, **more)
+    return attend_packed(attend, query, key, value, document_starts, _starts_of(query, key, starts))
 
-    It takes the last query and the last key to be of one token.
-    """
-    return flash_attn_func(
-        *(x.transpose(1, 2) for x in (query, key, value)),
-        dropout,
-        scale,
-        causal=True,
-        window_size=(window - 1, 0) if window else (-1, -1),
-        softcap=softcap,
-        alibi_slopes=slopes,
-        deterministic=deterministic,
-    )
+
+def _flash_attn(query, key, value, scale, window, softcap, dropout, slopes, deterministic) -> torch.Tensor:
+    """It takes the last query and the last key to be of one token."""
+    options = _flash_attn_options((scale, window, softcap, dropout), slopes, deterministic)
+    return flash_attn_func(*(x.transpose(1, 2) for x in (query, key, value)), **options)
+
+
+def _flash_attn_packed(query, key, value, block: Packed, mask, slopes, deterministic) -> torch.Tensor:
+    """It takes the last query and the last key of each part to be of one token."""
+    lengths = block.of_queries, block.of_keys, block.most_queries, block.most_keys
+    return flash_attn_varlen_func(query, key, value, *lengths, **_flash_attn_options(mask, slopes, deterministic))
+
+
+def _flash_attn_options(mask, slopes, deterministic) -> dict[str, Any]:
+    scale, window, softcap, dropout = mask
+    return {
+        "dropout_p": dropout,
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size": (window - 1, 0) if window else (-1, -1),
+        "softcap": softcap,
+        "alibi_slopes": slopes,
+        "deterministic": deterministic,
+    }
 
 
 def _blockwise_attention(query, key, value, scale, window, softcap, dropout, attend) -> torch.Tensor:
@@ -251,7 +287,9 @@ def takes_blocks(op: Op) -> bool:
 
 def _masks_more(op: Op) -> bool:
     """Whether attention of all queries runs in blocks of them."""
-    return arguments_of(op)["implementation"] != "flash_attention_2" and (_holds_scores(op) or _windowed(op))
+    return arguments_of(op)["implementation"] != "flash_attention_2" and (
+        _holds_scores(op) or (_windowed(op) and not _is_packed(op))
+    )
 
 
 def _falls_back(op: Op) -> bool:
@@ -287,7 +325,9 @@ def _ring(op: Op) -> OwnRing | None:
 
 def fits_ring(op: Op) -> bool:
     """Whether it is of use that keys and values stay with their tokens: with a window, of which few are sent, and where
-    a fused kernel takes pieces of them."""
+    a fused kernel takes pieces of them; not where documents do not see each other, as a ring does not know them."""
+    if arguments_of(op)["document_starts"]:
+        return False
     if _windowed(op):
         return True
     (*_, d), (*_, e) = op.inputs[0].shape, op.inputs[2].shape
@@ -311,6 +351,28 @@ def merges(op: Op, phase: str) -> Shares:
     return _shares((query, 1 + 4 * float32), (key, 7.0), (value, 7.0))
 
 
+def _is_packed(op: Op) -> bool:
+    """Whether documents that do not see each other are one call of FlashAttention on a GPU, which knows windows too."""
+    query, _, value = op.inputs[:3]
+    return bool(arguments_of(op)["document_starts"]) and fits_gpu_kernels(query.shape, value.shape, query.dtype)
+
+
+def _seen_by_all(op: Op) -> float:
+    """How many keys the tokens of a row see together, on average over the rows.
+
+    Documents are taken to be of one length, as many as `document_starts` has: see trace.sample_row.
+    """
+    window, length = arguments_of(op)["window"], op.inputs[1].shape[2]
+    document_starts = arguments_of(op)["document_starts"]
+    n_documents = document_starts.shape[0] if document_starts else 1
+    return n_documents * _seen_by_first(length / n_documents, window or length)
+
+
+def _seen_by_first(n: float, window: int) -> float:
+    """How many keys the first n queries of a row, or of a document, see together."""
+    return n * (n + 1) / 2 - max(0, n - window) * (n - window + 1) / 2
+
+
 def flops(op: Op) -> Flops:
     """Two products, scores and weighted values, over every pair of a query and a key that the query sees.
 
@@ -321,22 +383,25 @@ def flops(op: Op) -> Flops:
 
 
 def flops_of_queries(op: Op, starts: Sequence[int], n: int) -> Flops:
-    """Those of blocks of n queries, which begin at these tokens of a row."""
-    window = arguments_of(op)["window"] or op.inputs[1].shape[2]
+    """Those of blocks of n queries, which begin at these tokens of a row.
 
-    def seen_by_first(n: int) -> float:
-        """Keys that the first n queries of a row see together."""
-        return n * (n + 1) / 2 - max(0, n - window) * (n - window + 1) / 2
-
-    forward = _forward_flops(op, sum(seen_by_first(start + n) - seen_by_first(start) for start in starts))
+    Where documents begin differs from row to row, so that of these no block has more to compute than another.
+    """
+    if arguments_of(op)["document_starts"]:
+        seen = _seen_by_all(op) * len(starts) * n / _row_length(op)
+    else:
+        window = arguments_of(op)["window"] or _row_length(op)
+        seen = sum(_seen_by_first(start + n, window) - _seen_by_first(start, window) for start in starts)
+    forward = _forward_flops(op, seen)
     in_blocks = _masks_more(op) or (len(starts) * n < op.inputs[1].shape[2] and _falls_back(op))
     return Flops(forward, (3.5 if in_blocks else 2.5) * forward)
 
 
 def unmasked_flops(op: Op) -> float:
     """The FLOPs of the forward if every query saw as many keys as the last one does, or as its window spans."""
-    length = op.inputs[0].shape[2]
-    return _forward_flops(op, length * min(arguments_of(op)["window"] or length, length))
+    length, document_starts = op.inputs[0].shape[2], arguments_of(op)["document_starts"]
+    document = length / document_starts.shape[0] if document_starts else length
+    return _forward_flops(op, length * min(arguments_of(op)["window"] or document, document))
 
 
 def _forward_flops(op: Op, pairs: float) -> float:
@@ -419,13 +484,14 @@ def _pieces_workspace(op: Op, phase: str) -> Shares:
 
     The backward holds the gradient of a block's queries in float32, as a sum and as a kernel makes it, and a piece's;
     the gradients of a piece's keys and values; and these for each query head, if several share them. The package
-    flash-attn is given all keys at once.
+    flash-attn is given all keys at once, and so is whatever takes a block's documents in one call.
     """
     query, key, value = op.inputs[:3]
     float32 = FLOAT32_BYTES / query.dtype.itemsize
     if phase == "forward":
-        return {query: (2 * float32 + 1.0) / _blocks_of_queries(op)}
-    piece = 1.0 if arguments_of(op)["implementation"] == "flash_attention_2" else min(1.0, KEYS / key.shape[2])
+        return {query: (1.0 if _is_packed(op) else 2 * float32 + 1.0) / _blocks_of_queries(op)}
+    at_once = _is_packed(op) or arguments_of(op)["implementation"] == "flash_attention_2"
+    piece = 1.0 if at_once else min(1.0, KEYS / key.shape[2])
     groups = query.shape[1] / key.shape[1]
     of_keys = piece * (1.0 + (groups if groups > 1 else 0.0))
     copied_output = 1.0 if _is_flash(op) else 0.0

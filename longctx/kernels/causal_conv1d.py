@@ -36,6 +36,10 @@ def causal_conv1d(
 # --- what the compiler knows of it -----------------------------------------------------------------------------------
 
 # Its few products per element are done while the elements are read and written, so no FLOPs are counted.
-register_op("b d l^, d k^, d -> b d l^", flops=no_flops, strides=never_strided, draws_random=draws_nothing)(
-    causal_conv1d
-)
+register_op(
+    "b d l^, d k^, d -> b d l^",
+    flops=no_flops,
+    strides=never_strided,
+    draws_random=draws_nothing,
+    crosses_documents=True,
+)(causal_conv1d)

@@ -35,8 +35,9 @@ class Milliseconds:
         return f"{self.forward:.1f} + {self.backward:.1f}"
 
 
-def candidates(implementation: str, deterministic: bool) -> tuple[str, ...]:
-    """The kernels among which `choose` is to choose: the one that was asked for, or, of 'auto', all that are there.
+def candidates(implementation: str, deterministic: bool, documents_apart: bool = False) -> tuple[str, ...]:
+    """The kernels among which `choose` is to choose: the one that was asked for, or, of 'auto', all that are there, or
+    that are there and take documents apart.
 
     Where the same bits are wanted each time, 'auto' is PyTorch's flash backend without a choice, since the fastest
     may be another one in another run.
@@ -45,7 +46,8 @@ def candidates(implementation: str, deterministic: bool) -> tuple[str, ...]:
         return (implementation,) if implementation in KERNELS else ()
     if deterministic:
         return ("flash",)
-    return tuple(name for name in KERNELS if why_not(name, torch.bfloat16, "cuda") is None)
+    able = [name for name, kernel in KERNELS.items() if kernel.documents or not documents_apart]
+    return tuple(name for name in able if why_not(name, torch.bfloat16, "cuda") is None)
 
 
 def choose(names: Sequence[str], shapes: Sequence[Shapes], dtype: torch.dtype) -> Choice:

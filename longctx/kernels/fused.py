@@ -31,6 +31,7 @@ class Kernel:
         module: the Python module that it comes in; None if PyTorch has it.
         package: what that module belongs to, and how to install it.
         masks_more: whether it knows windows, soft-caps and linear biases.
+        documents: whether it takes parts of a row that do not see each other, by their cumulative lengths.
         deterministic: whether its backward can give the same bits each time.
     """
 
@@ -40,11 +41,12 @@ class Kernel:
     module: str | None = None
     package: tuple[str, str] = ("", "")
     masks_more: bool = False
+    documents: bool = True
     deterministic: bool = True
 
 
 KERNELS = {
-    "cudnn": Kernel(SDPBackend.CUDNN_ATTENTION, deterministic=False),
+    "cudnn": Kernel(SDPBackend.CUDNN_ATTENTION, documents=False, deterministic=False),
     "flash": Kernel(),  # FlashAttention-2
     "fa3": Kernel(
         activates="FA3",
@@ -121,6 +123,14 @@ def check_masks(implementation: str, module: str, masks_more: bool) -> None:
         )
 
 
+def check_documents(implementation: str) -> None:
+    """Raises a KernelError if documents that do not see each other are not what the kernel takes."""
+    kernel = KERNELS.get(implementation)
+    if kernel and not kernel.documents:
+        others = ", ".join(name for name, other in KERNELS.items() if other.documents)
+        raise KernelError(f"it can't keep the documents of a row apart; choose auto or one of {others}")
+
+
 def check_sinks(implementation: str, module: str) -> None:
     """Raises a KernelError if a fused kernel was asked for, for the attention of `module`, which has sinks."""
     if implementation in KERNELS:
@@ -195,10 +205,12 @@ def activate(flash_attention: str | None) -> None:
 def fused_operators() -> list[Callable]:
     """The operators of the fused kernels that exist in this process: PyTorch's, flash-attn's, and that of pieces.py.
 
-    FlashAttention-3 and 4 run under the operator of the flash backend, whose kernel they replace.
+    PyTorch and flash-attn have one more each for documents. FlashAttention-3 and 4 run under the operators of the flash
+    backend, whose kernel they replace.
     """
     kinds = ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")
     packets = [getattr(torch.ops.aten, f"_scaled_dot_product_{kind}", None) for kind in kinds]
-    packets.append(getattr(torch.ops.flash_attn, "_flash_attn_forward", None))
+    packets += [getattr(torch.ops.flash_attn, f"_flash_attn_{kind}forward", None) for kind in ("", "varlen_")]
+    packets.append(getattr(torch.ops.torch_attn, "_varlen_attn", None))
     packets.append(getattr(torch.ops.longctx, "attention_in_pieces", None))
     return [packet.default for packet in packets if packet is not None]

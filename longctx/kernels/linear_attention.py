@@ -223,6 +223,7 @@ _RULES = {
     "strides": never_strided,
     "draws_random": draws_nothing,
     "can_be_kept": always,
+    "crosses_documents": True,
 }
 register_op(annotation_of, **_RULES)(gated_delta_rule)
 register_op(annotation_of, **_RULES)(decaying_linear_attention)

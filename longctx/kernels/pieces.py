@@ -34,13 +34,19 @@ class PieceKernel:
 
 
 def can_be_pieces(query: torch.Tensor, value: torch.Tensor, dropout: float) -> bool:
-    """Whether a kernel here takes pieces of these: what is dropped in one piece is not known to the others.
+    """Whether a kernel here takes pieces of these: what is dropped in one piece is not known to the others."""
+    if query.is_cuda:
+        return not dropout and fits_gpu_kernels(query.shape, value.shape, query.dtype)
+    return not dropout and query.shape[-1] == value.shape[-1]
 
-    A GPU's fused kernels take heads of a multiple of 8, of 256 at most; PyTorch pads others only above these operators.
+
+def fits_gpu_kernels(query: Sequence[int], value: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a GPU's fused kernels take heads of these shapes: of a multiple of 8, of 256 at most.
+
+    PyTorch pads others only above these operators.
     """
-    d = query.shape[-1]
-    on_gpu = query.dtype in HALF and d % 8 == 0 and d <= 256
-    return not dropout and d == value.shape[-1] and (not query.is_cuda or on_gpu)
+    d = query[-1]
+    return dtype in HALF and d % 8 == 0 and d <= 256 and d == value[-1]
 
 
 @torch.library.custom_op("longctx::attention_in_pieces", mutates_args=())

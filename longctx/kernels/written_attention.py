@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from longctx.compiler.ir import FlatGraph, Op, Tensor
+from longctx.compiler.ir import DOCUMENT_STARTS, FlatGraph, Op, Tensor
 from longctx.compiler.ops import aten
-from longctx.compiler.ops.positions import Positions, UnknownValueError
+from longctx.compiler.ops.positions import Positions, UnknownValueError, known_values
 from longctx.compiler.ops.registered import arguments_of, register_op, target_of
 from longctx.compiler.ops.scores import (
     Scores,
@@ -31,11 +31,12 @@ from longctx.compiler.ops.scores import (
 )
 from longctx.errors import ModelError
 from longctx.kernels.attention import alibi_attention, attention, sink_attention
-from longctx.kernels.fused import check_masks, check_sinks
+from longctx.kernels.fused import check_documents, check_masks, check_sinks
 
 UNSEEN = -5000.0  # a key whose bias is so far below the query's own has a weight of 0: exp underflows in float32
 CLOSE = 1e-6  # relative to the largest bias: what rounding in float32 explains
 ALL_QUERIES = 512  # up to this length every query is looked at, and from then on some
+KERNEL_CALLS = {target_of(kernel) for kernel in (attention, alibi_attention, sink_attention)}
 SPREAD = 64  # keys that are looked at besides those at the edges, evenly spread
 
 
@@ -80,12 +81,15 @@ class _Graph:
     positions: Positions
     options: dict[str, Any]
     meanings: dict[Tensor, Meaning]  # of masks
+    document_starts: dict[str, Tensor]  # the argument that keeps documents apart; none where they see each other
 
 
 def replace_attention(flat: FlatGraph, options: dict[str, Any]) -> FlatGraph:
     """The graph with `attention`, or `alibi_attention`, wherever attention is written out or has a mask.
 
-    The operators of a mask, and those whose place is taken, are left in the graph for nobody to read.
+    The operators of a mask, and those whose place is taken, are left in the graph for nobody to read. A mask is looked
+    at for a row of one document. Where the documents of a row are not to see each other, every call of a kernel is told
+    where they begin.
 
     Args:
         flat: without operators that nobody reads.
@@ -101,11 +105,17 @@ def replace_attention(flat: FlatGraph, options: dict[str, Any]) -> FlatGraph:
         for tensor in dict.fromkeys(op.inputs):
             users.setdefault(tensor, []).append(op)
     constants = dict(flat.constants)
-    graph = _Graph(makers, users, constants, Positions(makers, constants), options, {})
+    positions = Positions(makers, known_values(flat))
+    document_starts = {tensor.name: tensor for tensor in flat.inputs if tensor.name == DOCUMENT_STARTS}
+    if document_starts:
+        check_documents(options.get("implementation", "auto"))
+    graph = _Graph(makers, users, constants, positions, options, {}, document_starts)
     replaced: dict[Op, list[Op]] = {}
     for op in flat.ops:
         if op.target == target_of(masked_attention):
             replaced[op] = _in_place_of_masked(op, graph)
+        elif op.target in KERNEL_CALLS:
+            replaced[op] = [replace(op, kwargs=op.kwargs | document_starts)]
         elif written := find_attention(op, makers, users):
             replaced |= _in_place_of_written(written, op.module, graph)
     ops = [new for op in flat.ops for new in replaced.get(op, [op])]
@@ -198,7 +208,7 @@ def _call(
     masks_more = bool(meaning.window or meaning.softcap or meaning.slopes is not None)
     check_masks(graph.options.get("implementation", "auto"), place.module, masks_more)
     given = {name: value for name, value in given.items() if value}  # what is off is left out of the generated code
-    kwargs = {"scale": meaning.scale} | given | graph.options
+    kwargs = {"scale": meaning.scale} | given | graph.options | graph.document_starts
     function, args = attention, tuple(tensors)
     if meaning.slopes is not None:
         slopes = meaning.slopes.expand(tensors[0].shape[1])

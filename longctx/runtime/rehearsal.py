@@ -17,6 +17,7 @@ from torch.profiler import profile
 from tqdm import tqdm
 
 from longctx import compiled
+from longctx.data.rows import RowInputs, apart
 from longctx.job import Job
 from longctx.runtime import parallel, parts, trainer
 from longctx.runtime.stand_in import COPIES
@@ -115,10 +116,7 @@ class Measured:
         return 4 * self.masters + self.micro_batch.peak
 
 
-Row = tuple[torch.Tensor, torch.Tensor]  # tokens and labels, [1, l] each, on the host
-
-
-def measure_step(model: parallel.ParallelModel, job: Job, row: Row, layers: Sequence[Layers] = ()) -> Measured:
+def measure_step(model: parallel.ParallelModel, job: Job, row: RowInputs, layers: Sequence[Layers] = ()) -> Measured:
     """Times and weighs a micro-batch and the optimizer's step on this rank.
 
     The process group may be the stand-in, or real ranks that all call this.
@@ -128,7 +126,7 @@ def measure_step(model: parallel.ParallelModel, job: Job, row: Row, layers: Sequ
     cut = [group for group in layers if group.left_out]
     with tqdm(total=2 + MICRO_BATCHES * (1 + len(cut)), unit="micro-batch", desc="rehearse") as bar:
         for _ in range(2):  # Libraries start, kernels are chosen, and gradients are there for the next micro-batches.
-            trainer.micro_batch(model, *row)
+            trainer.micro_batch(model, row)
             bar.update()
         run_update(model, optimizer, job)
         ran, kernels = measure_micro_batch(model, row, bar)
@@ -145,17 +143,19 @@ def measure_step(model: parallel.ParallelModel, job: Job, row: Row, layers: Sequ
     return Measured(total, update_seconds, masters, reserved, in_use, n_run, n_layers, kernels)
 
 
-def measure_micro_batch(model: parallel.ParallelModel, row: Row, bar: tqdm) -> tuple[Cost, tuple[parts.Kernel, ...]]:
+def measure_micro_batch(
+    model: parallel.ParallelModel, row: RowInputs, bar: tqdm
+) -> tuple[Cost, tuple[parts.Kernel, ...]]:
     """The cost of a micro-batch whose gradients are added to others, and the kernels that took most of its time."""
     device = torch.device(model.mesh.device_type)
     seconds = []
     for _ in range(TIMED):
-        seconds.append(timed(lambda: trainer.micro_batch(model, *row), device))
+        seconds.append(timed(lambda: trainer.micro_batch(model, row), device))
         bar.update()
     held, peak = weigh_micro_batch(model, row)
     bar.update()
     with profile(activities=parts.activities(device)) as profiled:
-        profiled_seconds = timed(lambda: trainer.micro_batch(model, *row), device)
+        profiled_seconds = timed(lambda: trainer.micro_batch(model, row), device)
     bar.update()
     by_part = parts.seconds_by_part(profiled, device)
     if device.type == "cpu":  # Events tell when they began and ended; here other processes may have run in between.
@@ -165,12 +165,12 @@ def measure_micro_batch(model: parallel.ParallelModel, row: Row, bar: tqdm) -> t
     return Cost(min(seconds) - copies, by_part, held, peak), tuple(parts.kernels(profiled, KERNELS))
 
 
-def weigh_micro_batch(model: parallel.ParallelModel, row: Row) -> tuple[int, int]:
+def weigh_micro_batch(model: parallel.ParallelModel, row: RowInputs) -> tuple[int, int]:
     """Bytes that a micro-batch has allocated after its forward pass, and at the most."""
     device = torch.device(model.mesh.device_type)
-    tokens, labels = (trainer.send(tensor, device) for tensor in row)
+    inputs = trainer.send(row, device)
     losses: list[torch.Tensor] = []
-    peak_forward, held = parts.bytes_allocated(lambda: losses.append(model.module(tokens, labels)), device)
+    peak_forward, held = parts.bytes_allocated(lambda: losses.append(model.module(*inputs)), device)
     peak_backward, _ = parts.bytes_allocated(lambda: losses.pop().backward(), device)
     return held, max(peak_forward, held + peak_backward)
 
@@ -246,6 +246,9 @@ def random_values(model: parallel.ParallelModel, seed: int) -> None:
             local.fill_(0.0 if name.endswith("bias") else 1.0)
 
 
-def random_row(vocab_size: int, job: Job) -> Row:
-    tokens = torch.randint(vocab_size, (1, job.sequence_length + 1))
-    return tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+def random_row(vocab_size: int, job: Job) -> RowInputs:
+    """A row on the host; where documents do not see each other, of as many of equal length as the plan was made for."""
+    length, n = job.sequence_length, job.equal_documents
+    tokens = torch.randint(vocab_size, (1, length + 1))
+    row = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return apart(*row, tuple(length * number // n for number in range(n))) if n else row

@@ -25,7 +25,7 @@ from longctx.data.order import (
     steps_per_epoch,
     without_skipped,
 )
-from longctx.data.rows import IGNORE_INDEX, Rows
+from longctx.data.rows import IGNORE_INDEX, RowInputs, Rows
 from longctx.errors import NotFinite
 from longctx.job import Job
 from longctx.runtime import checkpoint, watch
@@ -250,9 +250,9 @@ def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tu
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
     n_tokens = 0
     for row in micro_batches(chosen, model.data_parallel_size, model.data_parallel_rank):
-        tokens, labels = rows.load(row)
-        loss_sum += micro_batch(model, tokens, labels)
-        n_tokens += int((labels != IGNORE_INDEX).sum())  # on the host
+        inputs = rows.load(row)
+        loss_sum += micro_batch(model, inputs)
+        n_tokens += int((inputs[1] != IGNORE_INDEX).sum())  # on the host
     reduce_plan_sharded_gradients(model)
     if model.mesh.get_local_rank("plan") != 0:  # all ranks of a copy of the plan have its loss
         loss_sum, n_tokens = torch.zeros_like(loss_sum), 0
@@ -265,7 +265,7 @@ def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tu
     return loss / n_tokens, math.sqrt(squares) / n_tokens, n_tokens, n_asked > 0
 
 
-def micro_batch(model: ParallelModel, tokens: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+def micro_batch(model: ParallelModel, inputs: RowInputs) -> torch.Tensor:
     """Forward and backward of one row, [1, l] tokens and labels on the host, by the ranks of one copy of the plan.
 
     The host doesn't wait for a GPU, so that it is always ahead of it; only gloo, between ranks that share one, waits.
@@ -273,15 +273,19 @@ def micro_batch(model: ParallelModel, tokens: torch.Tensor, labels: torch.Tensor
     Returns:
         The loss [], summed over tokens.
     """
-    device = torch.device(model.mesh.device_type)
-    loss = model.module(send(tokens, device), send(labels, device))
+    loss = model.module(*send(inputs, torch.device(model.mesh.device_type)))
     loss.backward()
     return loss.detach()
 
 
-def send(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copies a tensor of the host to the device. Only from pinned memory does a GPU fetch it while the host goes on."""
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+def send(inputs: RowInputs, device: torch.device) -> list[torch.Tensor | tuple[int, ...]]:
+    """Copies the tensors of a row from the host to the device; where documents begin stays on the host.
+
+    Only from pinned memory does a GPU fetch a tensor while the host goes on.
+    """
+    if device.type == "cpu":
+        return list(inputs)
+    return [x.pin_memory().to(device, non_blocking=True) if isinstance(x, torch.Tensor) else x for x in inputs]
 
 
 def check_finite(step: int, rows: list[int], loss: float, grad_norm: float, max_loss: float | None = None) -> None:

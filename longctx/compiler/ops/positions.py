@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from longctx.compiler.ir import Op, Tensor, map_tensors
+from longctx.compiler.ir import POSITION_IDS, FlatGraph, Op, Tensor, map_tensors
 from longctx.compiler.ops import aten
 from longctx.compiler.ops import partitions as p
 from longctx.compiler.ops.python import with_defaults
@@ -89,6 +89,12 @@ class Positions:
         sizes = [len(index) for index in mesh]
         shape = op.outputs[0].shape
         return _compute(op, lambda tensor: self.at(tensor, broadcast(mesh, tensor, shape)), {}).expand(sizes)
+
+
+def known_values(flat: FlatGraph) -> dict[Tensor, torch.Tensor]:
+    """The values of a graph's constants, and of the positions that it may be given, for a row of one document."""
+    given = [tensor for tensor in flat.inputs if tensor.name == POSITION_IDS]
+    return flat.constants | {tensor: torch.arange(tensor.shape[-1]).expand(tensor.shape) for tensor in given}
 
 
 def _is_determined(op: Op) -> bool:

@@ -203,6 +203,7 @@ class OpSpec:
             and can be kept: see longctx/kernels/kept.py.
         shared_out: of attention: what the ranks of a plan can share of it, for a report; None for all else.
         told: of which dimension a rank has to know where its part begins, if it is split along that; None if of none.
+        crosses_documents: whether it carries something along a row, from the tokens of one document to the next's.
         resharding: of a collective between placements; None for all else.
         rewrite: what finds, in a traced graph, operators whose place this one takes; None if it takes none's.
     """
@@ -234,5 +235,6 @@ class OpSpec:
     can_be_kept: Callable[[Op], bool] = lambda op: False
     shared_out: Callable[[Op], str] | None = None
     told: Told | None = None
+    crosses_documents: bool = False
     resharding: Resharding | None = None
     rewrite: Callable[[FlatGraph, dict[str, Any]], FlatGraph] | None = None

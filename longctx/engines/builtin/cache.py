@@ -110,6 +110,7 @@ def plan_inputs(job: Job) -> dict[str, Any]:
         "precision": job.precision,
         "attn_implementation": job.attn_implementation,
         "deterministic": job.deterministic,
+        "documents": job.equal_documents,  # 0 where those of a row see each other
         "hardware": dataclasses.asdict(hardware.load(job.hardware)),
         "gpu_mem_constraint": job.gpu_mem_constraint,
         "grad_accumulation_steps": job.grad_accumulation_steps,

@@ -32,9 +32,9 @@ def compile_plan(job: Job, inputs: dict[str, Any]) -> None:
     """
     started = time.perf_counter()
     config = trained_config(job.model_id, job.random_init, job.changes)
-    options = (job.attn_implementation, job.sequence_length, job.deterministic, job.expert_imbalance)
+    options = (job.attn_implementation, job.sequence_length, job.deterministic, job.document_mask, job.expert_imbalance)
     model = build_model(config, job.dtype, *options)
-    graph = trace(model, sample_row(job.sequence_length))
+    graph = trace(model, sample_row(job.sequence_length, job.equal_documents))
     traced = time.perf_counter()
     proved = prove(graph, config, job)
     planning = time.perf_counter()

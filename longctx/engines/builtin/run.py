@@ -14,11 +14,12 @@ from transformers import PreTrainedConfig
 from longctx import compiled, devices, torchrun
 from longctx.compiler import hardware
 from longctx.compiler.plan import GB
+from longctx.data.packing import find_boundaries
 from longctx.data.rows import Rows, columns_left_out, open_dataset
 from longctx.engines.builtin.cache import check_compiled_folder, ensure_compiled, plan_inputs
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import KernelError, OutOfMemory
-from longctx.huggingface.configuration import vocab_size
+from longctx.huggingface.configuration import bos_token, vocab_size
 from longctx.huggingface.overrides import changed_config
 from longctx.huggingface.weights import (
     Weights,
@@ -52,9 +53,8 @@ def run(job: Job) -> tuple[int, int]:
         be_deterministic()
     devices.take(job.device)  # before all else that touches CUDA, as to ask for the GPU's name does
     if names := columns_left_out(job.dataset_path):
-        torchrun.say(f"rows: columns that are not used: {', '.join(names)}; each row is taken as one text")
-    words = vocab_size(changed_config(job.model_id, job.changes))
-    rows = Rows(open_dataset(job.dataset_path), job.sequence_length, words)
+        torchrun.say(f"rows: columns that are not used: {', '.join(names)}")
+    rows = open_rows(job, job.dataset_path)
     resume = find_resume(job, len(rows), FORMATS)
     check_first_rows(rows, job, resume)
     check_checkpoint_places(job, len(rows), resume)
@@ -92,6 +92,14 @@ def run(job: Job) -> tuple[int, int]:
         return train(model, rows, job, flops, resume, load_weights, write_hf_files)
 
 
+def open_rows(job: Job, path: str) -> Rows:
+    """The rows of a folder as the job takes them."""
+    dataset, config = open_dataset(path), changed_config(job.model_id, job.changes)
+    apart = job.document_mask
+    boundaries = find_boundaries(path, dataset, job.sequence_length, bos_token(config)) if apart else None
+    return Rows(dataset, job.sequence_length, vocab_size(config), boundaries)
+
+
 def load_start(weights: Weights | None, config: PreTrainedConfig, seed: int, model: parallel.ParallelModel) -> None:
     """Fills the model with the stored weights, or with random ones where there are none."""
     if weights is not None:
@@ -111,7 +119,7 @@ def choose_attention(job: Job, shapes: list[list[list[int]]], device: torch.devi
     """The fastest of the fused attention kernels that are here, at the plan's shapes; None if there is no choice."""
     if not shapes or device.type != "cuda" or job.dtype not in fused.HALF:
         return None
-    names = choice.candidates(job.attn_implementation, job.deterministic)
+    names = choice.candidates(job.attn_implementation, job.deterministic, job.document_mask)
     return choice.choose(names, shapes, job.dtype) if names else None
 
 
