@@ -61,6 +61,12 @@ class Predicted:
     parts: dict[str, float]  # seconds of computing, by the parts that a rehearsal measures
 
     @property
+    def attention_share(self) -> float:
+        """The part of the time that attention takes, 0 to 1."""
+        attention = sum(seconds for part, seconds in self.parts.items() if part.startswith("attention"))
+        return attention / sum(seconds for name, seconds in self.time.items() if name != "fsdp_hidden")
+
+    @property
     def peak_bytes(self) -> float:
         return sum(size for size in self.memory.values() if not isinstance(size, str))
 

@@ -2,9 +2,11 @@
 
 import json
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from families import reference_model, small_config
@@ -14,9 +16,12 @@ from saved_rows import save_rows
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+import bookcorpus
 import train
 from longctx.data.order import Position
+from longctx.data.tokens import Tokens
 from longctx.engines.checkpoints import FORMATS
+from longctx.errors import UserError
 from longctx.job import Job
 from longctx.runtime import checkpoint, parallel, resume, trainer
 from longctx.runtime.metrics import peak_memory_bytes
@@ -169,22 +174,46 @@ def words_of(folder: Path, stage: Stage, name: str) -> list[str]:
     return [*words, "--engine", "torch", "--device", "cpu"]
 
 
+def random_tokens() -> torch.Tensor:
+    return torch.randint(0, 256, (N_ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
+
+
 def test_a_run_that_goes_on_in_one_layout_after_another_trains_as_one_that_never_stopped(tmp_path):
+    save_rows(tmp_path / "rows", random_tokens())
+    check_stages(tmp_path, STAGES)
+
+
+def test_rows_of_documents_that_do_not_see_each_other_train_as_the_documents_one_by_one(tmp_path):
+    """bookcorpus.py packs the rows, of which some begin within a document; the second run goes on from the first's."""
+    pytest.importorskip("datasets", reason="bookcorpus.py saves rows with the package datasets")
+    begins = [0, *sorted(random.Random(0).sample(range(1, N_ROWS * LENGTH), 50))]
+    texts = np.split(random_tokens().flatten().int().numpy(), begins[1:])
+    (tmp_path / "rows").mkdir()
+    bookcorpus.write_rows(tmp_path / "rows", [Tokens(text, np.zeros(1, np.int64)) for text in texts], 1, LENGTH)
+    rows = range(0, N_ROWS * LENGTH, LENGTH)
+    documents = [(0, *(begin - row for begin in begins if 0 < begin - row < LENGTH)) for row in rows]
+    check_stages(tmp_path, STAGES[:2], "--document_mask", documents=documents)
+    words = words_of(tmp_path, STAGES[2], "without")
+    with pytest.raises(UserError, match="^--document_mask False: .* is of a run with it, .*; pass it, or export"):
+        train.main(words)
+
+
+def check_stages(
+    folder: Path, stages: Sequence[Stage], *options: str, documents: Sequence[tuple[int, ...]] = ()
+) -> None:
     """Each stage loads the shards that the one before it saved; the plain loop takes the same rows all along."""
-    rows = torch.randint(0, 256, (N_ROWS, LENGTH), generator=torch.Generator().manual_seed(1))
-    save_rows(tmp_path / "rows", rows)
-    reference_model(small_config("llama")).save_pretrained(tmp_path / "model")
+    reference_model(small_config("llama")).save_pretrained(folder / "model")
     per_step, losses = [], {}
-    for number, stage in enumerate(STAGES):
+    for number, stage in enumerate(stages):
         name = f"stage{number}"
-        words = words_of(tmp_path, stage, name)
+        words = [*words_of(folder, stage, name), *options]
         train.main([*words, "--run_mode", "compile"])  # here, where what compiling imports is there already
         run_ranks(stage.n_ranks, train.main, words, start_method="fork")
         per_step += [stage.rows_per_step] * (stage.last_step - len(per_step))
-        lines = (tmp_path / "runs" / name / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
         losses |= {line["step"]: (line["loss"], line["grad_norm"]) for line in map(json.loads, lines)}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.float32, attn_implementation="eager")
-    steps = train_plainly(model, rows, per_step, [RATE] * len(per_step))
+    model = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32, attn_implementation="eager")
+    steps = train_plainly(model, random_tokens(), per_step, [RATE] * len(per_step), documents)
     for step, (loss, norm) in enumerate(steps, start=1):
         assert losses[step][0] == pytest.approx(loss, rel=2e-5), step
         assert losses[step][1] == pytest.approx(norm, rel=1e-3), step

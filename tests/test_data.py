@@ -8,11 +8,12 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from saved_rows import save_rows
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from longctx.data import order
 from longctx.data import rows as stored
 from longctx.data.order import (
     Position,
@@ -21,41 +22,64 @@ from longctx.data.order import (
     micro_batches,
     position_after,
     rows_per_step,
+    side_by_side,
     step_rows,
     steps_per_epoch,
+    waiting,
 )
 from longctx.data.packing import find_boundaries
 from longctx.errors import RowsError
 
 
-def all_rows(n_rows, world_size, accumulation, seed, start, n_steps):
+def all_rows(n_rows, world_size, accumulation, seed, start, n_steps, work=None):
     """(epoch, rows of all ranks) of each of `n_steps` steps from `start` on, and the position after them."""
     seen, position = [], start
     for _ in range(n_steps):
-        order = epoch_order(n_rows, seed, position.epoch)
-        rows = step_rows(order, position, rows_per_step(world_size, accumulation))
-        per_rank = [micro_batches(rows, world_size, rank) for rank in range(world_size)]
+        shuffled = epoch_order(n_rows, seed, position.epoch, work)
+        rows = step_rows(shuffled, position, rows_per_step(world_size, accumulation))
+        per_rank = [micro_batches(rows, world_size, rank, work) for rank in range(world_size)]
         assert len({len(rows) for rows in per_rank}) == 1  # as many collectives on every rank
         seen.append((position.epoch, sorted(row for rows in per_rank for row in rows if row is not None)))
         position = advance(position, rows, n_rows)
     return seen, position
 
 
-@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3))
-def test_each_row_is_seen_once_an_epoch_over_all_ranks(n_rows, world_size, accumulation, seed):
+def drawn_work(n_rows: int, seed: int) -> torch.Tensor:
+    """How much attention has to compute of each row, from little to very much."""
+    return torch.rand(n_rows, generator=torch.Generator().manual_seed(seed)).double() ** -0.7
+
+
+@pytest.fixture
+def short_blocks(monkeypatch):
+    """Rows of like work come in blocks so short that tests have several."""
+    monkeypatch.setattr(order, "ALIKE", 8)
+    monkeypatch.setattr(order, "WINDOW", 24)
+
+
+function_scoped = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@pytest.mark.usefixtures("short_blocks")
+@function_scoped
+@given(st.integers(1, 60), st.integers(1, 5), st.integers(1, 5), st.integers(0, 3), st.booleans())
+def test_each_row_is_seen_once_an_epoch_over_all_ranks(n_rows, world_size, accumulation, seed, has_work):
     per_epoch = steps_per_epoch(n_rows, rows_per_step(world_size, accumulation))
-    steps, position = all_rows(n_rows, world_size, accumulation, seed, Position(), 2 * per_epoch)
+    work = drawn_work(n_rows, seed) if has_work else None
+    steps, position = all_rows(n_rows, world_size, accumulation, seed, Position(), 2 * per_epoch, work)
     for epoch in (0, 1):
         assert sorted(row for e, rows in steps if e == epoch for row in rows) == list(range(n_rows))
     assert position == Position(2 * per_epoch, 2, 0)
 
 
-@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), st.data())
-def test_a_run_resumed_on_other_ranks_still_sees_each_row_once(n_rows, before, after, draw):
-    first, position = all_rows(n_rows, before, 2, 0, Position(), draw.draw(st.integers(0, 5)))
+@pytest.mark.usefixtures("short_blocks")
+@function_scoped
+@given(st.integers(1, 60), st.integers(1, 4), st.integers(1, 4), st.booleans(), st.data())
+def test_a_run_resumed_on_other_ranks_still_sees_each_row_once(n_rows, before, after, has_work, draw):
+    work = drawn_work(n_rows, 0) if has_work else None
+    first, position = all_rows(n_rows, before, 2, 0, Position(), draw.draw(st.integers(0, 5)), work)
     seen = [row for epoch, rows in first if epoch == position.epoch for row in rows]
     left = steps_per_epoch(n_rows - position.row, rows_per_step(after, 2))
-    rest, _ = all_rows(n_rows, after, 2, 0, position, left)
+    rest, _ = all_rows(n_rows, after, 2, 0, position, left, work)
     assert sorted(seen + [row for _, rows in rest for row in rows]) == list(range(n_rows))
 
 
@@ -63,6 +87,35 @@ def test_each_epoch_and_each_seed_has_another_order_of_rows():
     orders = {tuple(epoch_order(50, seed, 0).tolist()) for seed in range(5)}
     orders |= {tuple(epoch_order(50, 0, epoch).tolist()) for epoch in range(1, 5)}
     assert len(orders) > 5
+
+
+def test_rows_of_like_work_are_side_by_side_and_what_ranks_still_wait_is_told():
+    n_rows, ranks, per_step = 4096, 8, 32
+    lengths = torch.randn(n_rows, 40, generator=torch.Generator().manual_seed(0)).exp()  # log-normal, as texts' are
+    work = (lengths**2).sum(1) / lengths.sum(1) ** 2
+    price = 0.4 + 0.6 * work / work.mean()
+
+    dealt, shuffled = epoch_order(n_rows, 0, 0, work), epoch_order(n_rows, 0, 0)
+    left = waiting(dealt, price, per_step, ranks, work)
+    assert left.mean() < 0.005 and (left < 0.05).float().mean() > 0.98
+    assert waiting(shuffled, price, per_step, ranks).mean() > 0.2  # what it would be
+
+    steps = [side_by_side(rows.tolist(), ranks, work) for rows in dealt.split(per_step)]
+    by_hand = [sum(price[own].max() for own in step) / sum(price[own].mean() for own in step) - 1 for step in steps]
+    torch.testing.assert_close(left, torch.tensor(by_hand), rtol=1e-4, atol=1e-6)
+    of_ranks = torch.tensor([[sum(price[own[rank]] for own in step) for rank in range(ranks)] for step in steps])
+    apart_by = of_ranks.max(1).values / of_ranks.min(1).values - 1
+    assert (apart_by < 0.05).float().mean() > 0.98
+
+
+@pytest.mark.usefixtures("short_blocks")
+def test_rows_of_like_work_do_not_come_in_the_order_of_their_work():
+    work = drawn_work(480, 0)
+    dealt = epoch_order(480, 0, 0, work)
+    blocks = work[dealt].view(-1, 8)
+    assert (blocks.mean(1).diff() < 0).float().mean() > 0.3
+    assert (blocks.diff(dim=1) < 0).float().mean() > 0.3
+    assert not torch.equal(dealt, epoch_order(480, 0, 1, work)) and not torch.equal(dealt, epoch_order(480, 1, 0, work))
 
 
 def test_labels_are_tokens_shifted_left_and_the_last_is_ignored():

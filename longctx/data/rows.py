@@ -316,6 +316,11 @@ class Rows:
     def __len__(self) -> int:
         return len(self.dataset)
 
+    @property
+    def work(self) -> torch.Tensor | None:
+        """What attention has to compute of each row, [n_rows], in some unit; None where rows have all the same."""
+        return self.boundaries and self.boundaries.squares
+
     def load(self, row: int | None) -> RowInputs:
         """Row `row` as load_row gives it, or as `apart` makes it."""
         loaded = load_row(self.dataset, row, self.sequence_length, self.vocab_size)

@@ -153,7 +153,7 @@ def _refuse_empty_weights(model: PreTrainedModel) -> None:
 
 
 def _refuse_routers_loss(model: PreTrainedModel) -> None:
-    """Raises a ModelError for a mixture of experts whose loss tells how evenly the tokens of a text go to its experts."""
+    """Raises a ModelError for a mixture of experts whose loss tells how evenly a text goes to its experts."""
     if getattr(model.config.get_text_config(), "output_router_logits", False):
         raise ModelError(
             f"{type(model).__name__} has a loss of its routers that is of a whole text, and the documents of a row are "

@@ -68,6 +68,7 @@ class State:
         serial: which save to its folder it was, counted from 1: of two, the greater is the newer, whatever their steps.
         id: of this checkpoint and the merged files that are made of it; random.
         origin: the id of the checkpoint that its run was told to start from, which may be of another folder.
+        document_mask: whether the documents of a row did not see each other; None in checkpoints from before.
     """
 
     position: Position
@@ -80,6 +81,7 @@ class State:
     serial: Count | None = None
     id: str | None = None
     origin: str | None = None
+    document_mask: bool | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)

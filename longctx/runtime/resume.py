@@ -44,7 +44,7 @@ def find_resume(job: Job, n_rows: int, formats: Formats) -> Checkpoint | None:
     if path is None:
         return None
     checkpoint = read(path, formats)
-    check_same_order(checkpoint, job.seed, n_rows)
+    check_same_order(checkpoint, job.seed, n_rows, job.document_mask)
     is_named = job.resume_path is not None and job.resume_path.resolve() in (path.resolve(), path.parent.resolve())
     return replace(checkpoint, origin=checkpoint.state.id if is_named else checkpoint.state.origin)
 
@@ -291,7 +291,7 @@ def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
         return {}
 
 
-def check_same_order(checkpoint: Checkpoint, seed: int, n_rows: int) -> None:
+def check_same_order(checkpoint: Checkpoint, seed: int, n_rows: int, document_mask: bool) -> None:
     """Raises a CheckpointMismatch if the rows would come in another order than the checkpoint's run has seen them."""
     state, path = checkpoint.state, checkpoint.path
     if state.seed != seed:
@@ -299,6 +299,13 @@ def check_same_order(checkpoint: Checkpoint, seed: int, n_rows: int) -> None:
             "seed",
             f"{path} is of a run with seed {state.seed}, and another would shuffle its rows anew in the middle of an "
             f"epoch; take seed {state.seed}",
+        )
+    if bool(state.document_mask) != document_mask:
+        was, do = ("with", "pass it") if state.document_mask else ("without", "leave it out")
+        raise CheckpointMismatch(
+            "document_mask",
+            f"{path} is of a run {was} it, in which attention saw other tokens and rows came in another order; {do}, "
+            "or export the weights as a Hugging Face folder with ckpt_merger.py and start a new run from them",
         )
     if state.n_rows != n_rows:
         raise CheckpointMismatch(

@@ -23,6 +23,7 @@ from longctx.data.order import (
     position_after,
     step_rows,
     steps_per_epoch,
+    waiting,
     without_skipped,
 )
 from longctx.data.rows import IGNORE_INDEX, RowInputs, Rows
@@ -125,7 +126,8 @@ def take_steps(
     stopped = has_trained = False
     with open_log(job, position.step, schedule.total_steps) as log:
         while position.step < schedule.total_steps and not stopped:
-            chosen = step_rows(epoch_order(len(rows), job.seed, position.epoch), position, job.rows_per_step)
+            order = epoch_order(len(rows), job.seed, position.epoch, rows.work)
+            chosen = step_rows(order, position, job.rows_per_step)
             kept = without_skipped(chosen, position)
             after = advance(position, chosen, len(rows))
             if log and kept != chosen:
@@ -176,20 +178,37 @@ def say_stopped(step: int) -> None:
     torchrun.say(f"run: stopped by {by} after step {step}; the same command goes on from there")
 
 
-def announce(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> None:
-    """Rank 0 prints what the run starts from and where things go."""
+def announce(job: Job, rows: Rows, resume: checkpoint.Checkpoint | None, attention_share: float = 0.0) -> None:
+    """Rank 0 prints what the run starts from, where things go, and how long ranks are to wait for each other.
+
+    Args:
+        attention_share: the part of a micro-batch's predicted time that is attention's.
+    """
     if torchrun.rank() != 0:
         return
     start = f"random weights, seed {job.seed}" if job.random_init else f"the weights of {job.model_id}"
     if resume:
         start = f"{resume.path}, after step {resume.state.position.step}"
     print(
-        f"run: {job.runtime_ngpus} rank(s), {n_rows:,} rows of {job.sequence_length:,} tokens, from {start}\n"
+        f"run: {job.runtime_ngpus} rank(s), {len(rows):,} rows of {job.sequence_length:,} tokens, from {start}\n"
         f"run: logs in {job.log_folder} (metrics.jsonl, TensorBoard), checkpoints in {job.checkpoint_dir}",
         flush=True,
     )
+    if rows.work is not None and job.data_parallel_size > 1:
+        print(say_waiting(rows.work, start_of(resume).epoch, job, attention_share), flush=True)
     if resume and resume.state.schedule:
-        say_if_rescheduled(resume.state.schedule, resume.state.position, job, n_rows)
+        say_if_rescheduled(resume.state.schedule, resume.state.position, job, len(rows))
+
+
+def say_waiting(work: torch.Tensor, epoch: int, job: Job, attention_share: float) -> str:
+    """How long the ranks of a step wait for the one whose row takes longest, by the planner's price of attention."""
+    price = 1 - attention_share + attention_share * work / work.mean()
+    order = epoch_order(len(work), job.seed, epoch, work)
+    left = waiting(order, price, job.rows_per_step, job.data_parallel_size, work)
+    return (
+        "run: rows of like work are side by side: as predicted, a step takes "
+        f"{left.mean().item():.1%} longer than if all ranks had as much to compute, and {left.max().item():.1%} at most"
+    )
 
 
 def say_if_rescheduled(old: Schedule, start: Position, job: Job, n_rows: int) -> None:
@@ -249,7 +268,7 @@ def compute_gradients(model: ParallelModel, rows: Rows, chosen: list[int]) -> tu
     """
     loss_sum = torch.zeros((), dtype=torch.float64, device=model.mesh.device_type)
     n_tokens = 0
-    for row in micro_batches(chosen, model.data_parallel_size, model.data_parallel_rank):
+    for row in micro_batches(chosen, model.data_parallel_size, model.data_parallel_rank, rows.work):
         inputs = rows.load(row)
         loss_sum += micro_batch(model, inputs)
         n_tokens += int((inputs[1] != IGNORE_INDEX).sum())  # on the host
@@ -323,7 +342,8 @@ def state_at(
 ) -> checkpoint.State:
     """What a checkpoint of this position is of."""
     ranks, shapes = (dist.get_world_size(), model.plan_size), checkpoint.parameter_shapes(model)
-    return checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule, origin=origin)
+    apart = job.document_mask
+    return checkpoint.State(position, job.seed, n_rows, *ranks, shapes, schedule, origin=origin, document_mask=apart)
 
 
 def total_norm(model: ParallelModel) -> torch.Tensor:
@@ -402,7 +422,7 @@ def count_saves(job: Job, n_rows: int, resume: checkpoint.Checkpoint | None) -> 
 def check_first_rows(rows: Rows, job: Job, resume: checkpoint.Checkpoint | None) -> None:
     """Raises a RowsError if a row that comes first can't be trained on, as none can of another model's tokenizer."""
     start = start_of(resume)
-    order = epoch_order(len(rows), job.seed, start.epoch)
+    order = epoch_order(len(rows), job.seed, start.epoch, rows.work)
     for row in without_skipped(step_rows(order, start, min(job.rows_per_step, FIRST_ROWS)), start):
         rows.load(row)
 

@@ -85,7 +85,7 @@ def run(job: Job) -> tuple[int, int]:
         model = build_on_rank(job, folder, plan, device)
         peak = hardware.peak_rate_here(job.dtype) if device.type == "cuda" else None
         flops = FlopCount(plan.forward_flops, plan.forward_flops_causal, peak)
-        announce(job, len(rows), resume)
+        announce(job, rows, resume, plan_file.predicted.attention_share)
         experts.observers.append(BalanceTeller(job.plan_ngpus, job.expert_imbalance))
         load_weights = functools.partial(load_start, weights, config, job.seed)
         write_hf_files = functools.partial(save_hf_files, job.model_id, config)

@@ -61,7 +61,7 @@ def run(job: Job) -> tuple[int, int]:
     check_first_rows(rows, job, resume)
     check_hf_files(job.model_id)
     check_log(job.log_folder, resume is not None)
-    announce(job, len(rows), resume)
+    announce(job, rows, resume)
     start = start_of(resume)
     total_steps = count_steps(len(rows), start, job)
     if start.step >= total_steps:
