@@ -1,6 +1,7 @@
 """What a layer keeps and what it computes again: the policies, the calls that are kept, and gated activations."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,18 +13,23 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from longctx.compiler import hardware
 from longctx.compiler.cost import op_seconds
-from longctx.compiler.ir import Graph, Op, nbytes, storage_of
+from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes, storage_of
 from longctx.compiler.layout import layout_of
 from longctx.compiler.lifetimes import saved_by_op
 from longctx.compiler.ops import legal_partitions, target_of
+from longctx.compiler.plan import Setting
+from longctx.compiler.planner import make_plan
 from longctx.compiler.policies import WORTH, chain_of
+from longctx.compiler.prediction import predict
 from longctx.compiler.recompute import Recompute, names_of_keepable
+from longctx.compiler.report import summary
 from longctx.compiler.trace import sample_row, trace
 from longctx.huggingface.build import build_model
 from longctx.huggingface.configuration import load_config
 from longctx.kernels.attention import attention
 from longctx.kernels.gated import gated
 from longctx.kernels.kept import keep, kept
+from longctx.kernels.linear_attention import gated_delta_rule
 from longctx.kernels.segments import in_segments
 
 H100 = hardware.load("h100")
@@ -76,6 +82,22 @@ def test_no_set_of_kept_outputs_is_worth_more_than_those_that_the_planner_choose
                 place = max(i for i in range(len(hull) - 1) if sizes[i] <= size)
                 (left, most), (right, least) = hull[place : place + 2]
                 assert seconds >= most + (size - left) / (right - left) * (least - most) - tolerance
+
+
+def test_a_report_names_the_package_that_computes_a_kept_recurrence_again():
+    shape = {"tokens": (1, 64, 2, 8), "decay": (1, 64, 2), "after": (1, 64, 2, 8)}
+    tokens, decay, after = (Tensor(name, size, torch.bfloat16, True) for name, size in shape.items())
+    op = Op(target_of(gated_delta_rule), (tokens, tokens, tokens, decay, decay), {"scale": 1.0}, (after,), "net", None)
+    kind = LayerKind("Layer", "Layer", (tokens, decay), (after,), {}, {}, (op,))
+    weight = Tensor("weight", (8,), torch.bfloat16, True, "parameter")  # whose precision a report is of
+    calls = (LayerCall(0, 0, (tokens, decay), (after,)),)
+    graph = Graph("Model", (tokens, decay), after, {"weight": weight}, {}, calls, (kind,), "layers")
+    setting = Setting(1, 1, H100, 1e12)
+    plan = make_plan(graph, setting)
+    said = "where flash-linear-attention is installed, the recurrence that it computes is computed again"
+    for policy, is_said in ((Recompute(("net",)), True), (Recompute.EVERYTHING, False), (Recompute.NOTHING, False)):
+        chosen = replace(plan, recompute=(policy,))
+        assert (said in summary(graph, chosen, setting, predict(graph, chosen, setting))) == is_said
 
 
 # --- kept calls ------------------------------------------------------------------------------------------------------

@@ -202,6 +202,51 @@ def test_a_way_to_write_attention_gives_what_the_kernel_gives_that_takes_its_pla
     torch.testing.assert_close(attention(*tensors, **arguments), expected, rtol=1e-5, atol=1e-5, check_dtype=False)
 
 
+class WritesGrouped(nn.Module):
+    """Attention with 4 query heads and 2 heads of keys and values, which are repeated as `repeat` says."""
+
+    def __init__(self, repeat):
+        super().__init__()
+        self.model = nn.Linear(32, 64)
+        self.repeat = repeat
+
+    def forward(self, x):
+        query, *others = self.model(x).split((32, 16, 16), -1)
+        query, key, value = (y.unflatten(-1, (-1, 8)).transpose(1, 2) for y in (query, *others))
+        return self.attend(query, key, value).flatten(2).sum()
+
+    def attend(self, query, key, value):
+        later = torch.ones(query.shape[2], query.shape[2], dtype=torch.bool, device=query.device).triu(1)
+        key, value = self.repeat(key), self.repeat(value)
+        scores = (query.to(key.dtype) @ key.transpose(-1, -2)).masked_fill(later, -1e9)
+        return (scores.softmax(-1).to(value.dtype) @ value).to(query.dtype).transpose(1, 2)
+
+
+REPEATS = {
+    "expands": (2, lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2)),
+    "casts first": (2, lambda x: x.double().unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2)),
+    "casts between": (2, lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).double().flatten(1, 2)),
+    "casts last": (2, lambda x: x.unsqueeze(2).expand(-1, -1, 2, -1, -1).flatten(1, 2).double()),
+    "interleaves": (2, lambda x: x.repeat_interleave(2, dim=1)),
+    "interleaves and casts": (2, lambda x: x.double().repeat_interleave(2, -3)),
+    "repeats the heads in turn": (4, lambda x: x.repeat(1, 2, 1, 1)),  # which the kernel does not: they stay 4
+}
+
+
+@pytest.mark.parametrize("way", REPEATS)
+def test_keys_that_query_heads_share_are_given_to_the_kernel_once_however_they_are_repeated(way):
+    heads, repeat = REPEATS[way]
+    module = WritesGrouped(repeat)
+    generator = torch.Generator().manual_seed(0)
+    query, *others = (torch.randn(1, n, LENGTH, 8, generator=generator) for n in (4, 2, 2))
+    graph = trace(module, {"x": torch.empty(1, LENGTH, 32, device="meta")})
+    (op,) = [op for op in graph.all_ops() if op.target == target_of(attention)]
+    assert [t.shape[1] for t in op.inputs] == [4, heads, heads]
+    given = others if heads == 2 else map(repeat, others)
+    found = attention(query, *given, **op.kwargs)
+    torch.testing.assert_close(found, module.attend(query, *others), rtol=1e-5, atol=1e-5)
+
+
 NOT_ATTENTION = {
     "a bias of the weights": lambda q, k, later, far: (q @ k + q.sum(-1, keepdim=True) ** 2 * far).masked_fill(
         later, -1e9

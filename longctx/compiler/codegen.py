@@ -162,10 +162,7 @@ class _Body:
     def express(self, op: Op) -> Expression:
         """The expression of an op: `kept("name", function, arguments)` if some layers keep its output."""
         written = expression(op, Values(self.refer, self.device))
-        if op not in self.kept:
-            return written
-        function, _, arguments = written.text.partition("(")
-        return Expression(f'{KEPT}("{self.kept[op]}", {function}, {arguments}')
+        return written.called_by(KEPT, f'"{self.kept[op]}"') if op in self.kept else written
 
     def refer(self, tensor: Tensor) -> Expression:
         """How a statement refers to a value: by a name, or by the expression of the op that is inlined."""

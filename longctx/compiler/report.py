@@ -22,6 +22,7 @@ from longctx.compiler.placement import Placement, Shard
 from longctx.compiler.plan import GB, Plan, Setting
 from longctx.compiler.planner import unsplittable_attention
 from longctx.compiler.prediction import Prediction, StepTime, count_met_parameters, sent_by_link, step_time
+from longctx.compiler.recompute import names_of_keepable
 from longctx.compiler.work import PRODUCT_KINDS
 from longctx.flops import step_flops
 
@@ -64,6 +65,7 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
         f"{prediction.memory.moment}",
         f"between layers hidden states are {_say(plan.assignment.boundary)}; {_say_weights(graph, plan)}",
         f"layers: {_say_policies(plan)}",
+        *_say_not_kept(graph, plan),
         *_say_imbalance(plan),
         *_say_experts(graph, plan, setting),
         *_say_links(graph, plan, setting),
@@ -177,6 +179,14 @@ def _say_mfu(graph: Graph, prediction: Prediction, setting: Setting) -> str:
 
 def _say_policies(plan: Plan) -> str:
     return "; ".join(f"{n} recompute {policy}" for policy, n in Counter(plan.recompute).items())
+
+
+def _say_not_kept(graph: Graph, plan: Plan) -> list[str]:
+    """The packages which, where they are installed, compute again what layers would keep."""
+    kept = {name for policy in plan.recompute for name in policy.kept or ()}
+    ops = [op for kind in graph.kinds for op, name in names_of_keepable(kind.ops).items() if name in kept]
+    packages = sorted({spec_of(op).not_kept_by for op in ops} - {""})
+    return [f"where {package} is installed, the recurrence that it computes is computed again" for package in packages]
 
 
 def _say_prices(hardware: Hardware) -> str:

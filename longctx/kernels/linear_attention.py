@@ -225,5 +225,5 @@ _RULES = {
     "can_be_kept": always,
     "crosses_documents": True,
 }
-register_op(annotation_of, **_RULES)(gated_delta_rule)
+register_op(annotation_of, **_RULES, not_kept_by="flash-linear-attention")(gated_delta_rule)
 register_op(annotation_of, **_RULES)(decaying_linear_attention)

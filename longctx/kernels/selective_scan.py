@@ -190,6 +190,7 @@ _TENSORS = {"forward": 4, "backward": 9}
 _RULES = {"flops": no_flops, "saves": saves_inputs, "draws_random": draws_nothing}
 _SCAN_RULES = {**_RULES, "passes": passes, "saves_besides": saves_besides, "workspace": workspace}
 _SCAN_RULES |= {"can_be_kept": always, "crosses_documents": True}
-register_op("b d l^, b d l^, d n^, b n^ l^, b n^ l^ -> b d l^", strides=always_strided, **_SCAN_RULES)(selective_scan)
+_SELECTIVE_RULES = {**_SCAN_RULES, "strides": always_strided, "not_kept_by": "mamba-ssm"}
+register_op("b d l^, b d l^, d n^, b n^ l^, b n^ l^ -> b d l^", **_SELECTIVE_RULES)(selective_scan)
 register_op("b l^ d, b l^ d -> b l^ d", strides=never_strided, **_SCAN_RULES)(linear_recurrence)
 register_op("b l d -> b l d", **_RULES)(bounded_sqrt)

@@ -18,14 +18,21 @@ OPEN_END = 2**63 - 1  # how ATen writes the end of x[1:]
 
 @dataclass(frozen=True)
 class Expression:
-    """A Python expression, and how tightly its outermost operator binds."""
+    """A Python expression, how tightly its outermost operator binds, and the function, if it is the call of one."""
 
     text: str
     binding: int = ATOM
+    function: str = ""
 
     def within(self, binding: int) -> str:
         """The text, in parentheses where an operator of `binding` would tear it apart."""
         return self.text if self.binding >= binding else f"({self.text})"
+
+    def called_by(self, function: str, argument: str) -> "Expression":
+        """function(argument, f, x) of the call f(x)."""
+        assert self.function, f"{self.text} calls no function"
+        arguments = self.text.removeprefix(f"{self.function}(")
+        return Expression(f"{function}({argument}, {self.function}, {arguments}", function=function)
 
 
 @dataclass(frozen=True)
@@ -75,7 +82,8 @@ def call(function: str, args: Sequence, kwargs: dict, values: Values, keywords: 
     """function(args, kwargs); an argument whose place has a name in `keywords` is written with that name."""
     parts = [values.write(arg) for arg in args]
     parts = [f"{k}={part}" if k else part for k, part in zip([*keywords, *[""] * len(parts)], parts, strict=False)]
-    return Expression(f"{function}({', '.join([*parts, *(f'{k}={values.write(v)}' for k, v in kwargs.items())])})")
+    parts += [f"{k}={values.write(v)}" for k, v in kwargs.items()]
+    return Expression(f"{function}({', '.join(parts)})", function=function)
 
 
 def overload(op: Op, values: Values) -> Expression:

@@ -17,6 +17,7 @@ from longctx.compiler.ir import Op, Tensor
 from longctx.compiler.ops import aten
 from longctx.compiler.ops.aten import base_name
 from longctx.compiler.ops.positions import Positions, broadcast
+from longctx.compiler.ops.python import with_defaults
 
 _PRODUCTS = ("matmul", "bmm", "baddbmm")
 _LAYOUTS = ("view", "_unsafe_view", "reshape", "flatten", "unsqueeze", "squeeze", "contiguous", "clone", "alias")
@@ -277,8 +278,9 @@ def _source(tensor: Tensor, makers: Mapping[Tensor, Op]) -> Tensor:
     found = tensor
     while (op := makers.get(tensor)) is not None and len(op.inputs) == 1:
         (before,) = op.inputs
-        widened = base_name(op) in aten.CASTS and before.dtype.is_floating_point
-        if not (widened or base_name(op) in _LAYOUTS and _keeps_rows(op) and prod(before.shape) == prod(tensor.shape)):
+        if not (
+            _is_cast(op) or base_name(op) in _LAYOUTS and _keeps_rows(op) and prod(before.shape) == prod(tensor.shape)
+        ):
             break
         tensor = before
         if len(tensor.shape) == 4 and tensor.shape[0] == 1 or len(tensor.shape) == len(found.shape):
@@ -288,12 +290,29 @@ def _source(tensor: Tensor, makers: Mapping[Tensor, Op]) -> Tensor:
 
 def without_repeats(tensor: Tensor, makers: Mapping[Tensor, Op]) -> Tensor:
     """[1, kv_heads, l, d] where a key or a value is that, each repeated for a group of query heads; else the tensor."""
-    flat, repeated = makers.get(tensor), None
-    if flat is not None and base_name(flat) in _LAYOUTS:
-        repeated = makers.get(flat.inputs[0])
+    op = _maker(tensor, makers)
+    if op is not None and base_name(op) == "repeat_interleave":
+        _, repeats, dim, *_ = with_defaults(op, None, None)
+        by_heads = isinstance(repeats, int) and dim in (1, -3) and len(tensor.shape) == 4
+        return _source(op.inputs[0], makers) if by_heads else tensor
+    flat = op is not None and base_name(op) in _LAYOUTS
+    repeated = _maker(op.inputs[0], makers) if op is not None and flat else None
     if repeated is None or base_name(repeated) != "expand" or len(repeated.outputs[0].shape) != 5:
         return tensor
-    single = makers.get(repeated.inputs[0])
+    single = _maker(repeated.inputs[0], makers)
     if single is None or base_name(single) != "unsqueeze" or single.args[1] != 2:
         return tensor
-    return single.inputs[0]
+    return _source(single.inputs[0], makers)
+
+
+def _maker(tensor: Tensor, makers: Mapping[Tensor, Op]) -> Op | None:
+    """The operator that makes a tensor, casts of it to float32 aside."""
+    op = makers.get(tensor)
+    while op is not None and _is_cast(op):
+        op = makers.get(op.inputs[0])
+    return op
+
+
+def _is_cast(op: Op) -> bool:
+    """Whether an operator casts floating-point numbers."""
+    return base_name(op) in aten.CASTS and op.inputs[0].dtype.is_floating_point

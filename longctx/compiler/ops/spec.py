@@ -201,6 +201,7 @@ class OpSpec:
         lookup: whether its second input holds indices into the rows of its first.
         can_be_kept: whether its output is worth keeping where the rest of a layer is recomputed, being dear to compute,
             and can be kept: see longctx/kernels/kept.py.
+        not_kept_by: the package whose function takes its place where it is installed, of which nothing can be kept.
         shared_out: of attention: what the ranks of a plan can share of it, for a report; None for all else.
         told: of which dimension a rank has to know where its part begins, if it is split along that; None if of none.
         crosses_documents: whether it carries something along a row, from the tokens of one document to the next's.
@@ -233,6 +234,7 @@ class OpSpec:
     chooses_weights: bool = False
     lookup: bool = False
     can_be_kept: Callable[[Op], bool] = lambda op: False
+    not_kept_by: str = ""
     shared_out: Callable[[Op], str] | None = None
     told: Told | None = None
     crosses_documents: bool = False
