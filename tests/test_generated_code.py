@@ -341,6 +341,16 @@ def test_values_are_called_as_the_source_calls_them_or_by_the_module_that_made_t
     assert "value_states = v_proj.transpose(1, 2)" in text
 
 
+def test_large_values_are_freed_behind_their_last_reader_though_no_gradient_is_made_for_them(tmp_path, monkeypatch):
+    compiled, _ = compile_small(tmp_path / "small", "gemma2")
+    assert "del emb" not in (compiled / "gencode.py").read_text()
+    monkeypatch.setattr(codegen, "LARGE", 1)
+    compiled, reference = compile_small(tmp_path / "large", "gemma2")
+    before_layers, _, _ = (compiled / "gencode.py").read_text().partition("for layer in")
+    assert "del emb\n" in before_layers
+    assert_equal_to(reference, compiled)
+
+
 def test_the_bytes_of_a_reshard_are_told_in_a_unit_that_shows_them():
     assert [memory.say_bytes(size) for size in (4, 8192, 134_217_728)] == ["4 bytes", "8.2 KB", "134.2 MB"]
 

@@ -143,8 +143,10 @@ class LlamaForCausalLM(nn.Module):
         position_ids = position_ids.unsqueeze(0)  # [1, 131072]
         freqs = position_ids.unsqueeze(2).to(torch.float32) * self.inv_freq  # [1, 131072, 64]
         emb = torch.cat((freqs, freqs), dim=-1)  # [1, 131072, 128]
+        del freqs
         cos = emb.cos()  # [1, 131072, 128]
         sin = emb.sin()  # [1, 131072, 128]
+        del emb
         cos = cos.to(torch.bfloat16)  # [1, 131072, 128]
         sin = sin.to(torch.bfloat16)  # [1, 131072, 128]
         # all-to-all of 134.2 MB: layers take it split along dimension 1

@@ -17,6 +17,7 @@ import numpy
 import torch
 
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes
+from longctx.compiler.lifetimes import storages
 from longctx.compiler.memory import say_bytes
 from longctx.compiler.ops import expression, imports_of, spec_of
 from longctx.compiler.ops.python import Expression, Values
@@ -24,6 +25,9 @@ from longctx.compiler.plan import Plan
 from longctx.compiler.recompute import Recompute, names_of_keepable
 
 LINE = 120
+LARGE = (
+    10_000_000  # bytes: a value that no gradient is made for, as of the rotary embedding, is freed if it has as many
+)
 CARRIED = "hidden_states"  # the name of the value that one layer passes to the next
 KEEP, KEPT, KEPT_MODULE = "keep", "kept", "longctx.kernels.kept"  # what keeps outputs while a layer is recomputed
 
@@ -158,6 +162,9 @@ class _Body:
     targets: dict[Tensor, str] = field(default_factory=dict)  # the variable that the model's source assigns a value to
     module_results: set[Tensor] = field(default_factory=set)  # the values that only other modules read
     kept: dict[Op, str] = field(default_factory=dict)  # ops whose outputs some layers keep, by the names for that
+    freed: set[Tensor] = field(
+        default_factory=set
+    )  # the values worth a `del` behind the last statement that reads them
 
     def express(self, op: Op) -> Expression:
         """The expression of an op: `kept("name", function, arguments)` if some layers keep its output."""
@@ -214,6 +221,7 @@ def _start_body(graph: Graph, owner: Graph | LayerKind, constants: dict, device:
     for index, item in enumerate(body.statements):
         body.last_use |= dict.fromkeys(body.reads(item), index)
     body.last_use |= dict.fromkeys(results, len(body.statements))
+    body.large = {t for t, storage in storages(items).items() if t is storage and nbytes(t) >= LARGE}
     _match_targets(body, users)
     for op in body.statements:
         if isinstance(op, Op) and all(user.module != op.module for t in op.outputs for user in users.get(t, [])):
@@ -281,8 +289,8 @@ def _inlined_modules(op: Op, body: _Body) -> list[str]:
 def _write_op(op: Op, index: int, body: _Body) -> list[str]:
     """The lines of an op that is the body's statement `index`.
 
-    They are `name = expression  # shape`, and then a `del` of the values with a gradient (the large ones) that no later
-    statement reads. The last statement is followed by a `return`, or is one.
+    They are `name = expression  # shape`, and then a `del` of the values with a gradient, and of other large ones, that
+    no later statement reads. The last statement is followed by a `return`, or is one.
     """
     right = body.express(op).text
     dead = [t for t in dict.fromkeys(body.reads(op)) if t in body.names and body.last_use[t] == index]
@@ -295,7 +303,7 @@ def _write_op(op: Op, index: int, body: _Body) -> list[str]:
     lines[-1] = f"{', '.join(left)} = {right}"
     if len(lines[-1]) + len(shape) + 10 <= LINE:
         lines[-1] += f"  {shape}"
-    freed = [body.names[t] for t in dead if t.requires_grad and body.names[t] not in left]
+    freed = [body.names[t] for t in dead if (t.requires_grad or t in body.large) and body.names[t] not in left]
     if index + 1 == len(body.statements):
         lines.append(f"return {', '.join(body.names[t] for t in body.results)}")
     elif freed:
