@@ -42,10 +42,12 @@ class Training:
         for tensor in self.tensors().values():
             tensor.fill_(step)
 
-    def save(self, step: int, origin: str | None = None) -> None:
-        self.go_to(step)
+    def save(self, step: int, origin: str | None = None, number: int | None = None) -> None:
+        """Values and seed are the step, or `number`."""
+        number = step if number is None else number
+        self.go_to(number)
         shapes = checkpoint.parameter_shapes(self.model)
-        state = checkpoint.State(Position(step, 0, 0), 0, 8, dist.get_world_size(), 1, shapes, origin=origin)
+        state = checkpoint.State(Position(step, 0, 0), number, 8, dist.get_world_size(), 1, shapes, origin=origin)
         self.saver.save(state)
 
     def assert_loads(self, folder: Path, step: int) -> None:
