@@ -23,7 +23,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -133,9 +132,14 @@ def write_no_files(folder: Path) -> None:
 
 
 def save_and_wait(millions: int, folder: Path) -> list[Measured]:
-    with training(millions, folder) as (_, model, optimizer):
-        save = partial(checkpoint.save, folder, model, optimizer)
-        return [measure(lambda: save(state_of(model, 1), write_no_files) and None)]
+    with training(millions, folder) as (job, model, optimizer):
+        saver = Saver(job, model, optimizer, write_no_files)
+
+        def save() -> None:
+            saver.save(state_of(model, 1))
+            saver.finish()
+
+        return [measure(save)]
 
 
 def save_while_training(millions: int, folder: Path) -> list[Measured]:

@@ -16,7 +16,7 @@ import train  # noqa: E402
 from longctx import torchrun  # noqa: E402
 from longctx.errors import run_script  # noqa: E402
 from longctx.runtime import trainer, watch  # noqa: E402
-from longctx.runtime.checkpoint import CheckpointWriter  # noqa: E402
+from longctx.runtime.writing import CheckpointWriter  # noqa: E402
 
 
 @dataclass(frozen=True)

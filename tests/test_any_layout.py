@@ -12,6 +12,7 @@ import torch
 from families import reference_model, small_config
 from plain_training import train_plainly
 from ranks import run_ranks
+from saved_checkpoints import save
 from saved_rows import save_rows
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -81,7 +82,7 @@ def save_on_rank(folder: Path, layout: Layout, factor: float) -> None:
                 parallel.load_slice(model.globally(name, state[key]), whole.__getitem__)
         shapes = checkpoint.parameter_shapes(model)
         state = checkpoint.State(Position(1, 0, 0), 0, 8, layout.n_ranks, layout.plan_ngpus, shapes)
-        checkpoint.save(folder, model, optimizer, state, lambda hf: hf.mkdir())
+        save(folder, model, optimizer, state)
 
 
 def check_on_rank(folder: Path, layout: Layout, factor: float) -> None:
@@ -115,9 +116,10 @@ LARGE_BYTES = 3 * sum(4 * rows * columns for rows, columns in LARGE.values())
 def save_large_on_rank(folder: Path, layout: Layout) -> None:
     with parallel.process_group("cpu") as device:
         model, optimizer = model_on_rank(layout, device, LARGE)
+        parallel.load_tensors(model, ((name, torch.ones(size)) for name, size in LARGE.items()))
         shapes = checkpoint.parameter_shapes(model)
         state = checkpoint.State(Position(1, 0, 0), 0, 8, layout.n_ranks, layout.plan_ngpus, shapes)
-        checkpoint.save(folder, model, optimizer, state, lambda hf: hf.mkdir())
+        save(folder, model, optimizer, state)
 
 
 def weigh_load_on_rank(folder: Path, layout: Layout) -> None:

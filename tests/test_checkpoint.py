@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from ranks import run_ranks
+from saved_checkpoints import save
 from torch import nn
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, MetadataIndex
 
@@ -25,9 +26,9 @@ import ckpt_merger
 from longctx import atomic, seal
 from longctx.data.order import Position
 from longctx.engines.checkpoints import FORMATS
-from longctx.errors import CheckpointError, CheckpointFolderError, NoRoom, UserError
+from longctx.errors import CheckpointError, CheckpointFolderError, NoRoom, SaveError, UserError
 from longctx.job import Job
-from longctx.runtime import checkpoint, merge, parallel, resume, storage, trainer
+from longctx.runtime import checkpoint, merge, parallel, resume, storage, trainer, writing
 
 ROOT = Path(__file__).parent.parent
 
@@ -57,7 +58,7 @@ def write_shards(path: Path, facts: dict, tensors: dict[str, torch.Tensor]) -> N
     writer = storage.SealedWriter(path, "checkpoint.json", lambda: facts)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.save(tensors, storage_writer=writer, planner=checkpoint.make_save_planner(), no_dist=True)
+        dcp.save(tensors, storage_writer=writer, planner=writing.make_save_planner(), no_dist=True)
 
 
 def file_of(path: Path) -> Path:
@@ -439,11 +440,12 @@ def save_on_rank(folder: Path, plan_ngpus: int, step: int = 1) -> None:
         torch.manual_seed(dist.get_rank())
         shapes = checkpoint.parameter_shapes(model)
         state = checkpoint.State(Position(step, 0, 0), 0, 8, dist.get_world_size(), plan_ngpus, shapes)
-        checkpoint.save(folder, model, optimizer, state, write_hf_files)
+        save(folder, model, optimizer, state, write_hf_files)
 
 
 def small_model(device: torch.device, plan_ngpus: int, width: int = 8) -> tuple:
     model = parallel.parallelize(nn.Linear(width, width), "", device, torch.float32, plan_ngpus)
+    parallel.load_tensors(model, [("weight", torch.ones(width, width)), ("bias", torch.ones(width))])
     return model, trainer.make_optimizer(
         model, Job(model_id="linear", sequence_length=1, runtime_ngpus=1, name="linear")
     )
@@ -493,7 +495,7 @@ def test_a_save_removes_what_killed_ones_left_and_nothing_else(tmp_path):
 def save_beside_the_users_on_rank(folder: Path, name: str) -> None:
     (folder / name).mkdir()
     (folder / name / "thesis.tex").write_text("years of work")
-    with pytest.raises(CheckpointFolderError, match=f"/{name} is "):
+    with pytest.raises(SaveError, match=f"/{name} is "):
         save_on_rank(folder, 1)
 
 
@@ -523,7 +525,7 @@ def save_large_on_rank(folder: Path) -> None:
     with parallel.process_group() as device:
         model, optimizer = small_model(device, 1, width=1024)
         state = checkpoint.State(Position(1, 0, 0), 0, 8, 1, 1, checkpoint.parameter_shapes(model))
-        checkpoint.save(folder, model, optimizer, state, write_hf_files)
+        save(folder, model, optimizer, state, write_hf_files)
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from longctx.data.order import Position
 from longctx.engines.checkpoints import FORMATS
 from longctx.errors import NoRoom, NotFinite, SaveError
 from longctx.job import Job
-from longctx.runtime import checkpoint, parallel, resume, saving
+from longctx.runtime import checkpoint, parallel, resume, saving, writing
 from longctx.runtime.storage import HashingFileSystem
 
 
@@ -68,13 +68,13 @@ def training(folder: Path, **options) -> Iterator[Training]:
 @contextmanager
 def writing_held_up() -> Iterator[threading.Event]:
     """No save goes on to write until the event is set."""
-    go_on, write_data = threading.Event(), checkpoint.CheckpointWriter.write_data
+    go_on, write_data = threading.Event(), writing.CheckpointWriter.write_data
 
     def held_up(*args):
         go_on.wait(60)
         return write_data(*args)
 
-    with patch.object(checkpoint.CheckpointWriter, "write_data", held_up):
+    with patch.object(writing.CheckpointWriter, "write_data", held_up):
         yield go_on
 
 
@@ -202,14 +202,14 @@ def read_only_folder(folder: Path) -> Iterator[None]:
 
 @contextmanager
 def vanished_folder(folder: Path) -> Iterator[None]:
-    write_data = checkpoint.CheckpointWriter.write_data
+    write_data = writing.CheckpointWriter.write_data
 
     def vanishing(*args):
         written = write_data(*args)
         shutil.rmtree(folder, ignore_errors=True)
         return written
 
-    with patch.object(checkpoint.CheckpointWriter, "write_data", vanishing):
+    with patch.object(writing.CheckpointWriter, "write_data", vanishing):
         yield
 
 

@@ -2,7 +2,7 @@
 
 from longctx.engines import NNSCALER, TORCH
 from longctx.engines.nnscaler import checkpoints as nnscaler
-from longctx.runtime import checkpoint, merge
+from longctx.runtime import checkpoint, merge, writing
 
 FORMATS: checkpoint.Formats = {
     TORCH: checkpoint.CheckpointFormat(
@@ -10,7 +10,7 @@ FORMATS: checkpoint.Formats = {
         shards="*.distcp",
         read_state=checkpoint.read_state,
         check=checkpoint.check,
-        check_folder=checkpoint.check_last,
+        check_folder=writing.check_last,
         merge=merge.merge,
         as_builtin=lambda merged: merged,
         exports_shards=True,

@@ -5,9 +5,6 @@ A checkpoint is a folder `checkpoints/<epoch>-<step>` of one `.distcp` file a ra
 of every file, its own included. `checkpoints/last` links to the newest. Its tensors have flat names:
 `model/<parameter>`, `optimizer/<parameter>/exp_avg`, `random/<rank>/cpu`.
 
-A process that is killed while it saves leaves at most a folder half written, `.<epoch>-<step>.writing`, and, where a
-checkpoint was being replaced, the whole one that it replaces, `.<epoch>-<step>.old-*`; the next save removes them.
-
 A merged file (merge.py makes it) is one for torch.load, followed by its digest: {'model': {parameter: tensor},
 'optimizer': {'<parameter>/exp_avg': tensor}, 'state': what checkpoint.json holds but for the files, as JSON, 'hf':
 {path in hf/: bytes, uint8}}.
@@ -18,33 +15,26 @@ Other engines may store checkpoints and merged files in another form: a `Checkpo
 import json
 import os
 import re
-import secrets
-import shutil
 import warnings
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import SavePlan
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.planner import ReadItem
-from torch.distributed.checkpoint.storage import WriteResult
 
 from longctx import seal
-from longctx.atomic import publish_folder
 from longctx.data.order import Position
-from longctx.errors import CheckpointError, CheckpointFolderError, SaveError, UserError, one_line
+from longctx.errors import CheckpointError, one_line
 from longctx.runtime import watch
 from longctx.runtime.parallel import ParallelModel, load_slice
 from longctx.runtime.schedule import Schedule
-from longctx.runtime.storage import SHARD, ClosedReader, SealedWriter
+from longctx.runtime.storage import ClosedReader
 from longctx.schema import Count, Range, decode
 
 FORMAT = 2  # of checkpoint.json and of merged files: sealed
@@ -53,7 +43,6 @@ LAST = "last"
 STATE = "checkpoint.json"
 STATE_ENTRY, HF_ENTRY = "state", "hf"  # of a merged file
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of a parameter's own shape; it also counts its `step`
-FILES = re.compile(rf"{SHARD.pattern}|\.metadata|{re.escape(STATE)}|hf")  # all that a checkpoint folder holds
 
 
 @dataclass(frozen=True)
@@ -143,7 +132,6 @@ Formats = Mapping[str, CheckpointFormat]  # by the name of the engine
 # --- names ---------------------------------------------------------------------------------------------------------
 
 _WHOLE = re.compile(r"(\d+-\d+)|\.(\d+-\d+)\.old-.+")  # other engines write fewer digits
-_LEFTOVER = re.compile(r"\.\d+-\d+\.(writing|removed|old-.+)")  # of a save that was killed
 
 
 def folder_name(position: Position) -> str:
@@ -161,230 +149,6 @@ def steps_in(checkpoint_dir: Path) -> list[int]:
     """The steps of all that is called as a checkpoint in a folder, which may not be there."""
     names = os.listdir(checkpoint_dir) if checkpoint_dir.is_dir() else []
     return sorted({int(name.split("-")[1]) for name in map(name_when_saved, names) if name})
-
-
-# --- saving --------------------------------------------------------------------------------------------------------
-
-
-def parameter_shapes(model: ParallelModel) -> dict[str, list[int]]:
-    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
-
-
-def save(
-    checkpoint_dir: Path,
-    model: ParallelModel,
-    optimizer: torch.optim.Optimizer,
-    state: State,
-    write_hf_files: Callable[[Path], None],
-) -> Path:
-    """Writes a checkpoint by all ranks while they wait for it; saving.py writes one while they train.
-
-    Raises:
-        CheckpointFolderError: something that this program did not write has come into the place of the checkpoint or
-            of `last`. The checkpoint is whole then too, and the error says where.
-        SaveError: it could not be written; nothing is left of it. All ranks raise the same.
-    """
-    writer, planner = CheckpointWriter(checkpoint_dir, state, write_hf_files), make_save_planner()
-    try:
-        dcp.save(tensors_of(model, optimizer), storage_writer=writer, planner=planner)
-    except CheckpointException as error:
-        if dist.get_rank() == 0:
-            discard(checkpoint_dir, folder_name(state.position), error)
-        _, first = _first_failure(error)
-        raise first if isinstance(first, CheckpointFolderError) else SaveError(why_not_saved(error)) from error
-    return checkpoint_dir / folder_name(state.position)
-
-
-class CheckpointWriter(SealedWriter):
-    """Writes a checkpoint aside, and gives it its name once all of it is on disk.
-
-    What the coordinator does alone, it does within DCP's own steps, whose errors reach all ranks.
-
-    Args:
-        write_hf_files: writes the model's configuration and tokenizer to a folder; the coordinator calls it.
-        keep_last_n: checkpoints that stay, with this one; None for all.
-    """
-
-    def __init__(
-        self,
-        checkpoint_dir: Path,
-        state: State,
-        write_hf_files: Callable[[Path], None],
-        keep_last_n: int | None = None,
-    ):
-        self.name = folder_name(state.position)
-        super().__init__(_aside(checkpoint_dir, self.name), STATE, partial(_manifest_facts, checkpoint_dir, state))
-        self.checkpoint_dir, self.write_hf_files, self.keep_last_n = checkpoint_dir, write_hf_files, keep_last_n
-
-    def prepare_local_plan(self, plan: SavePlan) -> SavePlan:
-        return plan  # the coordinator makes the folder
-
-    def prepare_global_plan(self, plans: list[SavePlan]) -> list[SavePlan]:
-        """Before any rank writes."""
-        begin(self.checkpoint_dir, self.name, self.write_hf_files)
-        return super().prepare_global_plan(plans)
-
-    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        """When all ranks have written."""
-        super().finish(metadata, results)
-        publish(self.checkpoint_dir, self.name)
-        if self.keep_last_n is not None:
-            remove_all_but(self.keep_last_n, self.checkpoint_dir)
-
-
-def _manifest_facts(checkpoint_dir: Path, state: State) -> dict[str, Any]:
-    numbered = replace(state, serial=last_serial(checkpoint_dir) + 1, id=secrets.token_hex(8))
-    return {"format": FORMAT, **numbered.to_json()}
-
-
-def make_save_planner() -> dcp.DefaultSavePlanner:
-    return dcp.DefaultSavePlanner(flatten_state_dict=False)
-
-
-def tensors_of(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """All tensors that are saved, on every rank its own part, by their flat names; they share the model's memory."""
-    return _named_tensors(model, optimizer) | _random_state(model.mesh.device_type)
-
-
-def last_serial(checkpoint_dir: Path) -> int:
-    """The greatest serial number of a checkpoint in the folder; 0 if there is none."""
-    serials = [0]
-    for manifest in checkpoint_dir.glob(f"*/{STATE}"):
-        with suppress(OSError, ValueError):
-            serials.append(read_manifest(manifest.parent)[0].serial or 0)
-    return max(serials)
-
-
-def begin(checkpoint_dir: Path, name: str, write_hf_files: Callable[[Path], None]) -> None:
-    """Makes the folder that a checkpoint is written to."""
-    aside = _aside(checkpoint_dir, name)
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    write_hf_files(aside / "hf")
-
-
-def publish(checkpoint_dir: Path, name: str) -> None:
-    """Gives a checkpoint that is written, manifest and all, its name, and points `last` at it.
-
-    Raises:
-        CheckpointFolderError: as `save` does.
-    """
-    aside, path = _aside(checkpoint_dir, name), checkpoint_dir / name
-    if not _is_replaceable(path):
-        raise CheckpointFolderError(
-            f"{path} is in the way, which this program did not write; the checkpoint that was to be there is whole "
-            f"in {aside}: move what is in the way, and rename {aside.name} to {path.name}"
-        )
-    publish_folder(aside, path)
-    check_last(checkpoint_dir)
-    _point_last(checkpoint_dir, name)
-    _remove_leftovers(checkpoint_dir)
-
-
-def remove_all_but(n: int, checkpoint_dir: Path) -> None:
-    """Removes all but the newest whole checkpoints of the folder. What is damaged is not counted, and stays.
-
-    What the run of one that stays was told to start from stays too: the same command asks for it when it starts again.
-    """
-    states: dict[Path, State] = {}
-    for manifest in checkpoint_dir.glob(f"*/{STATE}"):
-        path = manifest.parent
-        if name_when_saved(path.name) == path.name and not path.is_symlink() and _is_replaceable(path):
-            with suppress(OSError, ValueError):
-                states[path] = read_state(path)
-    oldest_first = sorted(states, key=lambda path: (states[path].serial or 0, states[path].position.step))
-    origins = {states[path].origin for path in oldest_first[-n:]} - {None}
-    for path in (path for path in oldest_first[:-n] if states[path].id not in origins):
-        removed = path.with_name(f".{path.name}.removed")
-        with suppress(OSError):
-            os.rename(path, removed)  # at once, so that no part of it is taken for a checkpoint
-        shutil.rmtree(removed, ignore_errors=True)
-
-
-def discard(checkpoint_dir: Path, name: str, error: BaseException) -> None:
-    """Removes what a save that failed has left, unless that is a whole checkpoint, whose place is taken."""
-    if not isinstance(_first_failure(error)[1], CheckpointFolderError):
-        shutil.rmtree(_aside(checkpoint_dir, name), ignore_errors=True)
-
-
-def why_not_saved(error: BaseException) -> str:
-    """What kept a save from being done, on one line."""
-    rank, first = _first_failure(error)
-    kind = "" if isinstance(first, OSError | UserError) else f"{type(first).__name__}: "
-    return f"rank {rank}: {kind}{one_line(first)}"
-
-
-def _first_failure(error: BaseException) -> tuple[int, BaseException]:
-    """The rank that failed first, of those that DCP has gathered, and its error."""
-    if isinstance(error, CheckpointException):
-        rank, (first, _) = next(iter(error.failures.items()))
-        return rank, first
-    return dist.get_rank(), error
-
-
-def _aside(checkpoint_dir: Path, name: str) -> Path:
-    return checkpoint_dir / f".{name}.writing"
-
-
-def _named_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    tensors = {}
-    for name, parameter in model.module.named_parameters():
-        tensors[f"model/{name}"] = model.globally(name, parameter.detach())
-        for key, value in optimizer.state[parameter].items():
-            tensors[f"optimizer/{name}/{key}"] = model.globally(name, value)
-    return tensors
-
-
-def _random_state(device_type: str) -> dict[str, torch.Tensor]:
-    state = {f"random/{dist.get_rank()}/cpu": torch.get_rng_state()}
-    if device_type == "cuda":
-        state[f"random/{dist.get_rank()}/cuda"] = torch.cuda.get_rng_state()
-    return state
-
-
-def _point_last(checkpoint_dir: Path, name: str) -> None:
-    aside = checkpoint_dir / f".{LAST}.writing"
-    aside.unlink(missing_ok=True)
-    aside.symlink_to(name)
-    os.replace(aside, checkpoint_dir / LAST)
-
-
-def _remove_leftovers(checkpoint_dir: Path) -> None:
-    """Removes what killed saves have left. Only once `last` is whole: until then it may be all that there is."""
-    for folder in checkpoint_dir.iterdir():
-        if _LEFTOVER.fullmatch(folder.name) and not _waits_for_its_place(folder):
-            shutil.rmtree(folder, ignore_errors=True)
-
-
-def _waits_for_its_place(aside: Path) -> bool:
-    """Whether it is a whole checkpoint whose place somebody has taken: `publish` has told where it is."""
-    place = aside.with_name(aside.name.removeprefix(".").removesuffix(".writing"))
-    return (aside / STATE).is_file() and not _is_replaceable(place)
-
-
-def check_last(folder: Path) -> None:
-    """Raises a CheckpointFolderError if what is called `last` in a folder of checkpoints is not a link."""
-    if os.path.lexists(folder / LAST) and not (folder / LAST).is_symlink():
-        raise CheckpointFolderError(
-            f"{folder / LAST} is no link to a checkpoint, as this program makes it; move it, or name another folder"
-        )
-
-
-def check_places(folder: Path, positions: Iterable[Position]) -> None:
-    """Raises a CheckpointFolderError if a checkpoint of one of these positions would replace somebody's files."""
-    for path in map(folder.joinpath, map(folder_name, positions)):
-        if not _is_replaceable(path):
-            raise CheckpointFolderError(
-                f"{path} has the name of a checkpoint that this run would save, but this program did not write it; "
-                "move it, or name another folder"
-            )
-
-
-def _is_replaceable(path: Path) -> bool:
-    """Whether there is nothing at `path`, or a checkpoint of this program's, though it may have lost files."""
-    if not os.path.lexists(path):
-        return True
-    return path.is_dir() and not path.is_symlink() and all(FILES.fullmatch(file.name) for file in path.iterdir())
 
 
 # --- reading -------------------------------------------------------------------------------------------------------
@@ -534,7 +298,32 @@ def reason(error: Exception) -> str:
     return f"it lacks {error}" if isinstance(error, KeyError) else one_line(error)
 
 
-# --- loading -------------------------------------------------------------------------------------------------------
+# --- tensors -------------------------------------------------------------------------------------------------------
+
+
+def parameter_shapes(model: ParallelModel) -> dict[str, list[int]]:
+    return {name: list(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def tensors_of(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """All tensors that are saved, on every rank its own part, by their flat names; they share the model's memory."""
+    return _named_tensors(model, optimizer) | _random_state(model.mesh.device_type)
+
+
+def _named_tensors(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    tensors = {}
+    for name, parameter in model.module.named_parameters():
+        tensors[f"model/{name}"] = model.globally(name, parameter.detach())
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer/{name}/{key}"] = model.globally(name, value)
+    return tensors
+
+
+def _random_state(device_type: str) -> dict[str, torch.Tensor]:
+    state = {f"random/{dist.get_rank()}/cpu": torch.get_rng_state()}
+    if device_type == "cuda":
+        state[f"random/{dist.get_rank()}/cuda"] = torch.cuda.get_rng_state()
+    return state
 
 
 def load(checkpoint: Checkpoint, model: ParallelModel, optimizer: torch.optim.Optimizer) -> None:
@@ -579,7 +368,15 @@ def read_shards(reader: ClosedReader, tensors: dict[str, torch.Tensor], no_dist:
         try:
             dcp.load(tensors, storage_reader=reader, planner=planner, no_dist=no_dist)
         except CheckpointException as error:
-            rank, problem = _first_failure(error)
+            rank, problem = first_failure(error)
             raise not_whole(
                 Path(reader.path), f"its tensors can't be read on rank {rank} ({one_line(problem)})"
             ) from error
+
+
+def first_failure(error: BaseException) -> tuple[int, BaseException]:
+    """The rank that failed first, of those that DCP has gathered, and its error."""
+    if isinstance(error, CheckpointException):
+        rank, (first, _) = next(iter(error.failures.items()))
+        return rank, first
+    return dist.get_rank(), error

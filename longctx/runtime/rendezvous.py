@@ -16,12 +16,14 @@ import torch.distributed as dist
 
 from longctx import torchrun
 
-START_TIMEOUT = timedelta(hours=1)  # one node may download a model that another has
+START_TIMEOUT = timedelta(hours=1)  # for the rank that is furthest behind
 POLL_S = 0.02
 
 
 def fresh_store(timeout: timedelta = START_TIMEOUT) -> dist.Store:
     """A store that all ranks share, and that is empty when the first of them has it. All ranks have to call this.
+
+    Each call waits for all ranks, since one may be an hour behind: its node downloads the model that another has.
 
     Raises:
         TimeoutError: rank 0 has not heard of every rank in time.

@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from longctx.errors import NoRoom, NotFinite, SaveError
 from longctx.job import Job
-from longctx.runtime import checkpoint, watch
+from longctx.runtime import checkpoint, watch, writing
 from longctx.runtime.parallel import ParallelModel, first_of_all_ranks, local
 from longctx.seal import files_in
 
@@ -108,10 +108,10 @@ class Saver:
         check_all_finite(tensors, state.position.step)
         upload = dcp.async_save(
             tensors,
-            storage_writer=checkpoint.CheckpointWriter(
+            storage_writer=writing.CheckpointWriter(
                 self.job.checkpoint_dir, state, self.write_hf_files, self.job.keep_last_n
             ),
-            planner=checkpoint.make_save_planner(),
+            planner=writing.make_save_planner(),
             process_group=self.group,
             async_stager=self.stager,
         )
@@ -130,8 +130,8 @@ class Saver:
             say(f"step {step}: saved {path} in {seconds:.1f} s, for {stalled_s:.2f} of which training stood still")
             return Outcome(state)
         if dist.get_rank() == 0:
-            checkpoint.discard(self.job.checkpoint_dir, name, error)
-        problem = checkpoint.why_not_saved(error)
+            writing.discard(self.job.checkpoint_dir, name, error)
+        problem = writing.why_not_saved(error)
         if self.job.stop_on_save_failure:
             say(f"step {step}: the checkpoint could not be saved ({problem}); the run ends")
             watch.ask_to_stop("a checkpoint that could not be saved")

@@ -29,7 +29,7 @@ from longctx.data.order import (
 from longctx.data.rows import IGNORE_INDEX, RowInputs, Rows
 from longctx.errors import NotFinite
 from longctx.job import Job
-from longctx.runtime import checkpoint, watch
+from longctx.runtime import checkpoint, watch, writing
 from longctx.runtime.metrics import FlopCount, MetricsLog, Step, metrics_log, step_metrics
 from longctx.runtime.parallel import ParallelModel, local, reduce_plan_sharded_gradients
 from longctx.runtime.saving import Saver, saving
@@ -434,4 +434,4 @@ def check_checkpoint_places(job: Job, n_rows: int, resume: checkpoint.Checkpoint
     steps = [step for step in checkpoint.steps_in(job.checkpoint_dir) if start.step < step <= total_steps]
     saved = [step for step in steps if is_saved(step, total_steps, job)]
     positions = (position_after(step, n_rows, job.rows_per_step, start) for step in saved)
-    checkpoint.check_places(job.checkpoint_dir, positions)
+    writing.check_places(job.checkpoint_dir, positions)

@@ -453,30 +453,32 @@ def walk_on(place: Path, n_kills: int, seed: str, said: int) -> None:
 
 
 def fill_the_disk_at_every_call(every: int) -> Row:
-    """One process saves again and again, and each time another call finds no space left on the disk."""
+    """One process saves again and again; every other time another call finds no space left on the disk."""
 
     def full() -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def save_all() -> None:
-        with training(folder / "checkpoints", keep_last_n=2) as run:  # each that stays is one more file to read
+        with training(checkpoints, keep_last_n=2) as run:
             run.save(1)
-            run.saver.finish()
-            newest, tries, failed, was_full = 1, 0, 0, True
+            run.saver.wait()
+            newest, call, tries, failed, was_full = 1, 1, 0, 0, True
             while was_full:
-                step = 2 + tries
-                with at_call(1 + tries * every, full) as made:
-                    run.save(step)
+                with at_call(call, full) as made:
+                    run.save(newest + 1)
                     outcome = run.saver.wait()
-                    was_full = made() > tries * every
-                before, newest = newest, newest_number(folder / "checkpoints")
+                    was_full = made() >= call
                 # One that fails may have been whole already, with `last` still to be moved.
-                assert newest == step or (newest == before and outcome.problem)
+                assert newest_number(checkpoints) in ((newest, newest + 1) if outcome.problem else (newest + 1,))
                 tries, failed = tries + 1, failed + bool(outcome.problem)
-            assert not outcome.problem
-            (folder / "counts").write_text(f"{tries} {failed}")
+                newest, call = newest + 2, call + every
+                run.save(newest)
+                assert not run.saver.wait().problem and newest_number(checkpoints) == newest
+                assert len(os.listdir(checkpoints)) == 3, "there is more than two checkpoints and `last`"
+            (checkpoints.parent / "counts").write_text(f"{tries} {failed}")
 
     with folder_in_memory() as folder:
+        checkpoints = folder / "checkpoints"
         assert status_of(start(save_all)) == 0
         tries, failed = map(int, (folder / "counts").read_text().split())
     return Row("a full disk at each call of a save", tries, f"{failed} saves failed, training went on after each")
