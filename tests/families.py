@@ -103,7 +103,7 @@ TINY_SIZES = {
     "vocab_size_per_layer_input shape_vocab_size pronunciation_vocab_size",
 }
 SIZE_OF = {name: size for size, names in TINY_SIZES.items() for name in names.split()}
-SET_WHERE_NONE = {"num_key_value_heads"}
+SET_WHERE_NONE = {"num_key_value_heads", "num_experts_per_tok"}
 TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sep_token_id": 2, "decoder_start_token_id": 1}
 
 
@@ -152,9 +152,11 @@ _FULL_AND_SLIDING = ["sliding_attention", "full_attention"] * 2
 _INDEXER = {"indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio": 2}
 # What a family needs besides; of a configuration within it, what is to be changed there.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
+    "axk1": {"num_key_value_heads": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
     "cpmant": {"init_std": 0.02},
     "dbrx": {"attn_config": {"rope_theta": 10_000.0}},
+    "deepseek_v2": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {"num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
@@ -168,6 +170,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
     "gemma4_unified_assistant": {"text_config": {"layer_types": _FULL_AND_SLIDING}},
     "gemma4_unified_text": {"num_kv_shared_layers": 2, "layer_types": _FULL_AND_SLIDING},
+    "glm4_moe_lite": {"num_key_value_heads": 4},
     "gpt_oss": {"output_router_logits": True, "router_aux_loss_coef": 0.1},
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "hunyuan_v1_dense": {"head_dim": 16},

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from families import reference_loss, reference_model, small_config
+from families import config_of, reference_loss, reference_model, small_config
 from plain_training import train_plainly
 from saved_rows import save_rows
 from scripts import run_script, start_script
@@ -122,13 +122,14 @@ def wait_for_six_steps(job: Path, name: str, is_running: Callable[[], bool]) -> 
 
 
 def assert_goes_on(job: Path, name: str, expected: dict[int, dict], *more: str, plan_ngpus: int = 1) -> None:
-    """A run of 2 ranks that was killed after its first checkpoint takes the same steps as one that was left alone."""
+    """A run of 2 ranks that was killed after its first checkpoint takes the `expected` steps, as if left alone."""
     before = read_steps(job, 2, name)
     assert 6 <= len(before) < STEPS, "the kill came too late to prove anything"
     result = train(job, 2, name, *more, plan_ngpus=plan_ngpus)
     assert "after step 4" in result.stdout
     after = read_steps(job, 2, name)
-    for step in range(1, STEPS + 1):
+    assert len(after) == STEPS
+    for step in expected:
         for key in ("loss", "grad_norm", "learning_rate"):
             assert after[step][key] == expected[step][key], (step, key)
 
@@ -183,19 +184,37 @@ def test_a_merged_checkpoint_resumes_on_another_number_of_ranks(job, uninterrupt
         assert steps[step]["loss"] == pytest.approx(uninterrupted[step]["loss"], rel=2e-5)
 
 
+def assert_merges(job: Path, checkpoint: Path, loss_of_next_step: float) -> None:
+    """The merged model opens in transformers, and has the loss there that the step after the checkpoint had."""
+    hf_dir = job / f"hf-{checkpoint.name}"
+    run("ckpt_merger.py", "--hf_dir", str(hf_dir), "--ckpt_dir", str(checkpoint))
+    model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
+    position = order.Position(**json.loads((checkpoint / "checkpoint.json").read_text())["position"])
+    chosen = order.step_rows(order.epoch_order(ROWS, 0, position.epoch), position, 4)
+    tokens = rows_to_learn()[chosen]
+    labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
+    with torch.no_grad():
+        loss = reference_loss(model, tokens, labels) / (labels != -100).sum()
+    assert loss.item() == pytest.approx(loss_of_next_step, rel=1e-5)
+
+
 def test_the_merged_model_opens_in_transformers_with_the_trained_weights(job, uninterrupted):
     for checkpoint, step in (("0000-000004", 4), ("0001-000008", 8)):
-        hf_dir = job / f"hf-{step}"
-        run("ckpt_merger.py", "--hf_dir", str(hf_dir), "--ckpt_dir", str(job / "uninterrupted" / checkpoint))
-        model = AutoModelForCausalLM.from_pretrained(hf_dir, dtype=torch.float32)
-        state = json.loads((job / "uninterrupted" / checkpoint / "checkpoint.json").read_text())
-        position = order.Position(**state["position"])
-        chosen = order.step_rows(order.epoch_order(ROWS, 0, position.epoch), position, 4)
-        tokens = rows_to_learn()[chosen]
-        labels = torch.cat((tokens[:, 1:], torch.full((len(chosen), 1), -100)), dim=1)
-        with torch.no_grad():
-            loss = reference_loss(model, tokens, labels) / (labels != -100).sum()
-        assert loss.item() == pytest.approx(uninterrupted[step + 1]["loss"], rel=1e-5)
+        assert_merges(job, job / "uninterrupted" / checkpoint, uninterrupted[step + 1]["loss"])
+
+
+def test_a_mixture_of_experts_that_was_killed_goes_on_bit_for_bit_and_merges(tmp_path):
+    model = reference_model(config_of("mixtral"))  # with its routers' auxiliary loss
+    model.save_pretrained(tmp_path / "model", save_original_format=False)
+    save_rows(tmp_path / "rows", rows_to_learn())
+    ranks = start_script(tmp_path, "train.py", *arguments(tmp_path, 2, "mixture", plan_ngpus=2), n_ranks=2)
+    wait_for_six_steps(tmp_path, "mixture", lambda: all(rank.is_alive() for rank in ranks))
+    for rank in ranks:
+        rank.kill()
+        rank.join()
+    assert "experts(" in (tmp_path / "compiled" / "2ranks" / "gencode.py").read_text()
+    assert_goes_on(tmp_path, "mixture", read_steps(tmp_path, 2, "mixture"), plan_ngpus=2)
+    assert_merges(tmp_path, tmp_path / "mixture" / "0000-000004", read_steps(tmp_path, 2, "mixture")[5]["loss"])
 
 
 def test_a_checkpoint_has_a_manifest_of_its_files_and_nothing_half_written_beside_it(job, uninterrupted):

@@ -6,6 +6,7 @@ choice.py             which of them is the fastest here
 written_attention.py  puts these in the place of attention that a model writes out, or that has a mask
 rms_norm.py           RMSNorm
 gated.py              gated activations, SwiGLU among them
+experts.py            the experts of a mixture, and the sums that its routers are balanced by
 linear_attention.py   gated delta nets, and Mamba-2's scan
 selective_scan.py     Mamba's scan, and RecurrentGemma's recurrence
 segments.py           how these are computed within bounded memory
