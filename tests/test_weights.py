@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from families import random_rows, reference_loss, reference_model, small_config
+from families import config_of, random_rows, reference_loss, reference_model, small_config
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.torch import save_file
 from saved_rows import save_rows
 from tokenizers import Tokenizer
@@ -260,20 +261,23 @@ def test_scales_that_transformers_and_the_configuration_take_in_two_ways_are_ref
         find_weights(str(tmp_path))
 
 
-def test_tensors_that_transformers_makes_of_several_are_refused(tmp_path):
-    config = transformers.MixtralConfig(
-        vocab_size=256,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=1,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        num_local_experts=2,
-    )
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    with pytest.raises(
-        ModelError, match="^'model.layers.0.mlp.experts.* is made of several tensors in model.safetensors"
-    ):
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "deepseek_v3", "gpt_oss"])
+def test_experts_that_are_stored_one_by_one_are_read_as_transformers_joins_them(tmp_path, family):
+    AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(tmp_path)
+    weights, model = find_weights(str(tmp_path)), load_by_transformers(tmp_path)[0]
+    assert not weights.left_out
+    for name, parameter in model.named_parameters():
+        weight, place = weights.by_parameter[name], tuple(slice(n // 2, n) for n in parameter.shape)
+        assert torch.equal(weight.read(), parameter) and torch.equal(weight.read(place), parameter[place]), name
+
+
+def test_tensors_that_transformers_makes_of_several_in_another_way_are_refused(tmp_path):
+    AutoModelForCausalLM.from_config(config_of("mixtral")).save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", "pt") as stored:
+        tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118, it is no dict
+    del tensors[next(name for name in tensors if name.endswith("experts.3.w1.weight"))]
+    save_file(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(ModelError, match="^'model.layers.* is made of several tensors in model.safetensors"):
         find_weights(str(tmp_path))
 
 

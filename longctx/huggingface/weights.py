@@ -53,6 +53,15 @@ class StoredWeight:
     tensor: torch.Tensor
     scale: torch.Tensor | None = None
 
+    @property
+    def shape(self) -> list[int]:
+        return list(self.tensor.shape)
+
+    @property
+    def pieces(self) -> list["StoredWeight"]:
+        """The tensors that it is made of."""
+        return [self]
+
     def read(self, place: tuple[slice, ...] = ()) -> torch.Tensor:
         """The part of the tensor that the slices select, or all of it; float32 if it was quantized.
 
@@ -70,6 +79,40 @@ class StoredWeight:
 
 
 @dataclass(frozen=True)
+class StoredExperts:
+    """The experts of a layer, which are stored one by one, as the tensor that transformers makes of them.
+
+    `parts` are the matrices of each expert: one, or two of which the second follows the first along their rows, as what
+    is gated follows the gate.
+    """
+
+    parts: list[list[StoredWeight]]
+
+    @property
+    def file(self) -> Path:
+        return self.pieces[0].file
+
+    @property
+    def pieces(self) -> list[StoredWeight]:
+        return [piece for matrices in self.parts for piece in matrices]
+
+    @property
+    def shape(self) -> list[int]:
+        """[experts, rows, columns]"""
+        rows, columns = zip(*(piece.shape for piece in self.parts[0]), strict=True)
+        return [len(self.parts), sum(rows), columns[0]]
+
+    def read(self, place: tuple[slice, ...] = ()) -> torch.Tensor:
+        """The part of the tensor that the slices select, or all of it: only the experts in it are read."""
+        experts, *rest = place or (slice(None),)
+        chosen = (torch.cat([piece.read() for piece in matrices]) for matrices in self.parts[experts])
+        return torch.stack([matrix[tuple(rest)] for matrix in chosen])
+
+
+Stored = StoredWeight | StoredExperts
+
+
+@dataclass(frozen=True)
 class Weights:
     """A model's stored weights.
 
@@ -83,7 +126,7 @@ class Weights:
 
     config: PreTrainedConfig
     files: list[Path]
-    by_parameter: dict[str, StoredWeight]
+    by_parameter: dict[str, Stored]
     left_out: list[str]
     untied: bool
 
@@ -114,7 +157,8 @@ def find_weights(model_id: str, changes: Changes = UNCHANGED) -> Weights:
     weights = _by_parameter(model, stored)
     for name, weight in weights.items():
         _check_shape(name, weight, list(model.get_parameter(name).shape))
-        _check_dtype(name, weight, block)
+        for piece in weight.pieces:
+            _check_dtype(name, piece, block)
     _check_buffers(model, stored)
     return Weights(config, files, weights, left_out, untied)
 
@@ -155,7 +199,7 @@ def trained_config(model_id: str, random_init: bool, changes: Changes = UNCHANGE
     return config
 
 
-def _are_apart(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> bool:
+def _are_apart(model: PreTrainedModel, stored: dict[str, Stored]) -> bool:
     """Whether the names of one parameter are stored with values that differ."""
     return any(_differ(_present(names, stored)) for names in _tied_names(model))
 
@@ -232,7 +276,7 @@ def _unreadable(file: Path, error: Exception) -> ModelError:
 # --- names -----------------------------------------------------------------------------------------------------------
 
 
-def _by_name(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> tuple[dict[str, StoredWeight], list[str]]:
+def _by_name(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> tuple[dict[str, Stored], list[str]]:
     """What is stored by the names that transformers has for it today; and the stored names that it has no use for.
 
     Raises:
@@ -242,7 +286,8 @@ def _by_name(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> tuple[d
     renamings = [transform for transform in transforms if isinstance(transform, WeightRenaming)]
     converters = [transform for transform in transforms if isinstance(transform, WeightConverter)]
     known, prefix = model.state_dict(), model.base_model_prefix
-    found: dict[str, StoredWeight] = {}
+    found: dict[str, Stored] = {}
+    experts: dict[str, dict[str, list[StoredWeight]]] = {}  # by the tensor's name today, and by converters' patterns
     left_out: set[str] = set()
     for name in sorted(stored, key=dot_natural_key):
         if name.endswith(SCALE) and name.removesuffix(SCALE) in stored:
@@ -250,19 +295,52 @@ def _by_name(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> tuple[d
         today, converter = rename_source_key(name, renamings, converters, prefix, known)
         if today not in known and name in known:
             today, converter = rename_source_key(name, [], [], prefix, known)
+        scale = stored.get(name + SCALE)
+        weight = StoredWeight(stored[name].file, stored[name].tensor, scale and scale.tensor)
         if today not in known:
             left_out.add(today)
-        elif converter is not None or today in found:
-            raise ModelError(
-                f"{today!r} is made of several tensors in {stored[name].file.name}, which this program can't do; open "
-                "the model with transformers and save it by save_pretrained(..., save_original_format=False)"
-            )
+        elif converter is not None:
+            experts.setdefault(today, {}).setdefault(converter, []).append(weight)
+        elif today in found:
+            raise _several(today, weight)
         else:
-            scale = stored.get(name + SCALE)
-            found[today] = StoredWeight(stored[name].file, stored[name].tensor, scale and scale.tensor)
+            found[today] = weight
+    for name, by_pattern in experts.items():
+        found[name] = _merged(name, by_pattern, converters, name in found)
     loading: Any = SimpleNamespace(missing_keys=set(), unexpected_keys=left_out)
     model._adjust_missing_and_unexpected_keys(loading)  # takes away what the model's class says that it may leave out
     return found, sorted(loading.unexpected_keys, key=dot_natural_key)
+
+
+def _merged(
+    name: str, by_pattern: dict[str, list[StoredWeight]], converters: list[WeightConverter], is_there: bool
+) -> StoredExperts:
+    """What is made of tensors of single experts, found by the patterns of one of transformers' converters.
+
+    Raises:
+        ModelError: it is stored as one tensor too, or the converter does more than to stack the experts, and to join
+            their gate and up.
+    """
+    converter = next(one for one in converters if set(by_pattern) <= set(one.source_patterns))
+    columns = [by_pattern.get(pattern, []) for pattern in converter.source_patterns]
+    does = [(type(operation).__name__, getattr(operation, "dim", None)) for operation in converter.operations]
+    joins = [("Concatenate", 1)] if len(columns) == 2 else []
+    is_known = does == [("MergeModulelist", 0), *joins] and len(converter.target_patterns) == 1 and len(columns) <= 2
+    is_whole = len({len(column) for column in columns}) == 1
+    if is_there or not is_known or not is_whole or any(not _are_matrices_of_one_shape(column) for column in columns):
+        raise _several(name, next(iter(by_pattern.values()))[0])
+    return StoredExperts([list(matrices) for matrices in zip(*columns, strict=True)])
+
+
+def _are_matrices_of_one_shape(weights: list[StoredWeight]) -> bool:
+    return len({tuple(weight.shape) for weight in weights}) == 1 and len(weights[0].shape) == 2
+
+
+def _several(name: str, weight: StoredWeight) -> ModelError:
+    return ModelError(
+        f"{name!r} is made of several tensors in {weight.file.name}, which this program can't do; open the model with "
+        "transformers and save it by save_pretrained(..., save_original_format=False)"
+    )
 
 
 def _tied_names(model: PreTrainedModel) -> Iterable[list[str]]:
@@ -273,20 +351,20 @@ def _tied_names(model: PreTrainedModel) -> Iterable[list[str]]:
     return names.values()
 
 
-def _present(names: list[str], stored: dict[str, StoredWeight]) -> list[StoredWeight]:
+def _present(names: list[str], stored: dict[str, Stored]) -> list[Stored]:
     return [stored[name] for name in names if name in stored]
 
 
-def _differ(weights: list[StoredWeight]) -> bool:
+def _differ(weights: list[Stored]) -> bool:
     """Whether what is stored for one parameter under several names is not the same for all."""
-    return any(not torch.equal(*_in_one_dtype(weights[0].tensor, other.tensor)) for other in weights[1:])
+    return any(not torch.equal(*_in_one_dtype(weights[0].read(), other.read())) for other in weights[1:])
 
 
 def _in_one_dtype(a: torch.Tensor, b: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return (a, b) if a.dtype == b.dtype else (a.float(), b.float())
 
 
-def _by_parameter(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> dict[str, StoredWeight]:
+def _by_parameter(model: PreTrainedModel, stored: dict[str, Stored]) -> dict[str, Stored]:
     """What each parameter is filled from, whichever of its names it is stored under.
 
     Raises:
@@ -328,10 +406,10 @@ def _block_of(config: PreTrainedConfig) -> list[int] | None:
     )
 
 
-def _check_shape(name: str, weight: StoredWeight, shape: list[int]) -> None:
-    if list(weight.tensor.shape) != shape:
+def _check_shape(name: str, weight: Stored, shape: list[int]) -> None:
+    if weight.shape != shape:
         raise ModelError(
-            f"{name!r} has shape {list(weight.tensor.shape)} in {weight.file.name}, and {shape} by config.json; the "
+            f"{name!r} has shape {weight.shape} in {weight.file.name}, and {shape} by config.json; the "
             "two are not of one model"
         )
 
@@ -365,10 +443,10 @@ def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _check_buffers(model: PreTrainedModel, stored: dict[str, StoredWeight]) -> None:
+def _check_buffers(model: PreTrainedModel, stored: dict[str, Stored]) -> None:
     """Raises a ModelError for a stored buffer: from_pretrained loads it, and generated code has what is built."""
     for name, buffer in model.named_buffers():
-        if name in stored and not torch.equal(*_in_one_dtype(stored[name].tensor, buffer)):
+        if name in stored and not torch.equal(*_in_one_dtype(stored[name].read(), buffer)):
             raise ModelError(
                 f"its weights have other values for the buffer {name!r} than a new model has, and this program can't "
                 "take those; choose another model"
