@@ -10,7 +10,8 @@ links are followed, hidden files, READMEs and licences are left out, and if its 
 names or by its README, --split is read. Files are read in sorted order. Each document becomes bos + tokens + eos, with
 what the tokenizer has of the two; all are concatenated and cut into rows, and only the tail that fills no row is left
 out. A column beside the tokens has the places at which documents begin. What was read and what was left out is printed,
-and recorded in corpus.json beside the rows.
+and recorded in corpus.json beside the rows. With --group_by repo,path all rows of the data that have the same `repo`
+are one document, joined in the order of `path`.
 
 A document that can't be read ends the script before any is tokenized, since all are read once to see whether they can
 be; with --skip_bad_documents it is left out instead and counted.
@@ -24,10 +25,12 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import numpy as np
@@ -38,7 +41,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from longctx.atomic import whole_folder, why_not_new
 from longctx.command_line import MOST_TOKENS, Cause, naming_options, option, parse
 from longctx.data.corpus import Corpus, open_corpus
-from longctx.data.documents import Documents
+from longctx.data.documents import Columns
+from longctx.data.groups import joined_groups
 from longctx.data.packing import document_lengths
 from longctx.data.rows import BEGINS, record_corpus
 from longctx.data.tokens import Tokens, tokenize
@@ -47,6 +51,7 @@ from longctx.errors import (
     ColumnError,
     ConfigNameError,
     DocumentsError,
+    GroupError,
     SplitError,
     UserError,
     one_line,
@@ -61,6 +66,7 @@ MOST_PROCESSES = 1024  # each starts at once, and takes memory of its own
 CAUSES = {
     DocumentsError: Cause("data_path_or_name"),
     ColumnError: Cause("data_path_or_name", "name a column of text with --text_key"),
+    GroupError: Cause("group_by"),
     BadDocument: Cause("data_path_or_name", "mend it, or leave out what can't be read with --skip_bad_documents"),
     SplitError: Cause("data_path_or_name", "name one of them with --split, or take all files with --split all"),
     ConfigNameError: Cause("data_path_or_name", "name one with --config_name, or leave the option out"),
@@ -80,6 +86,9 @@ class Asked:
     split: str | None = option(None, "split of the data to read, or all (default: train)")
     config_name: str | None = option(None, "configuration of the data, where its README has several")
     text_key: str = option("text", "column that holds the text")
+    group_by: tuple[str, ...] | None = option(
+        None, "two columns, as in repo,path: rows equal in the first are one document, joined in the second's order"
+    )
     num_proc: int = option(CORES, "processes that tokenize; one for each core", at_least=1, at_most=MOST_PROCESSES)
     skip_bad_documents: bool = option(False, "leave out and count what can't be read")
 
@@ -107,6 +116,9 @@ def summary(corpus: dict, asked: Asked, seconds: float) -> str:
         f" {asked.sequence_length:,} tokens in {asked.save_path}",
         f"each document {' and '.join(f'{place} {token}' for place, token in marks.items() if token is not None)}",
     ]
+    if asked.group_by:
+        group, order = asked.group_by
+        lines.append(f"each document is made of the rows of one {group}, in the order of {order}")
     if corpus["files"]:
         lines.append(f"read: {named(corpus['files'], 'files')}")
     left_out = corpus["left_out"] | ({"bad documents": corpus["bad_documents"]} if corpus["bad_documents"] else {})
@@ -133,6 +145,8 @@ def check(asked: Asked) -> None:
         raise UserError("the package datasets, which rows are saved with, is not installed; pip install datasets")
     if problem := why_not_new(asked.save_path):
         raise UserError(f"--save_path {asked.save_path}: {problem}; name another folder")
+    if asked.group_by is not None and len(asked.group_by) != 2:
+        raise UserError(f"--group_by {','.join(asked.group_by)}: it has to be two columns, as in repo,path")
     for option_name in ("data_path_or_name", "tokenizer_path_or_name"):
         name = getattr(asked, option_name)
         try:
@@ -162,13 +176,17 @@ def write_corpus(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
         DocumentsError: the data can't be read.
         UserError: its tokens don't fill a row.
     """
-    corpus = open_corpus(asked.data_path_or_name, asked.text_key, asked.split, asked.config_name)
+    columns = Columns(asked.text_key, asked.group_by)  # type: ignore[arg-type]
+    corpus = open_corpus(asked.data_path_or_name, columns, asked.split, asked.config_name)
     if not asked.skip_bad_documents:
         check_documents(corpus)
     bad: list[str] = []
     documents = good_documents(corpus, bad)
     with whole_folder(asked.save_path) as folder:
-        counts = write_rows(folder, tokenize(documents, tokenizer, asked.num_proc), corpus.size, asked.sequence_length)
+        sorting = watched(documents, corpus.size, "sorting")
+        with joined_groups(sorting, folder) if asked.group_by else nullcontext(documents) as documents:
+            tokens = tokenize(documents, tokenizer, asked.num_proc)
+            counts = write_rows(folder, tokens, corpus.size, asked.sequence_length)
         if not counts["rows"]:
             raise UserError(too_short(counts["tokens"], asked.sequence_length, bad))
         sources = {"files": corpus.read, "left_out": corpus.left_out, "bad_documents": bad}
@@ -184,15 +202,21 @@ def too_short(tokens: int, sequence_length: int, bad: list[str]) -> str:
 
 def check_documents(corpus: Corpus) -> None:
     """Reads all documents, and raises the error of the first that can't be: now, and not after hours of tokenizing."""
-    with progress(corpus.size, "checking") as bar:
-        for document, share in corpus.documents():
-            if isinstance(document, DocumentsError):
-                raise document
+    for document, _ in watched(corpus.documents(), corpus.size, "checking"):
+        if isinstance(document, DocumentsError):
+            raise document
+
+
+def watched(documents: Iterator[tuple[Any, int]], size: int, doing: str) -> Iterator[tuple[Any, int]]:
+    """Yields `documents`, each with its share of `size`, and shows progress."""
+    with progress(size, doing) as bar:
+        for document, share in documents:
+            yield document, share
             bar.update(share)
 
 
-def good_documents(corpus: Corpus, bad: list[str]) -> Documents:
-    """The documents that can be read; of each other one, `bad` gets where it is and why it can't."""
+def good_documents(corpus: Corpus, bad: list[str]) -> Iterator[tuple[Any, int]]:
+    """The documents that can be read, or what is to be joined to documents; of all others `bad` gets where and why."""
     for document, share in corpus.documents():
         if isinstance(document, DocumentsError):
             bad.append(str(document))
@@ -205,6 +229,7 @@ def provenance(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
     return {
         "data": asked.data_path_or_name,
         "text_key": asked.text_key,
+        "group_by": asked.group_by,
         "split": asked.split,
         "config_name": asked.config_name,
         "tokenizer": asked.tokenizer_path_or_name,

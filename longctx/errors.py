@@ -168,6 +168,10 @@ class ColumnError(DocumentsError):
     """The column that should hold a corpus's text is missing, or holds something else."""
 
 
+class GroupError(DocumentsError):
+    """A column by which documents are to be joined is missing, or holds something else."""
+
+
 class BadDocument(DocumentsError):
     """One document of a corpus can't be read."""
 

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -27,7 +28,9 @@ import bookcorpus
 import longctx.data.documents
 import longctx.data.folders
 import longctx.data.formats
+import longctx.data.groups
 import longctx.data.tokens
+from longctx.data.documents import Columns, Member
 from longctx.errors import SplitError, UserError
 
 datasets = pytest.importorskip("datasets", reason="bookcorpus.py saves rows with the package datasets")
@@ -201,7 +204,7 @@ def test_a_long_text_file_is_read_in_pieces_and_tokenized_on_all_processes(
     play = (plays_path / "tragedies" / "macbeth.md").read_bytes().decode()
     (tmp_path / "long.txt").write_text(play, encoding="utf-8", newline="")
     in_pieces_of(monkeypatch, 10_000, 1_000)
-    documents = list(longctx.data.formats.read_documents(tmp_path / "long.txt", "text"))
+    documents = list(longctx.data.formats.read_documents(tmp_path / "long.txt", Columns("text")))
     assert len(documents) > 10
     assert all(len(piece.text) <= 10_000 for piece, _ in documents)
     assert sum(share for _, share in documents) == (tmp_path / "long.txt").stat().st_size
@@ -262,8 +265,12 @@ WRITE = {
 
 def read(file: Path) -> list[str]:
     """The documents of a file, pieces joined, and for each that can't be read, its error with a mark before it."""
+    return whole(document for document, _ in longctx.data.formats.read_documents(file, Columns("text")))
+
+
+def whole(parts) -> list[str]:
     documents, held = [], ""
-    for document, _ in longctx.data.formats.read_documents(file, "text"):
+    for document in parts:
         if isinstance(document, longctx.data.documents.Piece):
             held += document.text[longctx.data.documents.OVERLAP if held else 0 :]
             if not document.last:
@@ -606,6 +613,7 @@ def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printe
     assert record == {
         "data": str(tmp_path / "data.jsonl"),
         "text_key": "text",
+        "group_by": None,
         "split": None,
         "config_name": None,
         "tokenizer": str(tmp_path),
@@ -632,6 +640,74 @@ def test_rows_are_int32_and_so_is_where_documents_begin_in_them(run, tmp_path):
     saved = datasets.load_from_disk(str(run(tmp_path / "data.jsonl")))
     lists = datasets.List(datasets.Value("int32"))
     assert saved.features == datasets.Features({"input_ids": lists, "document_starts": lists})
+
+
+# Documents joined by group
+
+
+@examples(40)
+@given(
+    rows=st.lists(
+        st.tuples(
+            st.sampled_from(["a", "b", "é", "\U0001f600", 2, 10]),
+            st.sampled_from(["x", "y", "10", "9", 9, 10]),
+            st.text(st.characters(exclude_characters="\0", codec="utf-8"), max_size=60) | st.just("line\n"),
+        ),
+        max_size=40,
+    ),
+    run=st.integers(1, 3000),
+)
+def test_each_group_is_one_document_of_its_texts_in_order_however_few_are_sorted_at_a_time(tmp_path_factory, rows, run):
+    expected = {}
+    for group, _, text in sorted(rows, key=lambda row: [(isinstance(key, str), key) for key in row[:2]]):
+        joined = expected.get(group, "")
+        expected[group] = joined + "\n" * (bool(joined and text) and not joined.endswith("\n")) + text
+    with pytest.MonkeyPatch.context() as patch:
+        in_pieces_of(patch, 64, 16)
+        patch.setattr(longctx.data.groups, "RUN", run)
+        members = ((Member(*row), 3) for row in rows)
+        with longctx.data.groups.joined_groups(members, tmp_path_factory.mktemp("aside")) as documents:
+            found = list(documents)
+    assert whole(document for document, _ in found) == list(expected.values())
+    assert sum(share for _, share in found) == 3 * len(rows)
+
+
+REPOSITORY = [("b", "1.py", "import a\n"), ("a", "z.py", "z = 1"), ("b", "0.py", "x = 0"), ("a", "é.py", "")]
+REPOSITORY += [("a", "a.py", "from z import z")]
+JOINED = ["from z import z\nz = 1", "x = 0\nimport a\n"]
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "files", "parquet", "saved dataset"])
+def test_rows_of_a_repository_are_one_document_wherever_they_are_in_the_data(run, tmp_path, tokenizer, kind, capsys):
+    table = pa.table(dict(zip(("repo", "path", "text"), map(list, zip(*REPOSITORY, strict=True)), strict=True)))
+    data = tmp_path / "data"
+    if kind == "saved dataset":
+        datasets.Dataset(table).save_to_disk(data)
+    elif kind == "parquet":
+        dictionary = table.column("repo").dictionary_encode()
+        pq.write_table(table.set_column(0, "repo", dictionary), data.with_suffix(".parquet"), row_group_size=2)
+        data = data.with_suffix(".parquet")
+    else:
+        data.mkdir()
+        for n in range(3 if kind == "files" else 1):
+            lines = [json.dumps(row) for row in table.to_pylist()[n :: 3 if kind == "files" else 1]]
+            (data / f"{n}.jsonl.gz").write_bytes(COMPRESS[".gz"]("\n".join(lines).encode()))
+    for num_proc in (1, 2) if kind == "files" else (1,):
+        rows = run(data, group_by="repo,path", save_path=tmp_path / f"rows{num_proc}", num_proc=num_proc)
+        expect(rows, tokenizer, JOINED)
+        assert not [name for name in os.listdir(rows) if not name.endswith((".arrow", ".json"))]
+    assert "each document is made of the rows of one repo, in the order of path\n" in capsys.readouterr().out
+
+
+def test_the_texts_of_a_corpus_that_is_to_be_joined_are_sorted_with_few_in_memory(monkeypatch, tmp_path):
+    monkeypatch.setattr(longctx.data.groups, "RUN", 2**20)
+    members = ((Member(n * 7919 % 1009, n, "four" * 2**12), 1) for n in range(2 * 1009))
+    tracemalloc.start()
+    with longctx.data.groups.joined_groups(members, tmp_path) as documents:
+        assert sum(len(document) for document, _ in documents) == 1009 * (2 * 2**14 + 1)
+    assert tracemalloc.get_traced_memory()[1] < 3 * 2**20  # of 32 MiB
+    tracemalloc.stop()
+    assert not list(tmp_path.iterdir())
 
 
 # What is wrong, in one sentence
@@ -736,6 +812,29 @@ def test_a_dataset_without_the_column_or_split_or_text_is_refused_with_what_it_h
         assert f"{data}: body holds int64, not text; {ADVICE}" in refused(run, tmp_path / data, text_key="body")
     assert "no split named train, only test" in refused(run, tmp_path / "splits")
     assert "empty: no text there" in refused(run, tmp_path / "empty")
+
+
+def test_columns_that_documents_cannot_be_joined_by_are_refused(run, tmp_path):
+    for name in ("group_by", "text_key"):
+        assert f"--{name}" in refused(run, tmp_path, **{name: "repo,path,text" if name == "group_by" else "\t"})
+
+    def said(row, file="a.jsonl", **options):
+        (tmp_path / file).write_text(json.dumps(row) + "\n")
+        return refused(run, tmp_path / file, group_by="repo,path", **options)
+
+    named = "--group_by repo,path: "
+    assert said({"text": "a", "path": "b"}) == f"{named}line 1: no column repo, only text, path"
+    assert said({"text": "a", "path": "b", "repo": 0.5}) == f"{named}line 1: repo holds 0.5, not text or whole numbers"
+    assert said({"text": "a", "path": True, "repo": 1}).endswith("line 1: path holds True, not text or whole numbers")
+    null = said({"text": "a", "path": None, "repo": 1})
+    assert f"a.jsonl: line 1: its path is null, so that it can't be joined with others; {MEND}" in null
+    assert said({"path": "a", "repo": 1}).endswith(f"line 1: no column text, only path, repo; {ADVICE}")
+    assert said({}, "a.txt") == f"{named}a file of text has no columns by which to join it with others"
+    datasets.Dataset.from_dict({"text": ["a"], "repo": ["a"], "path": [0.5]}).save_to_disk(tmp_path / "saved")
+    not_whole = refused(run, tmp_path / "saved", group_by="repo,path")
+    assert not_whole == f"{named}path holds double, not text or whole numbers"
+    assert refused(run, tmp_path / "saved", group_by="name,path").endswith("no column name, only text, repo, path")
+    assert not (tmp_path / "rows").exists()
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused(run, tmp_path, tokenizers_by_kind):

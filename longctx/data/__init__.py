@@ -4,10 +4,11 @@ corpus.py       where a corpus is, a file, a folder, a saved dataset or one of t
 folders.py      which files of a folder are read, and why the others are not
 formats.py      the documents of one file of text, JSON or Parquet
 documents.py    what a document is: whole, in pieces, or the reason why it can't be read
+groups.py       texts of one group, such as a code repository, joined into a document
 tokens.py       documents -> tokens, on several processes, in the order of the documents
 rows.py         the dataset that bookcorpus.py packs these tokens into, opened, checked and read a row at a time
 packing.py      where the documents of a row begin
 order.py        the order in which training takes the rows
 
-bookcorpus.py uses the first five, train.py the last three; a dataset of rows on disk is all that passes between them.
+bookcorpus.py uses the first six, train.py the last three; a dataset of rows on disk is all that passes between them.
 """

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import pyarrow as pa
 
-from longctx.data.documents import ReadDocuments
+from longctx.data.documents import Columns, ReadDocuments
 from longctx.data.folders import ALL, TRAIN, choose_files
-from longctx.data.formats import ROWS_READ, arrow_documents, check_column, format_of, no_text, read_documents
+from longctx.data.formats import ROWS_READ, arrow_documents, check_columns, format_of, no_text, read_documents
 from longctx.errors import BadDocument, ConfigNameError, DocumentsError, SplitError, one_line
 
 if TYPE_CHECKING:  # not everywhere installed: bookcorpus.py says so, once it knows that it is asked for rows
@@ -31,41 +31,41 @@ class Corpus:
     left_out: dict[str, list[str]] = field(default_factory=dict)
 
 
-def open_corpus(name: str, text_key: str, split: str | None = None, config_name: str | None = None) -> Corpus:
+def open_corpus(name: str, columns: Columns, split: str | None = None, config_name: str | None = None) -> Corpus:
     """The corpus that `name` leads to, of which no document has been read yet.
 
     Args:
-        text_key: the column that holds the text, where there are columns.
+        columns: which columns are read, where there are columns.
         split, config_name: which part of a dataset; "train" and the default configuration if None.
 
     Raises:
         DocumentsError: there is no such corpus, or no text in it.
-        ColumnError: there is no text under `text_key` in a saved dataset, or one of the hub.
+        ColumnError, GroupError: a saved dataset, or one of the hub, doesn't have these columns.
         SplitError, ConfigNameError: it has no such part.
     """
     path = Path(name)
     if not path.exists():
-        return dataset_corpus(load_hub_dataset(name, split, config_name), text_key)
+        return dataset_corpus(load_hub_dataset(name, split, config_name), columns)
     if (path / "state.json").exists() or (path / "dataset_dict.json").exists():
         if config_name:
             raise ConfigNameError("a saved dataset has no configurations")
-        return dataset_corpus(load_saved_dataset(name, split), text_key)
+        return dataset_corpus(load_saved_dataset(name, split), columns)
     if path.is_dir():
         choice = choose_files(path, split, config_name)
-        return files_corpus(path, choice.read, choice.left_out, text_key)
+        return files_corpus(path, choice.read, choice.left_out, columns)
     if split or config_name:
         raise (SplitError if split else ConfigNameError)("a file by itself has no splits and no configurations")
     if format_of(path.name) is None:
         raise no_text()
-    return Corpus(partial(read_documents, path, text_key), path.stat().st_size, [path.name])
+    return Corpus(partial(read_documents, path, columns), path.stat().st_size, [path.name])
 
 
-def files_corpus(folder: Path, names: list[str], left_out: dict[str, list[str]], text_key: str) -> Corpus:
+def files_corpus(folder: Path, names: list[str], left_out: dict[str, list[str]], columns: Columns) -> Corpus:
     """The documents of the files `names`, whose errors say in which file they are."""
 
     def documents() -> ReadDocuments:
         for name in names:
-            for document, share in read_documents(folder / name, text_key):
+            for document, share in read_documents(folder / name, columns):
                 if isinstance(document, DocumentsError):
                     document = type(document)(f"{name}: {document}")
                 yield document, share
@@ -108,14 +108,14 @@ def load_saved_dataset(name: str, split: str | None) -> "datasets.Dataset":
     return splits[split or TRAIN]
 
 
-def dataset_corpus(dataset: "datasets.Dataset", text_key: str) -> Corpus:
-    check_column(dataset.features.arrow_schema, text_key)
+def dataset_corpus(dataset: "datasets.Dataset", columns: Columns) -> Corpus:
+    check_columns(dataset.features.arrow_schema, columns)
 
     def documents() -> ReadDocuments:
         row = 0
         try:
-            for table in dataset.select_columns(text_key).with_format("arrow").iter(ROWS_READ):
-                yield from arrow_documents(table.column(0), row, 1)  # type: ignore[attr-defined]
+            for table in dataset.select_columns(columns.names).with_format("arrow").iter(ROWS_READ):
+                yield from arrow_documents(table, columns, row, 1)  # type: ignore[arg-type]
                 row += len(table)
         except (pa.ArrowException, OSError) as error:
             yield BadDocument(f"rows {row} to {len(dataset) - 1} can't be read: {one_line(error)}"), len(dataset) - row

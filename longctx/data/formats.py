@@ -13,7 +13,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO
 
@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from longctx.data.documents import Piece, ReadDocuments, pieces, row_documents
-from longctx.errors import BadDocument, ColumnError, DocumentsError, one_line
+from longctx.data.documents import Columns, Member, Piece, ReadDocuments, pieces, row_documents
+from longctx.errors import BadDocument, ColumnError, DocumentsError, GroupError, one_line
 
 BLOCK = 2**20  # bytes or characters that are read at a time
 LONGEST_ROW = 2**28  # bytes of a line of .jsonl, or characters of an object of .json, that are read into memory at most
@@ -38,11 +38,11 @@ def format_of(name: str) -> tuple[str, str] | None:
     return (suffixes[-1], compression) if suffixes and suffixes[-1] in READERS else None
 
 
-def read_documents(file: Path, text_key: str) -> ReadDocuments:
+def read_documents(file: Path, columns: Columns) -> ReadDocuments:
     """The documents of a file of any format; their shares add up to about its size in bytes.
 
     Args:
-        text_key: the column of .jsonl, .json and .parquet that holds the text.
+        columns: which columns of .jsonl, .json and .parquet are read.
     """
     kind, compression = format_of(file.name) or ("", "")
     try:
@@ -52,7 +52,7 @@ def read_documents(file: Path, text_key: str) -> ReadDocuments:
                 return
             raw.seek(0)
             try:
-                yield from READERS[kind](raw, compression, text_key)
+                yield from READERS[kind](raw, compression, columns)
             except (OSError, EOFError, zlib.error) as error:
                 place = f"it breaks off near byte {raw.tell()}, and what follows is not read"
                 yield BadDocument(f"{place}: {one_line(error)}"), 0
@@ -95,7 +95,10 @@ def by_bytes_read(raw: BinaryIO, documents: Iterator[str | Piece]) -> ReadDocume
 # --- text: a document a file -----------------------------------------------------------------------------------------
 
 
-def read_text(raw: BinaryIO, compression: str, _: str) -> ReadDocuments:
+def read_text(raw: BinaryIO, compression: str, columns: Columns) -> ReadDocuments:
+    if columns.group_by:
+        yield GroupError("a file of text has no columns by which to join it with others"), raw.seek(0, io.SEEK_END)
+        return
     try:
         check_utf8(unpacked(raw, compression))  # the whole file first: a piece that is out can't be called back
     except BadDocument as error:
@@ -124,7 +127,7 @@ def check_utf8(stream: BinaryIO) -> None:
 # --- JSON: a document an object --------------------------------------------------------------------------------------
 
 
-def read_jsonl(raw: BinaryIO, compression: str, text_key: str) -> ReadDocuments:
+def read_jsonl(raw: BinaryIO, compression: str, columns: Columns) -> ReadDocuments:
     lines, done = unpacked(raw, compression), 0
     for number in itertools.count(1):
         line = lines.readline(LONGEST_ROW + 1)
@@ -136,7 +139,7 @@ def read_jsonl(raw: BinaryIO, compression: str, text_key: str) -> ReadDocuments:
             if len(line) > LONGEST_ROW:
                 raise BadDocument(f"longer than {LONGEST_ROW:,} bytes, and what follows is not read")
             if line.strip():
-                yield from row_documents(json_text(parse_line(line), text_key), share)
+                yield from row_documents(json_document(parse_line(line), columns), share)
         except DocumentsError as error:
             yield type(error)(f"line {number}: {error}"), share
             if len(line) > LONGEST_ROW:
@@ -157,11 +160,11 @@ def parse_line(line: bytes) -> Any:
         raise BadDocument(f"not JSON that Python reads: {one_line(error)}") from error
 
 
-def read_json(raw: BinaryIO, compression: str, text_key: str) -> ReadDocuments:
+def read_json(raw: BinaryIO, compression: str, columns: Columns) -> ReadDocuments:
     """An array of objects, of which one at a time is in memory, or an object a line."""
     start = unpacked(raw, compression).read(BLOCK).removeprefix(codecs.BOM_UTF8).lstrip()
     if start[:1] != b"[":
-        yield from read_jsonl(raw, compression, text_key)
+        yield from read_jsonl(raw, compression, columns)
         return
     # A byte that is not UTF-8 becomes half a surrogate pair, by which text_of knows the document that has it.
     stream = io.TextIOWrapper(unpacked(raw, compression), encoding="utf-8-sig", errors="surrogateescape", newline="")
@@ -170,7 +173,7 @@ def read_json(raw: BinaryIO, compression: str, text_key: str) -> ReadDocuments:
         for number, element in enumerate(array_elements(stream)):
             share, done = raw.tell() - done, raw.tell()
             try:
-                yield from row_documents(json_text(element, text_key), share)
+                yield from row_documents(json_document(element, columns), share)
             except DocumentsError as error:
                 yield type(error)(f"row {number}: {error}"), share
     except (ValueError, RecursionError) as error:
@@ -233,84 +236,51 @@ def skip(text: str, at: int) -> int:
     return space.end()
 
 
-def json_text(row: Any, text_key: str) -> str:
-    """The text of a row; raises ColumnError or BadDocument with the reason if it has none."""
+def json_document(row: Any, columns: Columns) -> str | Member:
+    """The document of a row; raises what row_document does, with the reason, if it has none."""
     if not isinstance(row, dict):
         raise BadDocument("not a JSON object")
-    if text_key not in row:
-        raise ColumnError(f"no column {text_key}, only {', '.join(row) or 'an empty object'}")
-    text = row[text_key]
-    if not isinstance(text, str | None):
-        raise ColumnError(f"{text_key} holds {text!r:.20}, not text")
-    return text_of(text)
+    check_names(row, columns)
+    return row_document(row, columns)
 
 
-# --- Parquet, and Arrow: a document a row ----------------------------------------------------------------------------
+# --- rows of any kind ------------------------------------------------------------------------------------------------
 
 
-def read_parquet(raw: BinaryIO, compression: str, text_key: str) -> ReadDocuments:
-    size = raw.seek(0, io.SEEK_END)
-    with tempfile.TemporaryFile() as aside:
-        if compression:  # Parquet is read from its end
-            shutil.copyfileobj(unpacked(raw, compression), aside, BLOCK)
-        try:
-            rows = pq.ParquetFile(aside if compression else raw, page_checksum_verification=True)
-            check_column(rows.schema_arrow, text_key)
-        except (pa.ArrowException, OSError) as error:
-            yield BadDocument(f"no Parquet that can be read: {one_line(error)}"), size
-        except ColumnError as error:
-            yield error, size
-        else:
-            share = size // max(rows.metadata.num_rows, 1)
-            first = 0
-            for group in range(rows.num_row_groups):
-                yield from read_row_group(rows, group, first, text_key, share)
-                first += rows.metadata.row_group(group).num_rows
+def check_names(names: Collection[str], columns: Columns) -> None:
+    """Raises ColumnError or GroupError unless the columns that are read are among `names`."""
+    for name in columns.names:
+        if name not in names:
+            error = ColumnError if name == columns.text else GroupError
+            raise error(f"no column {name}, only {', '.join(names) or 'an empty object'}")
 
 
-def read_row_group(rows: pq.ParquetFile, group: int, first: int, text_key: str, share: int) -> ReadDocuments:
-    """The documents of one row group, whose first row is number `first` of the file.
+def row_document(row: dict[str, Any], columns: Columns) -> str | Member:
+    """The document that a row's values make.
 
-    What follows a page that can't be read is found again at the next row group.
+    Raises:
+        UnicodeDecodeError: bytes of it are not UTF-8.
+        BadDocument: it has what is no character, or it is to be joined with others and doesn't say with which.
+        ColumnError, GroupError: a column's value is of another type.
     """
-    row, end = first, first + rows.metadata.row_group(group).num_rows
-    try:
-        for batch in rows.iter_batches(ROWS_READ, row_groups=[group], columns=[text_key]):
-            yield from arrow_documents(batch.column(0), row, share)
-            row += len(batch)
-    except (pa.ArrowException, OSError) as error:
-        yield BadDocument(f"rows {row} to {end - 1} can't be read: {one_line(error)}"), share * (end - row)
+    text = row[columns.text]
+    if not isinstance(text, str | bytes | None):
+        raise ColumnError(f"{columns.text} holds {text!r:.20}, not text")
+    if columns.group_by is None:
+        return text_of(text)
+    group, order = (key_of(row[name], name) for name in columns.group_by)
+    return Member(group, order, text_of(text))
 
 
-def arrow_documents(column: pa.Array | pa.ChunkedArray, first: int, share: int) -> ReadDocuments:
-    """The documents of rows `first` and following, of `share` each."""
-    for row, value in enumerate(column, first):
-        try:
-            yield from row_documents(text_of(value.as_py()), share)
-        except UnicodeDecodeError as error:
-            yield BadDocument(f"row {row}: byte {error.start} is not UTF-8: {error.reason}"), share
-        except BadDocument as error:
-            yield BadDocument(f"row {row}: {error}"), share
-
-
-def check_column(schema: pa.Schema, text_key: str) -> None:
-    """Raises ColumnError unless the column `text_key` holds text, or bytes, which are then read as UTF-8."""
-    if text_key not in schema.names:
-        raise ColumnError(f"no column {text_key}, only {', '.join(schema.names)}")
-    kind = schema.field(text_key).type
-    values = kind.value_type if types.is_dictionary(kind) else kind
-    if not any(is_kind(values) for is_kind in TEXT_TYPES):
-        raise ColumnError(f"{text_key} holds {kind}, not text")
-
-
-TEXT_TYPES = (
-    types.is_string,
-    types.is_large_string,
-    types.is_string_view,
-    types.is_binary,
-    types.is_large_binary,
-    types.is_binary_view,
-)
+def key_of(value: Any, column: str) -> str | int:
+    """What a row is joined by; raises as row_document does."""
+    if value is None:
+        raise BadDocument(f"its {column} is null, so that it can't be joined with others")
+    if isinstance(value, str | bytes):
+        return text_of(value)
+    if type(value) is not int:  # true and false are of a type that inherits from int
+        raise GroupError(f"{column} holds {value!r:.20}, not text or whole numbers")
+    return value
 
 
 def text_of(value: str | bytes | None) -> str:
@@ -328,6 +298,84 @@ def text_of(value: str | bytes | None) -> str:
     except UnicodeEncodeError as error:
         raise BadDocument(f"character {error.start} of its text is not UTF-8: {error.reason}") from error
     return text
+
+
+# --- Parquet, and Arrow: a document a row ----------------------------------------------------------------------------
+
+
+def read_parquet(raw: BinaryIO, compression: str, columns: Columns) -> ReadDocuments:
+    size = raw.seek(0, io.SEEK_END)
+    with tempfile.TemporaryFile() as aside:
+        if compression:  # Parquet is read from its end
+            shutil.copyfileobj(unpacked(raw, compression), aside, BLOCK)
+        try:
+            rows = pq.ParquetFile(aside if compression else raw, page_checksum_verification=True)
+            check_columns(rows.schema_arrow, columns)
+        except (pa.ArrowException, OSError) as error:
+            yield BadDocument(f"no Parquet that can be read: {one_line(error)}"), size
+        except (ColumnError, GroupError) as error:
+            yield error, size
+        else:
+            share = size // max(rows.metadata.num_rows, 1)
+            first = 0
+            for group in range(rows.num_row_groups):
+                yield from read_row_group(rows, group, first, columns, share)
+                first += rows.metadata.row_group(group).num_rows
+
+
+def read_row_group(rows: pq.ParquetFile, group: int, first: int, columns: Columns, share: int) -> ReadDocuments:
+    """The documents of one row group, whose first row is number `first` of the file.
+
+    What follows a page that can't be read is found again at the next row group.
+    """
+    row, end = first, first + rows.metadata.row_group(group).num_rows
+    try:
+        for batch in rows.iter_batches(ROWS_READ, row_groups=[group], columns=columns.names):
+            yield from arrow_documents(batch, columns, row, share)
+            row += len(batch)
+    except (pa.ArrowException, OSError) as error:
+        yield BadDocument(f"rows {row} to {end - 1} can't be read: {one_line(error)}"), share * (end - row)
+
+
+def arrow_documents(batch: pa.RecordBatch | pa.Table, columns: Columns, first: int, share: int) -> ReadDocuments:
+    """The documents of rows `first` and following, of `share` each."""
+    for row, values in enumerate(zip(*batch.columns, strict=True), first):
+        try:
+            named = {name: value.as_py() for name, value in zip(batch.schema.names, values, strict=True)}
+            yield from row_documents(row_document(named, columns), share)
+        except UnicodeDecodeError as error:
+            yield BadDocument(f"row {row}: byte {error.start} is not UTF-8: {error.reason}"), share
+        except BadDocument as error:
+            yield BadDocument(f"row {row}: {error}"), share
+
+
+def check_columns(schema: pa.Schema, columns: Columns) -> None:
+    """Raises ColumnError or GroupError unless the columns are there, and hold what they should.
+
+    That is text, or bytes, which are then read as UTF-8; what rows are joined by may be whole numbers too.
+    """
+    check_names(schema.names, columns)
+    if not is_of(TEXT_TYPES, kind := schema.field(columns.text).type):
+        raise ColumnError(f"{columns.text} holds {kind}, not text")
+    for name in columns.group_by or ():
+        if not is_of((*TEXT_TYPES, types.is_integer), kind := schema.field(name).type):
+            raise GroupError(f"{name} holds {kind}, not text or whole numbers")
+
+
+def is_of(kinds: tuple[Callable[[pa.DataType], bool], ...], kind: pa.DataType) -> bool:
+    """Whether a column's type, or that of a dictionary's values, is one of `kinds`."""
+    values = kind.value_type if types.is_dictionary(kind) else kind
+    return any(is_kind(values) for is_kind in kinds)
+
+
+TEXT_TYPES = (
+    types.is_string,
+    types.is_large_string,
+    types.is_string_view,
+    types.is_binary,
+    types.is_large_binary,
+    types.is_binary_view,
+)
 
 
 READERS = {".txt": read_text, ".md": read_text, ".jsonl": read_jsonl, ".json": read_json, ".parquet": read_parquet}
