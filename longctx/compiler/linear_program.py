@@ -2,7 +2,7 @@
 
 It knows nothing of plans: program.py says what variables and rows mean. An exact solver is taken, and no search of our
 own, because the program of a model has some thousand variables, whatever the number of layers, and HiGHS solves it to
-optimality in milliseconds.
+optimality within a second.
 """
 
 from collections.abc import Iterable, Mapping

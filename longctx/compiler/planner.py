@@ -24,7 +24,6 @@ SOLVES = 4  # of a search for the fastest plan, at most
 LEAN_SOLVES = 5  # of a search for the leanest, which is made where nothing else is found
 CLOSE = 1e-3  # to the bound, of seconds or bytes: then a plan counts as the fastest or the leanest
 MOST_NAMED = 12  # of plan sizes that would work
-CLOSE_TO_LIMIT = 0.01  # of the memory limit: what fits so closely can hardly be made faster by what is left
 
 
 def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Plan:
@@ -47,12 +46,18 @@ def make_plan(graph: Graph, setting: Setting, fixed: Fixed | None = None) -> Pla
         if plan.memory > setting.memory_limit:
             missing = math.ceil(10 * (plan.memory - setting.memory_limit) / GB) / 10
             raise DoesNotFit(say_need(plan.memory, at_least), missing)
-    return replace(plan, gap=1 - at_least_seconds / plan.seconds if at_least_seconds else None)
+    return with_gap(plan, at_least_seconds)
 
 
 def alternative(graph: Graph, setting: Setting, fixed: Fixed) -> Plan | None:
     """The fastest plan that fits under what is fixed, or None; found as the best one is, so that the two compare."""
-    return fastest_in_any_order(graph, setting, fixed, CLOSE)[0]
+    plan, at_least_seconds = fastest_in_any_order(graph, setting, fixed, CLOSE)
+    return with_gap(plan, at_least_seconds) if plan else None
+
+
+def with_gap(plan: Plan, at_least_seconds: float) -> Plan:
+    """The plan with how much faster another may be, given seconds that every plan takes; 0 if none are known."""
+    return replace(plan, gap=1 - at_least_seconds / plan.seconds if at_least_seconds else None)
 
 
 def fastest_in_any_order(
@@ -90,29 +95,23 @@ def fastest(program: Program) -> tuple[Plan | None, float]:
     """
     most = limit = program.setting.memory_limit
     best, at_least = None, 0.0
-    fits, misses = 0.0, math.inf  # limits whose plans do, and don't
     for _ in range(SOLVES):
         try:
             solved = program.solve(limit)
+            if solved is None:
+                break
+            at_least = at_least or solved.seconds * (1 - (solved.gap or 0.0))
+            plan = walked(solved, program)
+            found = plan if plan.memory <= most else with_less_kept(solved, plan.memory, program)
         except SolverError:
             if not at_least:
                 raise
             break
-        if solved is None:
-            break
-        at_least = at_least or solved.seconds * (1 - (solved.gap or 0.0))
-        plan = walked(solved, program)
-        room = most - plan.memory
-        found = plan if room >= 0 else with_less_kept(solved, plan.memory, program)
-        better = found is not None and (best is None or found.seconds < best.seconds)
-        if better:
+        if found and (best is None or found.seconds < best.seconds):
             best = found
-        if best and (best.seconds * (1 - CLOSE) < at_least or 0 <= room < CLOSE_TO_LIMIT * most or not better):
+        if plan.memory <= most or (best and best.seconds * (1 - CLOSE) < at_least):
             break
-        fits, misses = (max(fits, limit), misses) if room >= 0 else (fits, min(misses, limit))
-        limit = solved.memory + room
-        if not fits < limit < misses:
-            limit = (fits + misses) / 2
+        limit = solved.memory - (plan.memory - most)
     return best, at_least
 
 

@@ -77,6 +77,14 @@ class _Flow:
     demands: list[dict[Demand, Expression]] = field(default_factory=list)  # one a consumer
     passed_by: set[Placement] = field(default_factory=set)  # those in which a relayout may take it as it is
 
+    def by_demand(self) -> dict[Demand, list[Expression]]:
+        """For each thing that is wanted of the value, whether each consumer that may want it does."""
+        wanted: dict[Demand, list[Expression]] = {}
+        for demands in self.demands:
+            for demand, expression in demands.items():
+                wanted.setdefault(demand, []).append(expression)
+        return wanted
+
     def is_resharded_later(self, source: Placement, target: Placement) -> bool:
         """Whether the value is resharded after the view that reads it, and not before.
 
@@ -278,13 +286,9 @@ class Program(LinearProgram):
 
     def add_reshards(self, tensor: Tensor, flow: _Flow, scope: _Scope) -> None:
         """z[t, s, d]: for each thing wanted of a value, the one source that it is resharded from."""
-        wanted: dict[Demand, list[Expression]] = {}
-        for demands in flow.demands:
-            for demand, expression in demands.items():
-                wanted.setdefault(demand, []).append(expression)
         has_one_reader = len(flow.demands) == 1
         from_source: dict[Placement, Expression] = {source: {} for source in flow.sources}
-        for (target, partitioned), expressions in wanted.items():
+        for (target, partitioned), expressions in flow.by_demand().items():
             sources = [s for s in flow.sources if not flow.is_resharded_later(s, target)]
             seconds = {s: self.reshard_seconds(tensor, s, target, partitioned, scope.layout) for s in sources}
             if len(sources) == len(flow.sources) and all(cost == Seconds() for cost in seconds.values()):
@@ -303,7 +307,7 @@ class Program(LinearProgram):
                     repeated = self.product(variable, scope.again[0], scope.times)
                     self.costs[repeated] = seconds[source].forward
         for source, reshards in from_source.items():
-            # One reader wants one thing, which brings the relaxation closer; several may want several.
+            # One reader wants one thing, which said aloud brings the relaxation closer; several may want several.
             for some in [reshards] if has_one_reader else [{variable: 1.0} for variable in reshards]:
                 self.row(total(some, scaled(flow.sources[source], -1)), upper=0)
 
