@@ -153,11 +153,13 @@ _INDEXER = {"indexer_head_dim": 16, "indexer_budget": 8, "indexer_compress_ratio
 # What a family needs besides; of a configuration within it, what is to be changed there.
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "axk1": {"num_key_value_heads": 4},
+    "axk2": {"num_key_value_heads": 4},
     "cohere_compass_text": {"rope_parameters": {"full_attention": _ROTARY, "sliding_attention": _ROTARY}},
     "cpmant": {"init_std": 0.02},
-    "dbrx": {"attn_config": {"rope_theta": 10_000.0}},
+    "dbrx": {"attn_config": {"rope_theta": 10_000.0, "clip_qkv": 8.0}},
     "deepseek_v2": {"num_key_value_heads": 4, "n_group": 1, "topk_group": 1},
     "deepseek_v3": {"num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 4, "topk_group": 2},
+    "deepseek_v32": {"num_key_value_heads": 4},
     "dots1": {"n_shared_experts": 1, "n_routed_experts": 4},
     "dots3_note_text": {"num_key_value_heads": 4},
     "dots3_note": {

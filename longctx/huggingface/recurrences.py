@@ -84,6 +84,8 @@ def _ours_for(theirs: Any) -> Any:
         if recurrence.parameters <= parameters and "conv_state" not in parameters:
             if _same(theirs, recurrence):
                 return recurrence.ours
+            if recurrence.may_differ:
+                return None
             raise ModelError(
                 f"{theirs.__module__}.{theirs.__name__} has the parameters of a function that this program knows "
                 "and computes something else; choose another model"
@@ -254,11 +256,13 @@ class Recurrence:
 
     Attributes:
         samples: draw arguments; of several the first that the function takes is used.
+        may_differ: whether a function that computes something else is traced as it is, and no reason to refuse a model.
     """
 
     parameters: frozenset[str]
     ours: Callable
     samples: tuple[Callable[[torch.Generator], dict[str, Any]], ...]
+    may_differ: bool = False
 
 
 def _convolution_sample(generator: torch.Generator) -> dict[str, Any]:
@@ -307,7 +311,7 @@ def _drawn(shapes: dict[str, tuple[int, ...]], generator: torch.Generator) -> di
 
 _SCAN = frozenset(("hidden_states", "dt", "A", "B", "C"))
 RECURRENCES = (
-    Recurrence(frozenset(("gate_logits", "num_experts", "top_k")), _load_balancing_loss, (_router_sample,)),
+    Recurrence(frozenset(("gate_logits", "num_experts", "top_k")), _load_balancing_loss, (_router_sample,), True),
     Recurrence(frozenset(("hidden_states", "weight", "bias", "activation")), _convolve, (_convolution_sample,)),
     Recurrence(
         frozenset(("query", "key", "value", "g", "beta", "chunk_size")),
