@@ -27,6 +27,7 @@ from families import (
 )
 from ranks import run_ranks
 from tqdm import tqdm
+from transformers import PreTrainedConfig
 
 import train
 from longctx.compiler import codegen, planner
@@ -117,10 +118,18 @@ def random_policies(graph: Graph, seed: int) -> tuple[Recompute, ...]:
     return tuple(draw.choice([Recompute.NOTHING, Recompute.EVERYTHING, Recompute(kept)]) for kept in drawn)
 
 
+def config_for(family: str, apart: bool) -> PreTrainedConfig:
+    """The family's small configuration; without a routers' loss, which is of a whole row, where documents are apart."""
+    config = config_of(family)
+    if apart and hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
+    return config
+
+
 @cache
 def trace_family(family: str, apart: bool = False) -> Graph:
     model = build_model(
-        config_of(family), torch.float32, sequence_length=LENGTH if apart else None, documents_apart=apart
+        config_for(family, apart), torch.float32, sequence_length=LENGTH if apart else None, documents_apart=apart
     )
     return trace(model, sample_row(LENGTH, 4 if apart else 0))
 
@@ -132,7 +141,7 @@ def documents_of(case: Case) -> list[tuple[int, ...]]:
 
 def write_reference(folder: Path, case: Case) -> None:
     """The Hugging Face model's weights, loss and gradients on a case's rows."""
-    reference = reference_model(config_of(case.family))
+    reference = reference_model(config_for(case.family, case.apart))
     loss = reference_loss(reference, *random_rows(case.n_rows, LENGTH, 256), documents_of(case))
     loss.backward()
     weights = {name: parameter.detach() for name, parameter in reference.named_parameters()}

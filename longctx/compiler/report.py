@@ -79,13 +79,14 @@ def summary(graph: Graph, plan: Plan, setting: Setting, prediction: Prediction) 
 
 def _say_documents(graph: Graph) -> list[str]:
     """What attention is priced as, where the documents of a row do not see each other."""
-    length = graph.inputs[0].shape[-1]
-    return [
-        f"attention stays within documents, and is priced as that within {tensor.shape[0]:,} a row of "
-        f"{length / tensor.shape[0]:,.0f} tokens each: the length of the document that a token is in, on average"
-        for tensor in graph.inputs
-        if tensor.name == DOCUMENT_STARTS
-    ]
+    (n_documents,) = next((tensor.shape for tensor in graph.inputs if tensor.name == DOCUMENT_STARTS), (0,))
+    if not n_documents:
+        return []
+    length = graph.inputs[0].shape[-1] / n_documents
+    priced = (
+        f"{n_documents:,} a row of {length:,.0f} tokens each: the length of the document that a token is in on average"
+    )
+    return [f"attention stays within documents; it is priced for {priced if n_documents > 1 else 'one a row'}"]
 
 
 def _say_imbalance(plan: Plan) -> list[str]:

@@ -19,7 +19,7 @@ class Samples(torch.utils.data.Dataset):
         return len(self.rows)
 
     def __getitem__(self, row: int | None) -> dict[str, torch.Tensor]:
-        return sample(*self.rows.load(row))
+        return sample(*self.rows.load(row)[:2])
 
 
 def sample(tokens: torch.Tensor, labels: torch.Tensor) -> dict[str, torch.Tensor]:
