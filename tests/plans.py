@@ -212,9 +212,10 @@ def check_cases(
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for case in cases:
+            graph = trace_family(case.family, case.apart)  # refuses what transformers can't run either, in a sentence
             if not (folder / case.reference).exists():
                 write_reference(folder, case)
-            write_case(folder, case, trace_family(case.family, case.apart), chosen)
+            write_case(folder, case, graph, chosen)
         run_ranks(n_ranks, run_cases, folder, cases, start_method=start_method)
         return torch.load(folder / "errors.pt", weights_only=False)
 
