@@ -33,7 +33,9 @@ class WrappedModel(nn.Module):
         found = None if random_init else find_weights(model_id, changed)
         config = found.config if found else trained_config(model_id, random_init, changed)
         self.loss = build_model(config, DTYPES[precision], attn_implementation, changed.sequence_length)
-        self.loss.model.get_output_embeddings().__class__ = TakenEmbeddings
+        head = self.loss.model.get_output_embeddings()
+        assert head is not None, "read_head refuses a model without"
+        head.__class__ = TakenEmbeddings
         make_no_masks()  # which nnScaler would keep
         fill(self.loss.model, stored_weights(found) if found else random_weights(config, seed))
 
