@@ -156,7 +156,8 @@ def check_every_way(plan_size: int, rank: int) -> None:
     whole = torch.randint(-8, 9, (8, 16), generator=generator).double()
     grids = [Grid(*pair, 2) for pair in itertools.product(PLACEMENTS, repeat=2)] if plan_size == 4 else []
     ways = list(itertools.product([PARTIAL, *PLACEMENTS, *grids], [*PLACEMENTS, *grids]))
-    for source, target in random.Random(0).sample(ways, min(WAYS, len(ways))):
+    ways = random.Random(0).sample(ways, min(WAYS, len(ways)))
+    for source, target in [*ways, *((source, Shard(1, copies=2)) for source in grids)]:
         weights = [torch.randint(-8, 9, whole.shape, generator=generator).double() for _ in range(plan_size)]
         leaf = whole.clone().requires_grad_()
         parts = [part_of(leaf, target, r, plan_size) for r in range(plan_size)]

@@ -241,7 +241,10 @@ def reshard_steps(
         reshard = find_reshard(source, target, consumer_partitioned, requires_grad)
         return [(reshard, target)] if reshard else []
     size = next(p.size for p in (source, target) if isinstance(p, Grid))
-    start, end = (p if isinstance(p, Grid) else Grid(p, p, size) for p in (source, target))
+    start, end = _as_grid(source, size), _as_grid(target, size)
+    if start is None or end is None:
+        whole = reshard_steps(source, REPLICATE, False, requires_grad)
+        return [*whole, *reshard_steps(REPLICATE, target, consumer_partitioned, requires_grad)]
     moved = {p.dim for p in (start.outer, end.outer) if isinstance(p, Shard)} if start.outer != end.outer else set()
     is_cut_before, is_cut_after = (isinstance(p, Shard) and p.dim in moved for p in (start.inner, end.inner))
     moves: list[tuple[str, Placement]] = [("outer", end.outer), ("inner", end.inner)]
@@ -256,6 +259,18 @@ def reshard_steps(
             over = ("across" if level == "outer" else "within", size)
             steps.append((replace(reshard, arguments=(*reshard.arguments, over)), now))
     return steps
+
+
+def _as_grid(placement: Placement, size: int) -> Grid | None:
+    """A placement over all ranks as what groups of `size` neighbours have, and their ranks; None if it is none such,
+    since of ranks that have the same part some are in one group and some in another."""
+    if isinstance(placement, Grid):
+        return placement
+    if not isinstance(placement, Shard) or placement.copies == 1:
+        return Grid(placement, placement, size)
+    if placement.copies % size == 0:
+        return Grid(replace(placement, copies=placement.copies // size), REPLICATE, size)
+    return Grid(Shard(placement.dim), placement, size) if size % placement.copies == 0 else None
 
 
 def find_reshard(
