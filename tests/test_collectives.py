@@ -216,6 +216,19 @@ def check_draw_own(plan_size: int) -> None:
     assert all(torch.equal(mask, same.detach()) for mask in collectives.all_gather(same.detach()[None], 0))
 
 
+def check_ring(plan_size: int, rank: int) -> None:
+    """What goes round comes from the rank before, while more is under way; what is exchanged comes from each rank."""
+    ring = collectives.ring_of(8 * plan_size, balanced=True)
+    assert ring.starts[ring.rank] == collectives.own_starts(8 * plan_size, balanced=True)
+    first, second = (torch.full((2, 3), float(10 * rank + number)) for number in range(2))
+    arriving = [ring.pass_on(x) for x in (first, second)]
+    before = (rank - 1) % plan_size
+    assert [arrive().unique().tolist() for arrive in arriving] == [[10.0 * before], [10.0 * before + 1]]
+    sent = torch.cat([torch.full((other,), float(rank)) for other in range(plan_size)])  # so many to each
+    received = ring.exchange(sent, list(range(plan_size)), [rank] * plan_size)
+    assert received.tolist() == [other for other in range(plan_size) for _ in range(rank)]
+
+
 class ColumnAndRow(nn.Module):
     """Two layers, the hidden dimension split over ranks: x is Replicate, the output is Partial until it is reduced."""
 
@@ -296,6 +309,7 @@ def check_everything() -> None:
         check_without_gradient(plan_size, rank)
         check_every_way(plan_size, rank)
         check_draw_own(plan_size)
+        check_ring(plan_size, rank)
         for kind in (ColumnAndRow, SplitSequence, ColumnAndRowReduced):
             check_mlp(kind, plan_size, rank)
     dist.destroy_process_group()

@@ -34,6 +34,7 @@ from longctx.compiler.cost import (
     plan_sharded_copy_seconds,
     plan_sharded_seconds,
     reshard_op,
+    ring_bytes,
     ring_seconds,
 )
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor
@@ -639,9 +640,10 @@ def traced(config, length: int) -> Graph:
     return trace(build_model(config, DTYPE), sample)
 
 
-def llama(length: int, n_layers: int = 32) -> Graph:
+def llama(length: int, n_layers: int = 32, **sizes: int) -> Graph:
     config = load_config("examples/llama3_8b_128k")
     config.num_hidden_layers = n_layers
+    config.update(sizes)
     return traced(config, length)
 
 
@@ -939,9 +941,50 @@ def test_tokens_are_in_balanced_order_only_where_attention_is_split_along_them(l
     assert splits(dim="q", balanced=False) == ("q", False)
 
 
+def test_a_ring_is_chosen_where_computing_hides_what_goes_round(long_llama):
+    on_16 = planned(long_llama, 16)
+    assert attention_of(long_llama, on_16)[1].dim == "q ring / k"
+    gathered = planned(long_llama, 16, dim="q / k")
+    assert (on_16.seconds, on_16.memory) < (gathered.seconds, gathered.memory)
+    in_no_time = {w: replace(r, a_second=1000 * r.a_second) for w, r in H100.rates.items() if w in PRODUCT_KINDS}
+    device = replace(H100, rates={**H100.rates, **in_no_time})
+    hides_nothing = make_plan(long_llama, Setting(16, 16, device, 72e9), Fixed(balanced=True))
+    assert "ring" not in attention_of(long_llama, hides_nothing)[1].dim  # which moves keys and values twice
+
+
+def test_of_what_goes_round_only_that_is_waited_for_which_takes_longer_than_a_step_computes(long_llama):
+    op = next(op for op in long_llama.kinds[0].ops if spec_of(op).told)
+    partition = next(p for p in legal_partitions(op, 4, Row(131072, True)) if p.dim == "q ring")
+    device = replace(H100, launch_latency=0.0, node_link=hardware.Link(1e9, 1e9, 1.0, latency=1e-9))
+    part = 2 * 8 * 32768 * 128 * 2 / 1e9  # seconds of the keys and values of a fourth of the row
+    waited = ring_seconds(op, partition, Seconds(0.0, 0.0), 4, device)
+    assert (waited.forward, waited.backward) == pytest.approx((3 * part, 7 * part), rel=1e-6)
+    waited = ring_seconds(op, partition, Seconds(4 * 0.6 * part, 4 * 1.5 * part), 4, device)
+    assert (waited.forward, waited.backward) == pytest.approx((3 * 0.4 * part, (3 * 0.5 + 1) * part), rel=1e-6)
+    hidden = ring_seconds(op, partition, Seconds(5 * part, 9 * part), 4, device)
+    assert (hidden.forward, hidden.backward) == pytest.approx((0.0, part), rel=1e-6)  # the last step of the gradients
+    part *= 1e9  # bytes
+    of_one_node, of_two = (ring_bytes(op, partition, 4, replace(device, devices_per_node=n)) for n in (4, 2))
+    assert of_one_node == [pytest.approx(sent) for sent in ((3 * part, 0.0), (7 * part, 0.0))]
+    assert of_two == [pytest.approx(sent) for sent in ((1.5 * part, 1.5 * part), (3.5 * part, 3.5 * part))]
+
+
+@pytest.mark.parametrize("dim", ["q", "q / k", "q ring", "q ring / k"])
+def test_the_program_counts_the_keys_and_values_that_a_rank_holds_of_others(long_llama, dim):
+    """Of a model that has nothing else of that size: as many key-value heads as query heads, and no wide layers."""
+    heads = {"num_key_value_heads": 32, "head_dim": 256, "intermediate_size": 4096, "vocab_size": 8192}
+    graph = resize(llama(131072, 2, **heads), 131072, 1048576)
+    attention = next(op for op in graph.all_ops() if spec_of(op).shared_out)
+    setting = Setting(32, 32, H100, 400e9)
+    fixed = Fixed({attention: dim}, balanced=True, policy=Recompute.EVERYTHING)
+    solved = Program(graph, setting, fixed).solve(setting.memory_limit)
+    walked = predict_memory(graph, solved.assignment, solved.recompute, setting).peak
+    assert walked == pytest.approx(solved.memory, rel=BOUND_TOLERANCE)
+
+
 def test_a_plan_in_balanced_order_is_taken_again_from_what_plan_json_holds_of_it(long_llama):
     setting = Setting(16, 16, H100, 72e9)
-    plan = planned(long_llama, 16, dim="q / k")
+    plan = planned(long_llama, 16, dim="q ring / k")
     again = make_plan(long_llama, setting, fix(long_llama, json.loads(json.dumps(describe(long_llama, plan)))))
     assert again.assignment.partitions == plan.assignment.partitions
 

@@ -25,6 +25,7 @@ from longctx.engines.builtin.run import build_on_rank
 from longctx.errors import UserError
 from longctx.huggingface.configuration import load_config
 from longctx.kernels import fused
+from longctx.kernels.attention import attention
 from longctx.kernels.choice import Choice
 from longctx.options import parse_job
 from longctx.runtime import collectives, parts
@@ -94,6 +95,19 @@ def test_a_lone_rank_stands_in_for_one_of_a_group_of_neighbours_too():
         other = collectives.reorder(x, dim=1, balanced=True)
     assert of_group.shape == (32, 2, 2) and whole.shape == (64, 2, 2) and other.shape == x.shape
     assert x.grad.shape == x.shape
+
+
+@pytest.mark.parametrize("window", [0, 5], ids=["blocks go round", "a window reaches some"])
+def test_a_lone_rank_is_passed_its_own_keys_for_those_of_others(window):
+    query, key, value = (torch.randn(1, 2, 8, 16, requires_grad=True) for _ in range(3))
+    with stand_in_group(3, 4), profile(activities=[ProfilerActivity.CPU]) as profiled:
+        collectives.set_plan_group(dist.group.WORLD)
+        y = attention(query, key, value, 0.25, window, ring=collectives.ring_of(32))
+        y.sum().backward()
+    assert y.shape == (1, 8, 2, 16)
+    assert all(x.grad.shape == x.shape and x.grad.isfinite().all() for x in (query, key, value))
+    seconds = parts.seconds_by_part(profiled, CPU)
+    assert min(seconds[part] for part in (COPIES, parts.ATTENTION_FORWARD, parts.ATTENTION_BACKWARD)) > 0
 
 
 # --- what is measured ------------------------------------------------------------------------------------------------

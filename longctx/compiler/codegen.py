@@ -19,7 +19,7 @@ import torch
 from longctx.compiler.ir import Graph, LayerCall, LayerKind, Op, Tensor, nbytes
 from longctx.compiler.lifetimes import storages
 from longctx.compiler.memory import say_bytes
-from longctx.compiler.ops import expression, imports_of, spec_of
+from longctx.compiler.ops import expression, imports_of, passed_round, spec_of
 from longctx.compiler.ops.python import Expression, Values
 from longctx.compiler.plan import Plan
 from longctx.compiler.recompute import Recompute, names_of_keepable
@@ -299,7 +299,8 @@ def _write_op(op: Op, index: int, body: _Body) -> list[str]:
         return [f"return {right}"]
     shape = f"# {list(op.outputs[0].shape)}"
     resharding = spec_of(op).resharding
-    lines = [f"# {_describe_reshard(op, resharding.comment)}", ""] if resharding else [""]
+    moves = _describe_reshard(op, resharding.comment) if resharding else _describe_ring(op)
+    lines = [f"# {moves}", ""] if moves else [""]
     lines[-1] = f"{', '.join(left)} = {right}"
     if len(lines[-1]) + len(shape) + 10 <= LINE:
         lines[-1] += f"  {shape}"
@@ -318,6 +319,19 @@ def _describe_reshard(op: Op, comment: str) -> str:
     over = {"within": " within {} neighbours", "across": " between groups of {}"}
     where = "".join(text.format(op.kwargs[name]) for name, text in over.items() if name in op.kwargs)
     return f"{comment.format(before=before, after=after, gradient=gradient)}{where}: {op.note}"
+
+
+def _describe_ring(op: Op) -> str:
+    """The comment before an op whose inputs are passed round: how many bytes a rank has of these. Else it is empty."""
+    told = spec_of(op).told
+    ring = op.kwargs.get(told.ring.argument) if told and told.ring else None
+    if told is None or told.ring is None or ring is None:
+        return ""
+    size = say_bytes(sum(map(nbytes, passed_round(op, told.ring))))
+    where = f", between groups of {ring.across}" if ring.across > 1 else ""
+    if told.ring.reach(op) is None:
+        return f"blocks of {size} go round, and the next one travels while one is used{where}"
+    return f"of blocks of {size} on other ranks what is in reach is sent{where}"
 
 
 # --- classes ---------------------------------------------------------------------------------------------------------

@@ -24,7 +24,17 @@ _ENCLOSING = {
     "_ChunkLinearCrossEntropy": LOSS,
     "_ChunkLinearCrossEntropyBackward": LOSS,
 }
-_ATTENTION = ("scaled_dot_product", "flash_attn", "flash_attention", "FlashAttn", "aten::bmm", "aten::baddbmm")
+_ATTENTION = (
+    "scaled_dot_product",
+    "flash_attn",
+    "flash_attention",
+    "FlashAttn",
+    "attention_in_pieces",
+    "_RingAttention",
+    "_KeysInReach",
+    "aten::bmm",
+    "aten::baddbmm",
+)
 _PRODUCTS = ("aten::mm", "aten::addmm")
 
 
