@@ -84,18 +84,13 @@ def input_of_output_embeddings(
     lm_head: Any = model.get_output_embeddings()
     takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
     given = {} if position_ids is None or not takes_positions else {"position_ids": position_ids}
-    own = lm_head.__class__
-    lm_head.__class__, lm_head.take = TakenEmbeddings, handed.append
-    try:
+    with _taken(lm_head, handed.append):
         output = model(input_ids=tokens, use_cache=False, **given)
-    finally:
-        lm_head.__class__ = own
-        del lm_head.take
     return handed[-1], getattr(output, "aux_loss", None)
 
 
 class TakenEmbeddings(nn.Module):
-    """Output embeddings that call `take` with what they are handed, and return it in place of logits nobody reads.
+    """Output embeddings that call `take` with what they are handed, and return it.
 
     nnScaler's tracer calls each module's forward as it was when tracing began, whatever is put in its place for a
     while. So a model that it traces has these for good.
@@ -106,6 +101,22 @@ class TakenEmbeddings(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         self.take(hidden_states)
         return hidden_states
+
+
+@contextmanager
+def _taken(lm_head: Any, take: Callable[[torch.Tensor], None]) -> Iterator[None]:
+    """Inside, output embeddings call `take` with what they are handed, and return it: nobody reads the logits."""
+
+    def forward(hidden_states: torch.Tensor) -> torch.Tensor:
+        take(hidden_states)
+        return hidden_states
+
+    if isinstance(lm_head, TakenEmbeddings):
+        lm_head.take = take
+        yield
+        return
+    with _forward_replaced(lm_head, forward):
+        yield
 
 
 @contextmanager
