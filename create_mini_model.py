@@ -6,6 +6,7 @@ The source is a model of the Hugging Face hub or a local folder. It must have a 
 generation_config.json are copied if it has them, and its weights are never read.
 """
 
+import math
 import os
 import shutil
 from dataclasses import dataclass
@@ -24,11 +25,11 @@ from transformers import (
 from longctx.atomic import whole_folder, why_not_new
 from longctx.command_line import LARGEST_SEED, Cause, naming_options, option, parse
 from longctx.errors import ConfigurationError, ModelError, UserError, one_line, run_script
-from longctx.huggingface.build import from_config, parameters_on_meta
+from longctx.huggingface.build import from_config
 from longctx.huggingface.changes import Changes
 from longctx.huggingface.configuration import check_file, check_numbers
 from longctx.huggingface.overrides import change
-from longctx.huggingface.weights import TOKENIZER_FILES
+from longctx.huggingface.weights import TOKENIZER_FILES, parameter_shapes
 
 SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads")
 MOST_LAYERS, LARGEST_SIZE = 1000, 2**20  # a small model has fewer, and transformers builds these in a minute
@@ -229,8 +230,7 @@ def random_model(config: PreTrainedConfig, seed: int, dtype: torch.dtype) -> Pre
 
 def check_memory(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     """Raises ModelError if the weights are larger than this machine's memory, in which it would be killed."""
-    with parameters_on_meta():
-        parameters = sum(parameter.numel() for parameter in from_config(config, dtype).parameters())
+    parameters = sum(math.prod(shape) for shape in parameter_shapes(config).values())
     needed, here = parameters * dtype.itemsize, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     if needed > here:
         raise ModelError(

@@ -142,9 +142,10 @@ def read_fingerprint(folder: Path) -> str | None:
     if not (folder / CODE).is_file():
         return None
     try:
-        found = fingerprint(read_plan_file(folder).inputs)
-        return found if _read_sealed(folder)["fingerprint"] == found else None
-    except (CompiledError, LookupError):
+        facts = _read_sealed(folder)
+        found = fingerprint(decode(PlanFile, facts).inputs)
+        return found if facts["fingerprint"] == found else None
+    except (OSError, ValueError, LookupError):
         return None
 
 

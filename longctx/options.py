@@ -144,9 +144,11 @@ def choose_sequence_length(options: Options) -> int:
         if options.sequence_length is None:
             raise UserError(f"--dataset_path: it is missing; give it, or --sequence_length, to {options.run_mode}")
         return options.sequence_length
-    if options.run_mode == "run" and not options.no_verify and torchrun.local_rank() == 0:  # the others wait for it
-        rows.verify_dataset(options.dataset_path)
-    length = rows.row_length(rows.open_dataset(options.dataset_path))
+    try:
+        length = rows.row_length(rows.open_dataset(options.dataset_path))
+    except RowsError:
+        rows.verify_dataset(options.dataset_path)  # names the file, if one is not what was written
+        raise
     if options.sequence_length not in (None, length):
         raise UserError(
             f"--sequence_length {options.sequence_length}: the rows of --dataset_path {options.dataset_path} have "
@@ -239,20 +241,8 @@ def check_attention(job: Job) -> None:
             f"--deterministic: the backward of --attn_implementation {name} gives other bits each time; leave one of "
             f"them out, or choose auto or one of {others}"
         )
-    if job.trust_model and job.engine == NNSCALER:
-        raise UserError(f"--trust_model: {NNSCALER} proves no model; leave it out, or choose --engine {TORCH}")
-    if job.on_nonfinite == "rollback" and job.engine == NNSCALER:
-        raise UserError(f"--on_nonfinite rollback: {NNSCALER} can only stop; leave it out, or choose --engine {TORCH}")
-    if job.trust_gencode and job.engine == NNSCALER:
-        raise UserError(f"--trust_gencode: {NNSCALER} checks no code; leave it out, or choose --engine {TORCH}")
-    if job.stop_on_save_failure and job.engine == NNSCALER:
-        raise UserError(f"--stop_on_save_failure: {NNSCALER} does so anyway; leave it out")
-    if job.document_mask and job.engine == NNSCALER:
-        raise UserError(f"--document_mask: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
     if job.document_mask:
         check_documents(name)
-    if job.deterministic and job.engine == NNSCALER:
-        raise UserError(f"--deterministic: {NNSCALER} does not know it; leave it out, or choose --engine {TORCH}")
 
 
 def check_vocabulary(job: Job) -> None:
@@ -272,16 +262,24 @@ def check_folders(job: Job) -> None:
             raise UserError(f"--{name} {value_as_text(job, name)}: {problem}; name another folder")
 
 
+def check_rows(job: Job) -> None:
+    """Raises a RowsError if the rows of a run are not what was written. To read them all takes a while."""
+    if job.run_mode == "run" and job.dataset_path and not job.no_verify and torchrun.local_rank() == 0:
+        rows.verify_dataset(job.dataset_path)  # the other ranks of the node wait for it
+
+
 CHECKS = (
     check_name,
     check_engine_options,
     check_schedule,
     check_rehearsal,
     check_attention,
+    nnscaler.check_options,
     nnscaler.check_policy,
     nnscaler.check_torchrun,
-    check_vocabulary,
     check_folders,
+    check_rows,
+    check_vocabulary,
 )
 
 

@@ -235,7 +235,7 @@ def test_a_tokenizer_may_have_more_entries_than_the_model_if_none_of_them_occurs
 def test_a_corpus_json_of_wrong_types_is_refused_in_one_sentence(tmp_path, content):
     folder = save_rows(tmp_path / "rows", [[1, 2, 9]])
     (tmp_path / "rows" / "corpus.json").write_text(content)
-    with pytest.raises(RowsError, match=r"^its corpus.json is damaged \(.*\); make it again with bookcorpus.py$"):
+    with pytest.raises(RowsError, match=r"^its file corpus.json is damaged \(.*\); make it again with bookcorpus.py$"):
         stored.check_tokenizer(folder, 10)
 
 

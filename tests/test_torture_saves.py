@@ -4,6 +4,7 @@ from tests.torture import saves
 
 
 def test_no_kill_and_no_full_disk_costs_more_than_the_save_that_was_under_way():
-    rows = saves.main(quick=True)
-    assert len(rows) == 5
-    assert all(row.tries >= 2 for row in rows)
+    *kills, full_disk = saves.main(quick=True)
+    assert sum(row.tries for row in kills) == 40
+    assert {row.outcome for row in kills} == {"nothing lost"}
+    assert full_disk.tries > 10

@@ -203,7 +203,7 @@ def corpus_facts(path: str) -> CorpusFacts | None:
     try:
         return decode(CorpusFacts, read_json(file))
     except ValueError as error:
-        raise RowsError(f"its corpus.json is damaged ({error}); make it again with bookcorpus.py") from error
+        raise RowsError(f"its file {CORPUS} is damaged ({error}); {MAKE_AGAIN}") from error
 
 
 def check_tokenizer(path: str, vocab_size: int) -> None:

@@ -501,7 +501,9 @@ TOKENIZER_FILES = (
 
 def check_hf_files(model_id: str) -> None:
     """Raises a ModelError if a folder's tokenizer or generation configuration can't be read, and so not be saved."""
-    names = sorted(os.listdir(model_id)) if os.path.isdir(model_id) else []
+    folder = Path(model_id)
+    files = (*folder.iterdir(), *folder.glob("additional_chat_templates/*")) if folder.is_dir() else ()
+    names = sorted(file.relative_to(folder).as_posix() for file in files)
     for load, patterns in ((load_tokenizer, TOKENIZER_FILES), (GenerationConfig.from_pretrained, (GENERATION,))):
         found = [name for name in names if any(fnmatch(name, pattern) for pattern in patterns)]
         what = f"its {' and '.join(found[:2])} can't be read"

@@ -22,6 +22,7 @@ import select
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections import Counter
@@ -418,15 +419,16 @@ def wait_for(ranks: list[int]) -> list[int]:
 def kill(n: int, seed: int, n_walks: int) -> list[Row]:
     """Ends `n` processes, in walks that go on side by side, each in a folder and a process of its own."""
     share = [n // n_walks + (walk < n % n_walks) for walk in range(n_walks)]
+    tqdm.set_lock(threading.RLock())  # its own is one for all that are forked, and one that is killed would keep it
     reader, writer = os.pipe()
-    with folder_in_memory() as place, tqdm(total=n, desc="kills", unit="kill", smoothing=0.05) as progress:
+    with folder_in_memory() as place:
         walks = [
             start(walk_on, place / str(walk), share[walk], f"{seed} {walk}", writer, errors=place / f"errors {walk}")
             for walk in range(n_walks)
         ]
         os.close(writer)
         counts: Counter[str] = Counter()
-        with open(reader) as said:
+        with open(reader) as said, tqdm(total=n, desc="kills", unit="kill", smoothing=0.05) as progress:
             for line in said:
                 counts[line.strip()] += 1
                 progress.update()

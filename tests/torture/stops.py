@@ -13,6 +13,7 @@ import random
 import runpy
 import shutil
 import signal
+import subprocess
 import sys
 import tempfile
 import time
@@ -182,12 +183,15 @@ def is_running(pid: int) -> bool:
 
 
 def signal_the_agent(command: Command, moment: str, expected: list[float], drawn: random.Random) -> str:
-    """torchrun gets SIGTERM and passes it on; the same command then goes on, and no step is taken twice."""
+    """torchrun gets a signal and passes it on; the same command then goes on, and no step is taken twice."""
     process = command.start()
     wait_for(lambda: command.has_come_to(moment), process)
     time.sleep(drawn.random() * 0.3)
-    kill(process.pid, by=signal.SIGTERM)
+    kill(process.pid, by=drawn.choice((signal.SIGTERM, signal.SIGINT)))
     process.join(LIMIT_S)
+    if process.exitcode is None:
+        kill(process.pid, *command.ranks())
+        return "did not stop"
     taken = len(command.losses())
     again = command.start()
     outcome = finish(command, again, expected)
@@ -196,13 +200,40 @@ def signal_the_agent(command: Command, moment: str, expected: list[float], drawn
     return outcome
 
 
+def fill_the_disk(command: Command, moment: str, expected: list[float], drawn: random.Random) -> str:
+    """Checkpoints go to a small disk of their own, which is full for a while; a run that it has ended is started again.
+
+    Mounting it takes root's rights.
+    """
+    disk = command.folder / "checkpoints"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=32m", "tmpfs", disk], check=True)
+    try:
+        process = command.start()
+        wait_for(lambda: command.has_come_to(moment), process)
+        time.sleep(drawn.random() * 0.3)
+        with suppress(OSError), (disk / "full").open("wb") as filler:
+            while True:
+                filler.write(bytes(1 << 12))
+                filler.flush()
+        time.sleep(drawn.random() * 2)
+        (disk / "full").unlink()
+        outcome = finish(command, process, expected)
+        if outcome == "ended with status 1" and "could not be saved" in command.said():  # torchrun's, of ranks' 2
+            outcome = finish(command, command.start(), expected)
+        return outcome
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
 # --- counts ----------------------------------------------------------------------------------------------------------
 
 PARTS = {
     "one of two ranks killed, `--max-restarts 3`": (restart_after_a_kill, MOMENTS, 50),
     "all killed, the same command at once": (kill_all_and_start_again, MOMENTS, 15),
     "torchrun killed, its ranks left behind": (kill_the_agent, ("load", "step", "save"), 12),
-    "SIGTERM to torchrun": (signal_the_agent, ("step", "save"), 12),
+    "SIGTERM or SIGINT to torchrun": (signal_the_agent, ("load", "step", "save"), 24),
+    "a full disk for a while": (fill_the_disk, ("step", "save"), 12),
 }
 
 

@@ -93,6 +93,24 @@ def check_torchrun(job: "Job") -> None:
         )
 
 
+def check_options(job: "Job") -> None:
+    """Raises a UserError for an option that asks nnScaler for what it does not do, or does anyway."""
+    if job.engine != NNSCALER:
+        return
+    other = f"leave it out, or choose --engine {TORCH}"
+    refusals = (
+        (job.trust_model, f"--trust_model: {NNSCALER} proves no model; {other}"),
+        (job.on_nonfinite == "rollback", f"--on_nonfinite rollback: {NNSCALER} can only stop; {other}"),
+        (job.trust_gencode, f"--trust_gencode: {NNSCALER} checks no code; {other}"),
+        (job.stop_on_save_failure, f"--stop_on_save_failure: {NNSCALER} does so anyway; leave it out"),
+        (job.document_mask, f"--document_mask: {NNSCALER} does not know it; {other}"),
+        (job.deterministic, f"--deterministic: {NNSCALER} does not know it; {other}"),
+    )
+    for is_asked, sentence in refusals:
+        if is_asked:
+            raise UserError(sentence)
+
+
 def check_policy(job: "Job") -> None:
     """Raises a UserError for what nnScaler's policy does not take."""
     if job.engine != NNSCALER:
