@@ -21,7 +21,7 @@ from longctx.compiler.recompute import Recompute
 from longctx.errors import DecisionsError, DoesNotFit, LayerNameError, PlanSizeError, SolverError
 
 SOLVES = 4  # of a search for the fastest plan, at most
-LEAN_SOLVES = 5  # of a search for the leanest, which is made where nothing else is found
+LEAN_SOLVES = 3  # of a search for the leanest, which is made where nothing else is found
 CLOSE = 1e-3  # to the bound, of seconds or bytes: then a plan counts as the fastest or the leanest
 MOST_NAMED = 12  # of plan sizes that would work
 
