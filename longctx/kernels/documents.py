@@ -17,13 +17,18 @@ from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
-from torch.nn.attention.varlen import varlen_attn
 
 from longctx.kernels.fused import KERNELS, activate
 
-_varlen_attn: Any = varlen_attn  # which returns more only if it is asked to
+try:
+    from torch.nn.attention import varlen
+except ImportError:  # PyTorch 2.6, which nnScaler takes; its engine keeps no documents apart
+    varlen: Any = None
+
+_varlen_attn: Any = varlen and varlen.varlen_attn  # which returns more only if it is asked to
 # PyTorch 2.11 has no such argument, and takes query heads that share keys without it.
-GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+_GROUPED = varlen and "enable_gqa" in inspect.signature(varlen.varlen_attn).parameters
+GROUPED: dict[str, Any] = {"enable_gqa": True} if _GROUPED else {}
 
 
 @dataclass(frozen=True)
