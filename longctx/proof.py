@@ -250,7 +250,7 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
             f"transformers' own {graph.class_name} gives a loss that is not finite at a small size; check the numbers "
             "in its config.json"
         )
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    weights = model.state_dict()
     try:
         module = _generated_module(graph, weights)
         loss = module(tokens, labels, *(_apart(starts, length) if _keeps_documents_apart(graph) else ()))

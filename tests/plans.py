@@ -144,7 +144,8 @@ def write_reference(folder: Path, case: Case) -> None:
     reference = reference_model(config_for(case.family, case.apart))
     loss = reference_loss(reference, *random_rows(case.n_rows, LENGTH, 256), documents_of(case))
     loss.backward()
-    weights = {name: parameter.detach() for name, parameter in reference.named_parameters()}
+    stored = reference.state_dict()
+    weights = {name: stored[name] for name in trace_family(case.family, case.apart).all_parameters()}
     torch.save((weights, gradients_of(reference), loss.item()), folder / case.reference)
 
 

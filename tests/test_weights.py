@@ -266,9 +266,33 @@ def test_experts_that_are_stored_one_by_one_are_read_as_transformers_joins_them(
     AutoModelForCausalLM.from_config(config_of(family)).save_pretrained(tmp_path)
     weights, model = find_weights(str(tmp_path)), load_by_transformers(tmp_path)[0]
     assert not weights.left_out
-    for name, parameter in model.named_parameters():
+    names = list(weights.by_parameter)
+    assert any(name.endswith("e_score_correction_bias") for name in names) == (family == "deepseek_v3")
+    for name, parameter in ((name, model.state_dict()[name]) for name in names):
         weight, place = weights.by_parameter[name], tuple(slice(n // 2, n) for n in parameter.shape)
         assert torch.equal(weight.read(), parameter) and torch.equal(weight.read(place), parameter[place]), name
+
+
+def test_what_corrects_the_scores_of_a_router_is_read_trained_beside_and_exported_in_float32(tmp_path, monkeypatch):
+    """Though all else is trained and exported in bfloat16."""
+    monkeypatch.chdir(tmp_path)
+    model = reference_model(config_of("deepseek_v3"))
+    model.save_pretrained("model")
+    change_config(tmp_path / "model", dtype="bfloat16")
+    rows = save_rows(tmp_path / "rows", random_rows(4, 16, 256)[0])
+    options = ["--model_id", "model", "--dataset_path", rows, "--hardware", "cpu", "--name", "run"]
+    train.main([*options, "--run_mode", "compile"])
+    train.main([*options, "--max_train_steps", "1", "--device", "cpu"])
+    ckpt_merger.main(["--ckpt_dir", "checkpoints", "--output_fname", "merged.ckpt"])
+    ckpt_merger.main(["--ckpt_dir", "merged.ckpt", "--hf_dir", "exported"])
+    exported, info = load_by_transformers(tmp_path / "exported")
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    found, expected = exported.state_dict(), model.state_dict()
+    corrections = [name for name in expected if name.endswith("e_score_correction_bias")]
+    assert corrections and all(torch.equal(found[name], expected[name]) for name in corrections)
+    with safe_open("exported/model.safetensors", "pt") as stored:
+        kept = {name for name in stored.keys() if stored.get_tensor(name).dtype == torch.float32}  # noqa: SIM118
+    assert kept == set(corrections)
 
 
 def test_tensors_that_transformers_makes_of_several_in_another_way_are_refused(tmp_path):

@@ -1,6 +1,7 @@
 """The causal language model as it is trained: built without memory for its weights, and wrapped to return its loss."""
 
 import copy
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,12 +90,14 @@ def build_model(
 
     Raises:
         ModelError: the model can't be built from its configuration, or its head does what the chunked loss can't, or
-            its rotary tables are not the same for documents of every length.
+            its rotary tables are not the same for documents of every length, or transformers trains some of its weights
+            in float32 whatever the dtype of the others.
     """
     options = attention_options(attn_implementation, deterministic)
     register_attention(options)
     make_no_masks()  # the head is read on meta tensors, on which transformers can make none
     model = _build_on_meta(config, dtype)
+    _refuse_trained_in_float32(model, dtype)
     _refuse_empty_weights(model)
     experts.route_experts(model, expert_imbalance)
     route_rms_norms(model)
@@ -128,7 +131,26 @@ def from_config(config: PreTrainedConfig, dtype: torch.dtype, **implementations:
     Args:
         implementations: of attention and experts, by their names; transformers chooses those that are left out.
     """
-    return AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **implementations)
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(config), dtype=dtype, **implementations)
+    _make_weights_of_buffers(model)
+    return model
+
+
+def _make_weights_of_buffers(model: PreTrainedModel) -> None:
+    """Makes weights, not trained and float32, of the stored buffers that transformers keeps in float32 whatever the
+    dtype, as what corrects a router's scores: they are numbers of a model, and not of its code."""
+    stored = model.state_dict()
+    for path, module in model.named_modules():
+        for name, buffer in list(module.named_buffers(path, recurse=False)):
+            if name in stored and _is_kept_in_float32(model, name):
+                own = name.rsplit(".", 1)[-1]
+                delattr(module, own)
+                module.register_parameter(own, nn.Parameter(buffer.float(), requires_grad=False))
+
+
+def _is_kept_in_float32(model: PreTrainedModel, name: str) -> bool:
+    """Whether from_pretrained keeps a weight in float32 where the others are bfloat16."""
+    return any(re.search(pattern.replace("*", ".*"), name) for pattern in model._get_dtype_plan(torch.bfloat16))
 
 
 @contextmanager
@@ -143,6 +165,18 @@ def building(config: PreTrainedConfig) -> Iterator[None]:
             f"transformers can't build a {config.model_type} model from its configuration "
             f"({type(error).__name__}: {one_line(error)}); check its config.json, or choose another model"
         ) from error
+
+
+def _refuse_trained_in_float32(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raises a ModelError for weights that are trained in float32 where `dtype` is that of the others: FSDP would
+    hand them over in `dtype`, and a router that is rounded in each step may choose other experts."""
+    for name, parameter in model.named_parameters():
+        if dtype != torch.float32 and parameter.requires_grad and _is_kept_in_float32(model, name):
+            raise ModelError(
+                f"transformers keeps {name!r} of {type(model).__name__} in float32 where others are "
+                f"{str(dtype).removeprefix('torch.')}, and this program has one precision for all weights that are "
+                "trained; train it in float32, or choose another model"
+            )
 
 
 def _refuse_empty_weights(model: PreTrainedModel) -> None:

@@ -448,8 +448,8 @@ def _check_buffers(model: PreTrainedModel, stored: dict[str, Stored]) -> None:
     for name, buffer in model.named_buffers():
         if name in stored and not torch.equal(*_in_one_dtype(stored[name].read(), buffer)):
             raise ModelError(
-                f"its weights have other values for the buffer {name!r} than a new model has, and this program can't "
-                "take those; choose another model"
+                f"the buffer {name!r} is stored with other values than {type(model).__name__} starts with, and this "
+                "program reads no buffers but those that transformers keeps in float32; choose another model"
             )
 
 

@@ -6,7 +6,6 @@ place. A merged file that is read is mapped.
 
 import errno
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
@@ -148,6 +147,8 @@ def _as_tensor(content: bytes) -> torch.Tensor:
 def export_hf(checkpoint: Checkpoint, hf_dir: Path) -> None:
     """The weights of a checkpoint folder or merged file -> a Hugging Face folder, in the dtype of its configuration.
 
+    Vectors that no step has changed, as what corrects a router's scores, keep the float32 that they were read in.
+
     Raises:
         NoRoom: the disk has no room for it.
         CheckpointError: the shards can't be read, or the configuration names no dtype.
@@ -156,15 +157,18 @@ def export_hf(checkpoint: Checkpoint, hf_dir: Path) -> None:
     with whole_folder(hf_dir) as aside, _saying_no_room():
         _write_hf_files(checkpoint, aside)
         dtype = _config_dtype(aside / "config.json")
-        split = split_torch_state_dict_into_shards(
-            {name: torch.empty(size, dtype=dtype, device="meta") for name, size in sizes.items()}
-        )
+        untrained = _untrained(checkpoint, [name for name, size in sizes.items() if len(size) < 2])
+        tensors = {
+            name: torch.empty(size, dtype=torch.float32 if name in untrained else dtype, device="meta")
+            for name, size in sizes.items()
+        }
+        split = split_torch_state_dict_into_shards(tensors)
         with tqdm(total=len(sizes), desc="writing safetensors", unit="tensor") as bar:
             for file, names in split.filename_to_tensors.items():
-                places = lay_out_safetensors(aside / file, {name: sizes[name] for name in names}, dtype)
+                places = lay_out_safetensors(aside / file, {name: tensors[name] for name in names})
                 with open(aside / file, "r+b") as opened:
                     for name in names:
-                        _write(opened, places[name], read(name).to(dtype))
+                        _write(opened, places[name], read(name).to(tensors[name].dtype))
                         bar.update()
         if split.is_sharded:
             index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
@@ -181,6 +185,16 @@ def _weights(checkpoint: Checkpoint) -> tuple[dict[str, torch.Size], Callable[[s
     stored = {name.removeprefix(prefix): facts for name, facts in stored_tensors(reader) if name.startswith(prefix)}
     sizes = {name: facts.size for name, facts in stored.items()}
     return sizes, lambda name: _read_tensor(reader, prefix + name, stored[name])
+
+
+def _untrained(checkpoint: Checkpoint, names: list[str]) -> set[str]:
+    """The weights that the optimizer has made no step of."""
+    steps = {f"optimizer/{name}/step": torch.ones(()) for name in names}
+    if checkpoint.merged:
+        steps = {name: checkpoint.merged["optimizer"][name.removeprefix("optimizer/")] for name in steps}
+    else:
+        read_shards(ClosedReader(checkpoint.path), steps, no_dist=True)
+    return {name for name in names if not steps[f"optimizer/{name}/step"]}
 
 
 def _write_hf_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -211,7 +225,7 @@ def _config_dtype(config: Path) -> torch.dtype:
 SAFETENSORS_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def lay_out_safetensors(file: Path, sizes: Mapping[str, torch.Size], dtype: torch.dtype) -> dict[str, int]:
+def lay_out_safetensors(file: Path, tensors: Mapping[str, torch.Tensor]) -> dict[str, int]:
     """Writes a file of safetensors (https://github.com/huggingface/safetensors, 'Format') but for the tensors' bytes.
 
     Returns:
@@ -219,10 +233,10 @@ def lay_out_safetensors(file: Path, sizes: Mapping[str, torch.Size], dtype: torc
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     places, end = {}, 0
-    for name, size in sizes.items():
-        places[name], end = end, end + math.prod(size) * dtype.itemsize
+    for name, tensor in tensors.items():
+        places[name], end = end, end + tensor.nbytes
         offsets = [places[name], end]
-        header[name] = {"dtype": SAFETENSORS_NAMES[dtype], "shape": list(size), "data_offsets": offsets}
+        header[name] = {"dtype": SAFETENSORS_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
     text = json.dumps(header).encode()
     text = text.ljust(-(-len(text) // 8) * 8)
     with open(file, "wb") as opened:

@@ -153,13 +153,15 @@ def make_mesh(device: torch.device, plan_size: int) -> DeviceMesh:
 def shard_with_fsdp(
     module: nn.Module, layers_path: str, compute_dtype: torch.dtype, device: torch.device, plan_sharded: Iterable[str]
 ) -> None:
-    """Shards each layer over all ranks, then the root, except for the plan-sharded weights.
+    """Shards each layer over all ranks, then the root, except for the plan-sharded weights, and vectors that nothing
+    trains, as what corrects a router's scores: each rank has these whole, in float32.
 
     Layers come before the root, which then holds only what they leave, the embedding and the head: a layer's weights
     are gathered only while it runs.
     """
     ranks = init_device_mesh(device.type, (dist.get_world_size(),), mesh_dim_names=("ranks",))
     ignored = {module.get_parameter(name) for name in plan_sharded}
+    ignored |= {weight for weight in module.parameters() if not weight.requires_grad and weight.dim() < 2}
     # Inputs are not cast: the generated code has the model's own casts, and cos and sin may be float32 by design.
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
     layers = module.get_submodule(layers_path).children() if layers_path else ()
