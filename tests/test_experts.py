@@ -204,5 +204,22 @@ def test_experts_that_the_program_does_not_compute_are_refused_in_a_sentence():
     module._apply_gate = lambda product: product.chunk(2, -1)[0].sin()
     with pytest.raises(ModelError, match="^MixtralExperts has a gate or a norm of its own.*; choose another model"):
         arguments_of(module)
-    with pytest.raises(ModelError, match="^the experts of JetMoeForCausalLM are none that.*; choose another model"):
+    with pytest.raises(ModelError, match="^the experts of JetMoeForCausalLM are computed by code of.*; choose another"):
         build_model(tiny_config("jetmoe"), torch.float32)
+
+
+@pytest.mark.parametrize("limit", [0.5, 24, 100.0])
+def test_a_limit_of_the_gate_is_found_however_large_it_is(limit):
+    module = transformers_experts(GptOssExperts, 2, 4, 8, torch.float32)
+    module.limit = limit
+    assert arguments_of(module)["limit"] == limit
+
+
+def test_weights_that_transformers_keeps_in_float32_are_so_if_nothing_trains_them_and_else_are_refused_in_bf16():
+    model = build_model(tiny_config("deepseek_v3"), torch.bfloat16).model
+    corrections = [p for name, p in model.named_parameters() if name.endswith("e_score_correction_bias")]
+    assert corrections
+    assert {(p.dtype, p.requires_grad) for p in corrections} == {(torch.float32, False)}
+    build_model(tiny_config("ernie4_5_moe"), torch.float32)
+    with pytest.raises(ModelError, match=r"^transformers keeps 'model.layers.*gate.weight' of Ernie4_5_MoeForCausalLM"):
+        build_model(tiny_config("ernie4_5_moe"), torch.bfloat16)

@@ -5,6 +5,7 @@ says how they lie. What it computes between its products is its own: that is run
 gate of ours that gives the same. Routers and shared experts are traced as what they are.
 """
 
+import math
 from collections.abc import Iterator
 from itertools import product
 from typing import Any
@@ -17,7 +18,7 @@ from longctx.errors import ModelError
 from longctx.kernels.experts import ACTIVATIONS, Gate, experts
 
 REGISTERED_NAME = "annotated"  # what models are told as experts_implementation
-SPREAD = 8.0  # of the random numbers by which gates are compared, so that limits show
+LEAST_SPREAD = 8.0  # of the random numbers by which gates are compared
 
 
 def route_experts(model: PreTrainedModel, imbalance: float) -> None:
@@ -31,8 +32,8 @@ def route_experts(model: PreTrainedModel, imbalance: float) -> None:
             module.told_to_experts = arguments_of(module) | ({} if imbalance == 1 else {"imbalance": imbalance})
         elif path.rsplit(".", 1)[-1] == "experts":
             raise ModelError(
-                f"the experts of {type(model).__name__} are none that transformers lets another function compute, and "
-                "which of its weights a token meets is not known before it runs; choose another model"
+                f"the experts of {type(model).__name__} are computed by code of its own, and this program has a "
+                "partition of those only that take a function from transformers' registry; choose another model"
             )
 
 
@@ -73,7 +74,11 @@ def arguments_of(module: Any) -> dict[str, Any]:
 
 def _gates(module: Any) -> Iterator[Gate]:
     """The gates that a module may have, whose numbers are among its attributes."""
-    numbers = {value for value in vars(module).values() if isinstance(value, float) and value > 0}
+    numbers = {
+        float(value)
+        for name, value in vars(module).items()
+        if (isinstance(value, float) or (type(value) is int and "limit" in name)) and value > 0
+    }
     if not module.has_gate:
         yield from (Gate(activation, gated=False) for activation in ACTIVATIONS)
         return
@@ -83,8 +88,11 @@ def _gates(module: Any) -> Iterator[Gate]:
 
 
 def _is_gate_of(module: Any, gate: Gate) -> bool:
-    """Whether a module computes what a gate does."""
-    x = SPREAD * torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    """Whether a module computes what a gate does, of small numbers and of such as are beyond all limits that it has."""
+    numbers = [abs(v) for v in vars(module).values() if isinstance(v, (int, float)) and math.isfinite(v)]
+    spread = 2 * max([LEAST_SPREAD, *numbers])
+    x = torch.randn(16, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    x = torch.cat((x, LEAST_SPREAD * x, spread * x))
     compute = module._apply_gate if module.has_gate else module.act_fn
     with torch.no_grad():
         expected = compute(x)
