@@ -1,6 +1,7 @@
 """Mixtures of experts: each token's experts compute what transformers' own do, and whole models are what they are."""
 
 import re
+import weakref
 from functools import partial
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from plans import Case, check_cases, random_assignment, trace_family
 from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -18,7 +21,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from longctx.compiler.cost import even_flops, flops_of_busiest
-from longctx.compiler.ir import Graph, Op, Tensor, storage_of
+from longctx.compiler.ir import Graph, Op, Tensor, nbytes, storage_of
 from longctx.compiler.lifetimes import saved_besides, saved_tensors
 from longctx.compiler.localize import Assignment, localize
 from longctx.compiler.ops import legal_partitions, spec_of, target_of, told_share
@@ -112,10 +115,11 @@ def test_autograd_saves_the_inputs_and_the_first_product_as_the_compiler_counts_
     saved = {}
     with saved_tensors_hooks(lambda t: saved.setdefault(storage_of(t), t), lambda t: t):
         experts(*call)
-    assert {storage_of(t) for t in call} <= set(saved)
-    assert saved_tensors(op) == list(inputs)
-    besides = sum(t.nbytes for t in saved.values()) - sum(t.nbytes for t in call)
-    assert besides == sum(share * 6 * 4 * 4 for share in saved_besides(op).values()) == 12 * 16 * 4
+    assert {storage_of(t) for t in call if t is not call[1]} <= set(saved)
+    assert saved_tensors(op) == [inputs[0], *inputs[2:]]
+    ends = 4 * 4  # which are not counted
+    besides = sum(t.nbytes for t in saved.values()) - sum(t.nbytes for t in call if t is not call[1]) - ends
+    assert besides == sum(share * 6 * 4 * 4 for share in saved_besides(op).values()) == 12 * (16 * 4 + 8)
 
 
 def test_the_flops_are_those_of_the_experts_that_tokens_chose():
@@ -144,6 +148,76 @@ def test_a_layer_that_keeps_its_experts_output_computes_no_product_of_them_again
         counts.append(counter.get_total_flops())
     torch.testing.assert_close(*gradients)
     assert counts[0] / counts[1] == pytest.approx(4 / 3)  # forward, forward again and twice that for the gradients
+
+
+@pytest.mark.parametrize("starts", [(), (1,)])
+def test_gradients_are_of_the_experts_that_were_chosen_when_a_layer_computed_again_would_choose_others(starts):
+    x, chosen, *weights = random_call(n_experts=4)
+    if starts:
+        weights[1:] = [weight[1:3].detach().requires_grad_() for weight in weights[1:]]
+    others = torch.cat(((chosen[:1] + 1) % 4, chosen[1:]))
+    expected = torch.autograd.grad(experts(x, chosen, *weights, starts=starts).sum(), [x, *weights])
+
+    runs = iter((chosen, others))
+    output = checkpoint(
+        lambda x: kept("mlp.experts", experts, x, next(runs), *weights, starts=starts),
+        x,
+        use_reentrant=False,
+        context_fn=keep("mlp.experts"),
+    )
+    assert all(map(torch.equal, torch.autograd.grad(output.sum(), [x, *weights]), expected))
+
+
+class Live(TorchDispatchMode):
+    """Counts the bytes of all storages made inside, and what they are at most at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.known: set[int] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {storage_of(t) for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)}
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and storage_of(tensor) not in given | self.known:
+                storage, key = tensor.untyped_storage(), storage_of(tensor)
+                self.known.add(key)
+                self.bytes += storage.nbytes()
+                weakref.finalize(storage, self.free, key, storage.nbytes())
+        self.peak = max(self.peak, self.bytes)
+        return result
+
+    def free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.bytes -= size
+
+
+GPT_OSS = {"interleaved": True, "slope": 1.702, "limit": 7.0, "offset": 1.0}
+
+
+@pytest.mark.parametrize(("d", "f"), [(512, 8), (8, 512), (64, 64)])
+@pytest.mark.parametrize("gate", [{}, GPT_OSS, {"gated": False, "activation": "relu2"}])
+def test_the_bytes_that_experts_hold_at_most_are_those_that_the_compiler_counts(d, f, gate):
+    """In bfloat16, with a router's weights in float32, less what has a price of its own: outputs and gradients."""
+    x, chosen, weights, gate_up, down = random_call(256, 2, 2, d, f)
+    gate_up = gate_up if gate.get("gated", True) else gate_up[:, :f]
+    call = [t.detach().bfloat16().requires_grad_() for t in (x, weights, gate_up, down)]
+    call = [call[0], chosen, call[1].detach().float().requires_grad_(), *call[2:]]
+    inputs = tuple(Tensor(f"x{i}", tuple(t.shape), t.dtype, t.requires_grad) for i, t in enumerate(call))
+    op = Op(target_of(experts), inputs, gate, (Tensor("y", tuple(x.shape), torch.bfloat16, True),), "", None)
+    counted = {
+        phase: sum(share * nbytes(t) for t, share in spec_of(op).workspace(op, phase).items())
+        for phase in ("forward", "backward")
+    }
+    with Live() as forward:
+        output = experts(*call, **gate)
+    saved, upstream = forward.bytes - output.nbytes, torch.ones_like(output)
+    with Live() as backward:
+        gradients = torch.autograd.grad(output, [t for t in call if t.requires_grad], upstream)
+    own = sum(gradient.nbytes for gradient in gradients)
+    assert forward.peak - saved - output.nbytes <= counted["forward"]
+    assert 0.8 * counted["backward"] <= backward.peak - own <= counted["backward"]
 
 
 def test_the_busiest_of_ranks_with_experts_of_their_own_has_its_part_and_more_by_the_imbalance():

@@ -20,11 +20,12 @@ from torch.autograd.function import once_differentiable
 
 from longctx.compiler.ir import FlatGraph, Op, OwnStarts, Tensor
 from longctx.compiler.ops.registered import arguments_of, register_op, target_of
-from longctx.compiler.ops.spec import FLOAT32_BYTES, Flops, Shares, Told, always, draws_nothing, saves_inputs
+from longctx.compiler.ops.spec import Flops, Shares, Told, always, draws_nothing
 from longctx.kernels.kept import computed_once
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "relu", "relu2")
 KERNEL_DTYPES = (torch.bfloat16, torch.float16, torch.float32)  # of PyTorch's grouped product
+PLACE_BYTES = 8  # of an int64
 ALIGNMENT = 16  # bytes of which its rows have to be a multiple
 
 
@@ -109,19 +110,24 @@ class _Rows:
 
     Attributes:
         pairs: of each row, [rows] int64: token * k + the place of the choice among the token's.
-        tokens: of each row, [rows] int64.
-        experts: of each row, [rows] int64, counted from the first whose weights are there.
         ends: behind the last row of each expert, [experts] int32.
+        tokens: of each row, [rows] int64.
     """
 
     pairs: torch.Tensor
-    tokens: torch.Tensor
-    experts: torch.Tensor
     ends: torch.Tensor
+    tokens: torch.Tensor
+
+    @property
+    def experts(self) -> torch.Tensor:
+        """Of each row, [rows] int64, counted from the first whose weights are there."""
+        places = torch.arange(self.pairs.shape[0], dtype=self.ends.dtype, device=self.ends.device)
+        return torch.searchsorted(self.ends, places, right=True)
 
 
-def _rows_of(top_k_index: torch.Tensor, n_experts: int, first: int | None) -> _Rows:
-    """The rows of all experts; with `first`, of the n_experts from there on, for whose number the host waits."""
+def _sorted_pairs(top_k_index: torch.Tensor, n_experts: int, first: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pairs and ends of the rows of all experts; with `first`, of the n_experts from there on, for whose number the
+    host waits."""
     chosen = top_k_index.flatten()
     if first is not None:
         chosen = chosen - first
@@ -133,60 +139,72 @@ def _rows_of(top_k_index: torch.Tensor, n_experts: int, first: int | None) -> _R
         n_rows = int(ends[-1])
         for observe in observers:
             observe(n_rows / top_k_index.numel())
-        chosen, pairs = chosen[:n_rows], pairs[:n_rows]
-    return _Rows(pairs, pairs // top_k_index.shape[1], chosen, ends)
+        pairs = pairs[:n_rows].clone()  # so that those of other ranks' experts are not saved with them
+    return pairs, ends
 
 
 observers: list[Callable[[float], None]] = []  # are told which share of all rows those of a part of the experts are
 
 
 class _Experts(torch.autograd.Function):
-    """Saves the inputs and the first product; all else is computed again from these, at the cost of no product."""
+    """Saves the inputs, the rows' order and the first product; all else is computed again from these, at the cost of no
+    product.
+
+    The order is saved with the product that it is the order of: where a layer is computed again, its router may give
+    another expert to a token for which two are nearly as likely.
+    """
 
     @staticmethod
     def forward(ctx, x, index, weights, gate_up, down, gate_up_bias, down_bias, gate, transposed, first):
-        ctx.gate, ctx.transposed, ctx.first = gate, transposed, first
+        ctx.gate, ctx.transposed = gate, transposed
 
-        def compute() -> tuple[torch.Tensor, torch.Tensor]:
-            rows = _rows_of(index, gate_up.shape[0], first)
-            product = _products(x[rows.tokens], _inner_first(gate_up, transposed), rows.ends)
+        def compute() -> tuple[torch.Tensor, ...]:
+            pairs, ends = _sorted_pairs(index, gate_up.shape[0], first)
+            rows = _Rows(pairs, ends, pairs // index.shape[1])
+            product = _products(x[rows.tokens], _inner_first(gate_up, transposed), ends)
             product = _with_bias(product, gate_up_bias, rows)
-            result = _products(gate(product), _inner_first(down, transposed), rows.ends)
-            result = _with_bias(result, down_bias, rows) * weights.flatten()[rows.pairs].unsqueeze(1)
-            return _sum_of_tokens(result, rows, x), product
+            result = _products(gate(product), _inner_first(down, transposed), ends)
+            result = _with_bias(result, down_bias, rows).mul_(_weights_of(rows, weights))
+            return _sum_of_tokens(result, rows, x), product, pairs, ends
 
-        output, product = computed_once(compute)
-        ctx.save_for_backward(x, index, weights, gate_up, down, gate_up_bias, down_bias, product)
+        output, product, pairs, ends = computed_once(compute)
+        ctx.save_for_backward(x, weights, gate_up, down, gate_up_bias, down_bias, product, pairs, ends)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        x, index, weights, gate_up, down, gate_up_bias, down_bias, product = ctx.saved_tensors
-        rows = _rows_of(index, gate_up.shape[0], ctx.first)
-        scale = weights.flatten()[rows.pairs].unsqueeze(1)
+        x, weights, gate_up, down, gate_up_bias, down_bias, product, pairs, ends = ctx.saved_tensors
+        rows = _Rows(pairs, ends, pairs // weights.shape[1])
+        scale = _weights_of(rows, weights)
         product = product.detach().requires_grad_()
         with torch.enable_grad():
             hidden = ctx.gate(product)
 
         gradient = gradient[rows.tokens]  # of each row, before it is multiplied by the row's weight
-        of_hidden = _products(gradient, _inner_first(down, ctx.transposed).mT, rows.ends)
+        of_hidden = _products(gradient, _inner_first(down, ctx.transposed).mT, ends)
         of_scale = (of_hidden * hidden.detach()).sum(-1, dtype=_accumulator(x))
         if down_bias is not None:
             of_scale += (gradient * down_bias[rows.experts]).sum(-1, dtype=_accumulator(x))
         of_weights = torch.zeros_like(weights)
-        of_weights.view(-1)[rows.pairs] = of_scale.to(weights.dtype)
+        of_weights.view(-1)[pairs] = of_scale.to(weights.dtype)
 
-        gradient = (gradient * scale).to(x.dtype)
-        of_down = _weight_gradients(gradient, hidden.detach(), rows.ends, ctx.transposed)
+        gradient.mul_(scale)
+        of_hidden.mul_(scale)
+        of_down = _weight_gradients(gradient, hidden.detach(), ends, ctx.transposed)
         of_down_bias = _bias_gradients(gradient, down_bias, rows)
-        (of_product,) = torch.autograd.grad(hidden, product, (of_hidden * scale).to(x.dtype))
-        del hidden, of_hidden, gradient
-        of_gate_up = _weight_gradients(of_product, x[rows.tokens], rows.ends, ctx.transposed)
+        del gradient
+        (of_product,) = torch.autograd.grad(hidden, product, of_hidden)
+        del hidden, of_hidden
+        of_gate_up = _weight_gradients(of_product, x[rows.tokens], ends, ctx.transposed)
         of_gate_up_bias = _bias_gradients(of_product, gate_up_bias, rows)
-        of_rows = _products(of_product, _inner_first(gate_up, ctx.transposed).mT, rows.ends)
-        of_x = _sum_of_tokens(of_rows, rows, x)
+        of_x = _sum_of_tokens(_products(of_product, _inner_first(gate_up, ctx.transposed).mT, ends), rows, x)
         return of_x, None, of_weights, of_gate_up, of_down, of_gate_up_bias, of_down_bias, None, None, None
+
+
+def _weights_of(rows: _Rows, weights: torch.Tensor) -> torch.Tensor:
+    """Of each row the weight that it has in its token's sum: [n, k] -> [rows, 1]."""
+    return weights.flatten()[rows.pairs].unsqueeze(1)
 
 
 def _inner_first(weight: torch.Tensor, transposed: bool) -> torch.Tensor:
@@ -200,9 +218,16 @@ def _accumulator(x: torch.Tensor) -> torch.dtype:
 
 
 def _sum_of_tokens(values: torch.Tensor, rows: _Rows, like: torch.Tensor) -> torch.Tensor:
-    """For each token the sum of its rows, added up in float32: [rows, d] -> the shape and dtype of `like`, [n, d]."""
-    total = torch.zeros(like.shape, dtype=_accumulator(like), device=like.device)
-    return total.index_add_(0, rows.tokens, values.to(total.dtype)).to(like.dtype)
+    """For each token the sum of its rows: [rows, d] -> the shape of `like`, [n, d].
+
+    Its rows are brought together and added up in float32, always in one order, where adding each row to its token's sum
+    would have the order that a GPU happens to run in.
+    """
+    if not values.shape[0]:
+        return torch.zeros_like(like)
+    tokens, order = rows.tokens.sort(stable=True)
+    starts = torch.searchsorted(tokens, torch.arange(like.shape[0], device=tokens.device))
+    return F.embedding_bag(order, values, starts, mode="sum")
 
 
 def _with_bias(values: torch.Tensor, bias: torch.Tensor | None, rows: _Rows) -> torch.Tensor:
@@ -210,11 +235,11 @@ def _with_bias(values: torch.Tensor, bias: torch.Tensor | None, rows: _Rows) -> 
 
 
 def _bias_gradients(gradient: torch.Tensor, bias: torch.Tensor | None, rows: _Rows) -> torch.Tensor | None:
-    """For each expert the sum of its rows' gradients: [rows, f] -> [experts, f]."""
-    if bias is None:
-        return None
-    total = torch.zeros(bias.shape, dtype=_accumulator(bias), device=bias.device)
-    return total.index_add_(0, rows.experts, gradient.to(total.dtype)).to(bias.dtype)
+    """For each expert the sum of its rows' gradients, added up as `_sum_of_tokens` does: [rows, f] -> [experts, f]."""
+    if bias is None or not gradient.shape[0]:
+        return None if bias is None else torch.zeros_like(bias)
+    starts = F.pad(rows.ends[:-1].long(), (1, 0))
+    return F.embedding_bag(torch.arange(gradient.shape[0], device=gradient.device), gradient, starts, mode="sum")
 
 
 # --- products of groups of rows --------------------------------------------------------------------------------------
@@ -321,46 +346,56 @@ def _widths(op: Op) -> tuple[int, int, int]:
     return d, prod(op.inputs[3].shape[1:]) // d, prod(op.inputs[4].shape[1:]) // d
 
 
+def saves(op: Op) -> list[Tensor]:
+    """All but what the tokens chose, which the rows' order tells."""
+    return [tensor for place, tensor in enumerate(op.inputs) if place != 1]
+
+
 def saves_besides(op: Op) -> Shares:
-    """The first product."""
+    """The first product, and the order of its rows. Where the rows of each expert end is too little to count."""
     _, product, _ = _widths(op)
-    return _of_rows(op, product, op.inputs[0].dtype.itemsize)
+    itemsize = op.inputs[0].dtype.itemsize
+    return _of_rows(op, product + PLACE_BYTES / itemsize, itemsize)
 
 
 def workspace(op: Op, phase: str) -> Shares:
-    """What is held of each row at most, with five int64 for places while they are sorted; and the sum over a token's
-    rows in float32.
+    """What is held of each row at most, with five int64 for places while they are sorted.
 
-    In the forward these are what the second product takes, what it gives, and that times the weights in float32; in the
-    backward the gradient of the output before and after it is weighted, of what the second product takes and that
-    itself, and the gradient of the first product with its halves.
+    In the forward that is what the gate makes, or what the second product takes and gives. In the backward it is the
+    largest of: the gradient of the output, of what the second product takes, and their product with what was taken; the
+    same with the second bias and its product; what the gate and its gradient make; and the gradients of the first
+    product and of what that takes.
     """
     d, product, hidden = _widths(op)
+    told = arguments_of(op)
+    is_plain = told["slope"] == 1.0 and not told["limit"] and not told["offset"]
+    of_gate = 2 if is_plain else 4  # that autograd keeps, each as large as what the second product takes
+    has_bias = len(op.inputs) > 5
+    if phase == "forward":
+        numbers = max((of_gate if is_plain else of_gate + 1) * hidden, hidden + (2 if has_bias else 1) * d)
+    else:
+        weighting = max((of_gate + 2) * hidden + d, (of_gate + 1) * hidden + (3 if has_bias else 1) * d)
+        numbers = max(weighting, (of_gate + 4) * hidden, product + d)
     itemsize = op.inputs[0].dtype.itemsize
-    float32 = FLOAT32_BYTES / itemsize
-    numbers = hidden + d + float32 * d if phase == "forward" else 2 * d + 3 * hidden + product
-    return _of_rows(op, numbers + 5 * 8 / itemsize, itemsize) | {op.outputs[0]: float32}
+    return _of_rows(op, numbers + 5 * PLACE_BYTES / itemsize, itemsize)
 
 
 def passes(op: Op, phase: str) -> Shares:
-    """What is read and written around the products: rows are gathered, weighted, and added up in float32.
+    """What is read and written around the products: rows are gathered, weighted, brought together and added up.
 
     The backward gathers gradients and rows, weights them, and computes the gate again, with its gradient.
     """
     d, product, hidden = _widths(op)
-    itemsize = op.inputs[0].dtype.itemsize
-    float32 = FLOAT32_BYTES / itemsize
     of_gate = product + hidden if phase == "forward" else 3 * product + 6 * hidden
-    gathered_and_weighted = (3 + float32) * d if phase == "forward" else 6 * d
-    numbers = of_gate + gathered_and_weighted + 3 * float32 * d
-    return _of_rows(op, numbers, itemsize) | {op.outputs[0]: 2 * float32 + 1}
+    gathered_and_weighted = 4 * d if phase == "forward" else 6 * d
+    return _of_rows(op, of_gate + gathered_and_weighted + d, op.inputs[0].dtype.itemsize) | {op.outputs[0]: 1.0}
 
 
 register_op(
     "n d^, n k^, n k^, e+ p^ q^, e+ r^ s^, e+ t^, e+ u^ -> n d^",
     flops=flops,
     passes=passes,
-    saves=saves_inputs,
+    saves=saves,
     saves_besides=saves_besides,
     workspace=workspace,
     draws_random=draws_nothing,
