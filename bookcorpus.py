@@ -13,6 +13,10 @@ out. A column beside the tokens has the places at which documents begin. What wa
 and recorded in corpus.json beside the rows. With --group_by repo,path all rows of the data that have the same `repo`
 are one document, joined in the order of `path`.
 
+Where the data has no text but a column of `messages` or `conversations`, each conversation is written by the
+tokenizer's chat template, and another column says which tokens are the assistant's: these alone are learned. Rows are
+made of whole conversations, and filled up with padding.
+
 A document that can't be read ends the script before any is tokenized, since all are read once to see whether they can
 be; with --skip_bad_documents it is left out instead and counted.
 """
@@ -27,6 +31,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -40,14 +45,16 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from longctx.atomic import whole_folder, why_not_new
 from longctx.command_line import MOST_TOKENS, Cause, naming_options, option, parse
-from longctx.data.corpus import Corpus, open_corpus
+from longctx.data.chats import chat_template, fill_rows, padded, parts_of_rows, read_chat
+from longctx.data.corpus import Corpus, choose_columns, open_corpus
 from longctx.data.documents import Columns
 from longctx.data.groups import joined_groups
 from longctx.data.packing import document_lengths
 from longctx.data.rows import BEGINS, record_corpus
-from longctx.data.tokens import Tokens, tokenize
+from longctx.data.tokens import Tokens, tokenize, tokenize_chats
 from longctx.errors import (
     BadDocument,
+    ChatTemplateError,
     ColumnError,
     ConfigNameError,
     DocumentsError,
@@ -59,6 +66,8 @@ from longctx.errors import (
     some_of,
 )
 
+TEXT, MESSAGES = "text", ("messages", "conversations")  # the columns that are read where none is named
+LEARNED = "assistant_masks"  # the column of which tokens are learned, by the name that transformers has for it
 BLOCK = 2**22  # tokens that are packed and written at a time (16 MiB)
 BLOCKS_PER_SHARD = 32  # blocks of one .arrow file (512 MiB)
 CORES = (len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()) or 1
@@ -67,6 +76,7 @@ CAUSES = {
     DocumentsError: Cause("data_path_or_name"),
     ColumnError: Cause("data_path_or_name", "name a column of text with --text_key"),
     GroupError: Cause("group_by"),
+    ChatTemplateError: Cause("tokenizer_path_or_name", "name that of a chat model"),
     BadDocument: Cause("data_path_or_name", "mend it, or leave out what can't be read with --skip_bad_documents"),
     SplitError: Cause("data_path_or_name", "name one of them with --split, or take all files with --split all"),
     ConfigNameError: Cause("data_path_or_name", "name one with --config_name, or leave the option out"),
@@ -85,7 +95,9 @@ class Asked:
     )  # it takes two to predict one
     split: str | None = option(None, "split of the data to read, or all (default: train)")
     config_name: str | None = option(None, "configuration of the data, where its README has several")
-    text_key: str = option("text", "column that holds the text")
+    text_key: str | None = option(
+        None, "column that holds the text, or messages (default: text, messages or conversations, which there is)"
+    )
     group_by: tuple[str, ...] | None = option(
         None, "two columns, as in repo,path: rows equal in the first are one document, joined in the second's order"
     )
@@ -110,11 +122,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def summary(corpus: dict, asked: Asked, seconds: float) -> str:
     """What was made of what, and what was left out and why; `corpus` is what corpus.json records."""
-    marks = {"begins with": corpus["bos_token"], "ends with": corpus["eos_token"]}
     lines = [
         f"{corpus['documents']:,} documents, {corpus['tokens']:,} tokens -> {corpus['rows']:,} rows of"
         f" {asked.sequence_length:,} tokens in {asked.save_path}",
-        f"each document {' and '.join(f'{place} {token}' for place, token in marks.items() if token is not None)}",
+        of_each_document(corpus),
     ]
     if asked.group_by:
         group, order = asked.group_by
@@ -122,7 +133,7 @@ def summary(corpus: dict, asked: Asked, seconds: float) -> str:
     if corpus["files"]:
         lines.append(f"read: {named(corpus['files'], 'files')}")
     left_out = corpus["left_out"] | ({"bad documents": corpus["bad_documents"]} if corpus["bad_documents"] else {})
-    tail, empty = corpus["tail_dropped"], corpus["empty_documents"]
+    tail, empty = corpus.get("tail_dropped", 0), corpus["empty_documents"]
     mean, of_a_token = corpus["document_length"]["mean"], corpus["document_length"]["weighted_mean"]
     lines.append(
         f"documents, cut where rows end, have {mean:,.0f} tokens on average, and a token is in one of {of_a_token:,.0f}"
@@ -132,6 +143,21 @@ def summary(corpus: dict, asked: Asked, seconds: float) -> str:
     speed = corpus["tokens"] / seconds
     lines.append(f"took {seconds:.1f} s: {speed:,.0f} tokens/s on {asked.num_proc} processes")
     return "\n".join(lines)
+
+
+def of_each_document(corpus: dict) -> str:
+    """What tokens a document has besides those of its text; and of conversations, how much of the rows is learned."""
+    if corpus["chat_template"] is None:
+        marks = {"begins with": corpus["bos_token"], "ends with": corpus["eos_token"]}
+        return (
+            f"each document {' and '.join(f'{place} {token}' for place, token in marks.items() if token is not None)}"
+        )
+    padding, all_of = corpus["padding"], corpus["padding"] + corpus["tokens"]
+    return (
+        f"each document is a conversation, written by the chat template: {corpus['learned_tokens']:,} tokens are"
+        f" learned, those of the assistant; {padding:,} tokens of the rows ({padding / all_of:.1%}) are padding;"
+        f" {corpus['split_conversations']:,} conversations are longer than a row and were split"
+    )
 
 
 def named(names: list[str], what: str) -> str:
@@ -176,23 +202,41 @@ def write_corpus(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
         DocumentsError: the data can't be read.
         UserError: its tokens don't fill a row.
     """
-    columns = Columns(asked.text_key, asked.group_by)  # type: ignore[arg-type]
-    corpus = open_corpus(asked.data_path_or_name, columns, asked.split, asked.config_name)
+    corpus = open_corpus(asked.data_path_or_name, asked.split, asked.config_name)
+    columns = choose_columns(corpus, possible_columns(asked, tokenizer))
     if not asked.skip_bad_documents:
-        check_documents(corpus)
+        check_documents(corpus, columns)
     bad: list[str] = []
-    documents = good_documents(corpus, bad)
+    documents = good_documents(corpus, columns, bad)
     with whole_folder(asked.save_path) as folder:
-        sorting = watched(documents, corpus.size, "sorting")
-        with joined_groups(sorting, folder) if asked.group_by else nullcontext(documents) as documents:
-            tokens = tokenize(documents, tokenizer, asked.num_proc)
-            counts = write_rows(folder, tokens, corpus.size, asked.sequence_length)
+        if columns.read_chat:
+            chats = good_chats(tokenize_chats(documents, tokenizer, asked.num_proc), bad, asked.skip_bad_documents)
+            counts = write_rows(folder, chats, corpus.size, asked.sequence_length, padding_of(tokenizer))
+        else:
+            sorting = watched(documents, corpus.size, "sorting")
+            with joined_groups(sorting, folder) if asked.group_by else nullcontext(documents) as documents:
+                tokens = tokenize(documents, tokenizer, asked.num_proc)
+                counts = write_rows(folder, tokens, corpus.size, asked.sequence_length)
         if not counts["rows"]:
             raise UserError(too_short(counts["tokens"], asked.sequence_length, bad))
         sources = {"files": corpus.read, "left_out": corpus.left_out, "bad_documents": bad}
-        facts = provenance(asked, tokenizer) | counts | sources
+        facts = provenance(asked, columns, tokenizer) | counts | sources
         record_corpus(folder, facts)
     return facts
+
+
+def possible_columns(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> list[Columns]:
+    """What may be read: text, or conversations, which are not joined with others."""
+    text = Columns(asked.text_key or TEXT, asked.group_by)  # type: ignore[arg-type]  # check saw that it is two
+    if asked.group_by:
+        return [text]
+    names = (asked.text_key,) if asked.text_key else MESSAGES
+    return [text, *(Columns(name, read_chat=partial(read_chat, tokenizer)) for name in names)]
+
+
+def padding_of(tokenizer: PreTrainedTokenizerFast) -> int:
+    """The token that rows are filled up with. Nothing is learned of it, but it has to be in the model's vocabulary."""
+    return tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
 
 
 def too_short(tokens: int, sequence_length: int, bad: list[str]) -> str:
@@ -200,9 +244,9 @@ def too_short(tokens: int, sequence_length: int, bad: list[str]) -> str:
     return f"the corpus has {tokens:,} tokens, too few for a row of {sequence_length:,}{skipped}"
 
 
-def check_documents(corpus: Corpus) -> None:
+def check_documents(corpus: Corpus, columns: Columns) -> None:
     """Reads all documents, and raises the error of the first that can't be: now, and not after hours of tokenizing."""
-    for document, _ in watched(corpus.documents(), corpus.size, "checking"):
+    for document, _ in watched(corpus.documents(columns), corpus.size, "checking"):
         if isinstance(document, DocumentsError):
             raise document
 
@@ -215,20 +259,30 @@ def watched(documents: Iterator[tuple[Any, int]], size: int, doing: str) -> Iter
             bar.update(share)
 
 
-def good_documents(corpus: Corpus, bad: list[str]) -> Iterator[tuple[Any, int]]:
+def good_documents(corpus: Corpus, columns: Columns, bad: list[str]) -> Iterator[tuple[Any, int]]:
     """The documents that can be read, or what is to be joined to documents; of all others `bad` gets where and why."""
-    for document, share in corpus.documents():
+    for document, share in corpus.documents(columns):
         if isinstance(document, DocumentsError):
             bad.append(str(document))
         else:
             yield document, share
 
 
-def provenance(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
+def good_chats(tokens: Iterator[Tokens], bad: list[str], skip_bad: bool) -> Iterator[Tokens]:
+    """The tokens of conversations. Of each that is not among them `bad` gets which and why, if these are skipped."""
+    for some in tokens:
+        if some.bad and not skip_bad:
+            raise BadDocument(some.bad[0])
+        bad.extend(some.bad)
+        yield some
+
+
+def provenance(asked: Asked, columns: Columns, tokenizer: PreTrainedTokenizerFast) -> dict:
     """What the rows are made from and with, to be recorded beside them."""
     return {
         "data": asked.data_path_or_name,
-        "text_key": asked.text_key,
+        "text_key": columns.text,
+        "chat_template": chat_template(tokenizer) if columns.read_chat else None,
         "group_by": asked.group_by,
         "split": asked.split,
         "config_name": asked.config_name,
@@ -241,35 +295,58 @@ def provenance(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> dict:
     }
 
 
-def write_rows(folder: Path, tokens: Iterable[Tokens], size: int, sequence_length: int) -> dict:
+@dataclass(frozen=True)
+class Block:
+    """Whole rows: their token ids, int32, and the indices at which documents begin among them, int64; of conversations
+    also which tokens are learned, bool."""
+
+    ids: np.ndarray
+    begins: np.ndarray
+    learned: np.ndarray | None = None
+
+
+def write_rows(
+    folder: Path, tokens: Iterable[Tokens], size: int, sequence_length: int, padding: int | None = None
+) -> dict:
     """Writes the rows into `folder` as the `datasets` library saves a dataset; returns the counts for corpus.json.
 
-    `size` is that of the corpus, for the progress bar.
+    Args:
+        size: that of the corpus, for the progress bar.
+        padding: the token that fills up rows of conversations; None if documents are cut where rows end.
     """
     import datasets  # here, since --help and a sentence that it is missing do without
 
-    features = datasets.Features({name: datasets.List(datasets.Value("int32")) for name in ("input_ids", BEGINS)})
+    kinds = {"input_ids": "int32", BEGINS: "int32"} | ({} if padding is None else {LEARNED: "int8"})
+    features = datasets.Features({name: datasets.List(datasets.Value(kind)) for name, kind in kinds.items()})
     schema = features.arrow_schema
     counts = {"documents": 0, "empty_documents": 0, "tokens": 0, "rows": 0, "largest_token": -1}
     shards, n_documents, squares = [], 0, 0  # as they are in the rows
-    blocks = packed(counted(tokens, counts, size), sequence_length)
+    read = counted(tokens, counts, size)
+    blocks = packed(read, sequence_length) if padding is None else packed_whole(read, sequence_length, padding, counts)
     for first in blocks:
         shards.append(folder / f"data-{len(shards):05d}.arrow")
         with pa.OSFile(os.fsencode(shards[-1]), "wb") as file, pa.ipc.new_stream(file, schema) as shard:
-            for ids, begins in itertools.chain([first], itertools.islice(blocks, BLOCKS_PER_SHARD - 1)):
-                ends = np.arange(0, len(ids) + 1, sequence_length)  # of rows
-                rows = lists(ids, ends)
-                documents = lists((begins % sequence_length).astype(np.int32), np.searchsorted(begins, ends))
-                shard.write_batch(pa.RecordBatch.from_arrays([rows, documents], schema=schema))
+            for block in itertools.chain([first], itertools.islice(blocks, BLOCKS_PER_SHARD - 1)):
+                shard.write_batch(rows := rows_of(block, sequence_length, schema))
                 counts["rows"] += len(rows)
-                lengths = document_lengths(begins, len(rows), sequence_length)
+                lengths = document_lengths(block.begins, len(rows), sequence_length)
                 n_documents, squares = n_documents + len(lengths), squares + int((lengths**2).sum())
     datasets.DatasetInfo(features=features).write_to_directory(str(folder))
     write_state(folder, shards)
     kept = counts["rows"] * sequence_length
     # Each document counts once for the mean, and each of its tokens for the other, by which attention's work goes.
     length = {"mean": kept / max(n_documents, 1), "weighted_mean": squares / max(kept, 1)}
-    return counts | {"tail_dropped": counts["tokens"] - kept, "document_length": length}
+    left = {"tail_dropped": counts["tokens"] - kept} if padding is None else {"padding": kept - counts["tokens"]}
+    return counts | left | {"document_length": length}
+
+
+def rows_of(block: Block, sequence_length: int, schema: pa.Schema) -> pa.RecordBatch:
+    ends = np.arange(0, len(block.ids) + 1, sequence_length)  # of rows
+    begins = (block.begins % sequence_length).astype(np.int32)
+    columns = [lists(block.ids, ends), lists(begins, np.searchsorted(block.begins, ends))]
+    if block.learned is not None:
+        columns.append(lists(block.learned.astype(np.int8), ends))
+    return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
 def lists(values: np.ndarray, ends: np.ndarray) -> pa.ListArray:
@@ -302,11 +379,8 @@ def progress(size: int, description: str = "") -> tqdm:
     return tqdm(total=size, desc=description, bar_format=form, delay=1, mininterval=interval)
 
 
-def packed(tokens: Iterable[Tokens], sequence_length: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Concatenates tokens and yields blocks of whole rows, of about BLOCK tokens or, if longer, of one row.
-
-    Of each block it yields the token ids, int32, and the indices at which documents begin among them, int64.
-    """
+def packed(tokens: Iterable[Tokens], sequence_length: int) -> Iterator[Block]:
+    """Concatenates tokens and yields blocks of whole rows, of about BLOCK tokens or, if longer, of one row."""
     held, begins, size = [], [], 0
     for some in itertools.chain(tokens, [None]):
         if some is not None:
@@ -316,8 +390,21 @@ def packed(tokens: Iterable[Tokens], sequence_length: int) -> Iterator[tuple[np.
         whole = size - size % sequence_length
         if whole and (size >= BLOCK or some is None):
             ids, starts = np.concatenate(held), np.concatenate(begins)
-            yield ids[:whole], starts[starts < whole]
+            yield Block(ids[:whole], starts[starts < whole])
             held, begins, size = [ids[whole:]], [starts[starts >= whole] - whole], size - whole
+
+
+def packed_whole(tokens: Iterator[Tokens], sequence_length: int, padding: int, counts: dict) -> Iterator[Block]:
+    """Puts whole conversations into rows, and yields blocks of about BLOCK tokens or, if longer, of one row."""
+    counts |= {"split_conversations": 0, "learned_tokens": 0}
+    rows = fill_rows(parts_of_rows(tokens, sequence_length, counts), sequence_length)
+    while some := list(itertools.islice(rows, max(BLOCK // sequence_length, 1))):
+        ids, begins, learned = zip(*(padded(parts, sequence_length, padding) for parts in some), strict=True)
+        begins = [places + row * sequence_length for row, places in enumerate(begins)]
+        block = Block(np.concatenate(ids), np.concatenate(begins), np.concatenate(learned))
+        counts["learned_tokens"] += int(np.count_nonzero(block.learned))
+        counts["largest_token"] = max(counts["largest_token"], padding)
+        yield block
 
 
 def write_state(folder: Path, shards: list[Path]) -> None:

@@ -168,6 +168,10 @@ class ColumnError(DocumentsError):
     """The column that should hold a corpus's text is missing, or holds something else."""
 
 
+class ChatTemplateError(UserError):
+    """A tokenizer's chat template is missing, or can't write conversations."""
+
+
 class GroupError(DocumentsError):
     """A column by which documents are to be joined is missing, or holds something else."""
 

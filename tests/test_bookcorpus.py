@@ -613,6 +613,7 @@ def test_corpus_json_records_what_the_rows_are_made_of_and_the_counts_are_printe
     assert record == {
         "data": str(tmp_path / "data.jsonl"),
         "text_key": "text",
+        "chat_template": None,
         "group_by": None,
         "split": None,
         "config_name": None,

@@ -1,13 +1,14 @@
 """What a document is: a text, whole or in pieces, or the reason why it can't be read.
 
 A document longer than PIECE characters comes as overlapping pieces, so that no document is too long for memory. The
-text of a row that is to be joined with others comes whole, as a Member: groups.py makes documents of these.
+text of a row that is to be joined with others comes whole, as a Member: groups.py makes documents of these. A
+conversation comes whole too, as a Chat, which chats.py makes of its messages.
 """
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from longctx.errors import DocumentsError
 
@@ -24,11 +25,31 @@ class Piece:
 
 
 @dataclass(frozen=True)
+class Chat:
+    """A conversation as a chat template writes it.
+
+    `learned` are the ranges of characters that a model is to learn to write, and `borders` the places at which one
+    token has to end and another to begin.
+    """
+
+    text: str
+    learned: tuple[tuple[int, int], ...] = ()
+    borders: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.text)
+
+
+@dataclass(frozen=True)
 class Columns:
-    """The columns of a row that are read: its text, and, if rows are to be joined, the group and the order in it."""
+    """The columns of a row that are read: its text, and, if rows are to be joined, the group and the order in it.
+
+    `read_chat` makes a conversation of a value in the column `text`, and of the column's name, where it holds messages.
+    """
 
     text: str
     group_by: tuple[str, str] | None = None
+    read_chat: Callable[[Any, str], Chat] | None = None
 
     @property
     def names(self) -> list[str]:
@@ -47,13 +68,13 @@ class Member:
 # (document or piece of one, its share of the corpus's size): the progress bar adds up the shares.
 Documents = Iterator[tuple[str | Piece, int]]
 # The same, with an error where a document can't be read: whoever takes them decides whether to stop there or go on.
-# Where rows are to be joined, each is a Member.
-ReadDocuments = Iterator[tuple[str | Piece | Member | DocumentsError, int]]
+# Where rows are to be joined, each is a Member; where they hold messages, a Chat.
+ReadDocuments = Iterator[tuple[str | Piece | Member | Chat | DocumentsError, int]]
 
 
-def row_documents(text: str | Member, share: int) -> Iterator[tuple[str | Piece | Member, int]]:
-    """The document of a dataset's row, whole or in pieces, or what will be a part of one."""
-    if isinstance(text, Member) or len(text) <= PIECE:
+def row_documents(text: str | Member | Chat, share: int) -> Iterator[tuple[str | Piece | Member | Chat, int]]:
+    """The document of a dataset's row, whole or, if it is a long text, in pieces; or what will be a part of one."""
+    if not isinstance(text, str) or len(text) <= PIECE:
         yield text, share
     else:
         for piece in pieces(io.StringIO(text, newline="")):

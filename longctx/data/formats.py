@@ -21,7 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import types
 
-from longctx.data.documents import Columns, Member, Piece, ReadDocuments, pieces, row_documents
+from longctx.data.documents import Chat, Columns, Member, Piece, ReadDocuments, pieces, row_documents
 from longctx.errors import BadDocument, ColumnError, DocumentsError, GroupError, one_line
 
 BLOCK = 2**20  # bytes or characters that are read at a time
@@ -96,6 +96,9 @@ def by_bytes_read(raw: BinaryIO, documents: Iterator[str | Piece]) -> ReadDocume
 
 
 def read_text(raw: BinaryIO, compression: str, columns: Columns) -> ReadDocuments:
+    if columns.read_chat:
+        yield BadDocument("a file of text has no conversations"), raw.seek(0, io.SEEK_END)
+        return
     if columns.group_by:
         yield GroupError("a file of text has no columns by which to join it with others"), raw.seek(0, io.SEEK_END)
         return
@@ -236,7 +239,7 @@ def skip(text: str, at: int) -> int:
     return space.end()
 
 
-def json_document(row: Any, columns: Columns) -> str | Member:
+def json_document(row: Any, columns: Columns) -> str | Member | Chat:
     """The document of a row; raises what row_document does, with the reason, if it has none."""
     if not isinstance(row, dict):
         raise BadDocument("not a JSON object")
@@ -255,15 +258,20 @@ def check_names(names: Collection[str], columns: Columns) -> None:
             raise error(f"no column {name}, only {', '.join(names) or 'an empty object'}")
 
 
-def row_document(row: dict[str, Any], columns: Columns) -> str | Member:
+def row_document(row: dict[str, Any], columns: Columns) -> str | Member | Chat:
     """The document that a row's values make.
 
     Raises:
         UnicodeDecodeError: bytes of it are not UTF-8.
-        BadDocument: it has what is no character, or it is to be joined with others and doesn't say with which.
+        BadDocument: it has what is no character, or it is to be joined with others and doesn't say with which, or it is
+            a conversation that can't be written.
         ColumnError, GroupError: a column's value is of another type.
     """
     text = row[columns.text]
+    if columns.read_chat:
+        chat = columns.read_chat(text, columns.text)
+        text_of(chat.text)
+        return chat
     if not isinstance(text, str | bytes | None):
         raise ColumnError(f"{columns.text} holds {text!r:.20}, not text")
     if columns.group_by is None:
@@ -352,14 +360,21 @@ def arrow_documents(batch: pa.RecordBatch | pa.Table, columns: Columns, first: i
 def check_columns(schema: pa.Schema, columns: Columns) -> None:
     """Raises ColumnError or GroupError unless the columns are there, and hold what they should.
 
-    That is text, or bytes, which are then read as UTF-8; what rows are joined by may be whole numbers too.
+    That is text, or bytes, which are then read as UTF-8, or messages; what rows are joined by may be whole numbers too.
     """
     check_names(schema.names, columns)
-    if not is_of(TEXT_TYPES, kind := schema.field(columns.text).type):
+    kind = schema.field(columns.text).type
+    if columns.read_chat and not is_list_of_objects(kind):
+        raise ColumnError(f"{columns.text} holds {kind}, not lists of messages")
+    if not columns.read_chat and not is_of(TEXT_TYPES, kind):
         raise ColumnError(f"{columns.text} holds {kind}, not text")
     for name in columns.group_by or ():
         if not is_of((*TEXT_TYPES, types.is_integer), kind := schema.field(name).type):
             raise GroupError(f"{name} holds {kind}, not text or whole numbers")
+
+
+def is_list_of_objects(kind: pa.DataType) -> bool:
+    return (types.is_list(kind) or types.is_large_list(kind)) and types.is_struct(kind.value_type)
 
 
 def is_of(kinds: tuple[Callable[[pa.DataType], bool], ...], kind: pa.DataType) -> bool:

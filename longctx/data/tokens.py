@@ -6,28 +6,29 @@ import signal
 import sys
 import threading
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from multiprocessing import connection, get_context, parent_process
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from longctx.data.documents import OVERLAP, PIECE, Documents, Piece
+from longctx.data.documents import OVERLAP, PIECE, Chat, Documents, Piece
 
 DIFFERENT_TOKENS = 16  # that two neighbouring pieces must at least agree on to be joined
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What a process tokenizes at a time: whole documents (`texts`), or one `piece` of a long document.
+    """What a process tokenizes at a time: whole documents (`texts`), strings or Chats, or one `piece` of a long one.
 
     `share` is the batch's share of the corpus's size.
     """
 
-    texts: list[str]
+    texts: list[Any]
     piece: Piece | None
     share: int
 
@@ -37,7 +38,8 @@ class Tokens:
     """The next tokens of the corpus, bos and eos included, int32 [n], and how many documents end among them.
 
     `begins` are the indices at which a document begins, int64, ascending. `share` is the share of the corpus's size
-    that has been read for them.
+    that has been read for them. Of conversations, `learned` says which tokens a model is to learn to write, bool [n],
+    and `bad` which conversations are not among them, and why.
     """
 
     ids: np.ndarray
@@ -45,6 +47,8 @@ class Tokens:
     documents: int = 0
     empty_documents: int = 0
     share: int = 0
+    learned: np.ndarray | None = None
+    bad: tuple[str, ...] = ()
 
 
 def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast, num_proc: int) -> Iterator[Tokens]:
@@ -53,15 +57,7 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast, num_proc:
     Each document becomes bos + tokens + eos, with what the tokenizer has of the two. Empty documents are counted and
     left out: bos + eos alone would teach a model to end a text before it begins.
     """
-    backend = tokenizer.backend_tokenizer
-    backend.no_truncation()  # some tokenizer.json files set a length beyond which text is cut off
-    backend.no_padding()
-    backend.encode_special_tokens = tokenizer.split_special_tokens
-    marks = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")]
-    bos, eos = ([] if token is None else [token] for token in marks)
-    initargs = (backend, bos, eos)
-    use_tokenizer(*initargs)
-    encoded = encode_in_order(batches(documents), num_proc, initargs)
+    encoded = encode_in_order(encode, batches(documents), tokenizer, num_proc)
     for batch, ids, starts in encoded:
         if batch.piece is None:
             yield Tokens(ids, starts, len(starts), batch.texts.count(""), batch.share)
@@ -69,7 +65,17 @@ def tokenize(documents: Documents, tokenizer: PreTrainedTokenizerFast, num_proc:
             yield from join_pieces(batch.piece, batch.share, ids, starts, encoded)
 
 
-def batches(documents: Documents) -> Iterator[Batch]:
+def tokenize_chats(
+    chats: Iterator[tuple[Chat, int]], tokenizer: PreTrainedTokenizerFast, num_proc: int
+) -> Iterator[Tokens]:
+    """Yields the tokens of all conversations in order, which are the same for any `num_proc`, and as they are written:
+    it is the template that writes bos and eos."""
+    for batch, ids, begins, learned, bad in encode_in_order(encode_chats, batches(chats), tokenizer, num_proc):
+        empty = sum(not chat for chat in batch.texts)
+        yield Tokens(ids, begins, len(begins), empty, batch.share, learned, bad)
+
+
+def batches(documents: Iterator[tuple[Any, int]]) -> Iterator[Batch]:
     """Groups short documents into batches of about PIECE characters, so that all batches take about as long."""
     texts, characters, shares = [], 0, 0
     for document, share in documents:
@@ -86,8 +92,18 @@ def batches(documents: Documents) -> Iterator[Batch]:
         yield Batch(texts, None, shares)
 
 
-def encode_in_order(batches: Iterator[Batch], num_proc: int, initargs: tuple) -> Iterator[tuple]:
+def encode_in_order(
+    encode: Callable[[Batch], tuple], batches: Iterator[Batch], tokenizer: PreTrainedTokenizerFast, num_proc: int
+) -> Iterator[tuple]:
     """Yields (batch, *encode(batch)) in order. At most 2 * num_proc batches are under way, which bounds the memory."""
+    backend = tokenizer.backend_tokenizer
+    backend.no_truncation()  # some tokenizer.json files set a length beyond which text is cut off
+    backend.no_padding()
+    backend.encode_special_tokens = tokenizer.split_special_tokens
+    marks = [getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")]
+    bos, eos = ([] if token is None else [token] for token in marks)
+    initargs = (backend, bos, eos)
+    use_tokenizer(*initargs)
     if num_proc == 1:
         yield from ((batch, *encode(batch)) for batch in batches)
         return
@@ -139,6 +155,38 @@ def encode(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
     ids = itertools.chain.from_iterable(itertools.chain(bos, encoding.ids, eos) for encoding in encodings)
     ends = np.cumsum([0, *(len(bos) + len(encoding.ids) + len(eos) for encoding in encodings)], dtype=np.int64)
     return np.fromiter(ids, np.int32), ends[:-1]
+
+
+def encode_chats(batch: Batch) -> tuple[np.ndarray, np.ndarray, np.ndarray, tuple[str, ...]]:
+    """Tokenizes conversations.
+
+    Returns:
+        The tokens of all, int32; the index at which each begins, int64; which tokens a model is to learn, bool; and of
+        each conversation that is not among them how it begins, and why.
+    """
+    chats = [chat for chat in batch.texts if chat]
+    encodings = tokenizer_in_use[0].encode_batch([chat.text for chat in chats], add_special_tokens=False)
+    ids, learned, bad = [], [], []
+    for chat, encoding in zip(chats, encodings, strict=True):
+        starts, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+        if any(((starts < border) & (border < ends)).any() for border in chat.borders):
+            bad.append(f"the conversation that begins with {chat.text!r:.60}: a token is partly the assistant's")
+        else:
+            ids.append(np.array(encoding.ids, np.int32))
+            learned.append(tokens_within(chat.learned, starts, ends))
+    begins = np.cumsum([0, *map(len, ids)], dtype=np.int64)[:-1]
+    none = np.empty(0, np.int32)
+    return np.concatenate([none, *ids]), begins, np.concatenate([none.astype(bool), *learned]), tuple(bad)
+
+
+def tokens_within(ranges: Sequence[tuple[int, int]], starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+    """Which tokens are the first with a character of one of the ranges, the last with one, or between them, bool."""
+    within = np.zeros(len(starts), bool)
+    for begin, end in ranges:
+        inside = np.flatnonzero((starts < end) & (ends > begin))
+        if len(inside):
+            within[inside[0] : inside[-1] + 1] = True
+    return within
 
 
 def encode_piece(text: str) -> tuple[np.ndarray, np.ndarray]:
