@@ -82,8 +82,10 @@ def input_of_output_embeddings(
     """
     handed: list[torch.Tensor] = []
     lm_head: Any = model.get_output_embeddings()
-    takes_positions = "position_ids" in inspect.signature(type(model).forward).parameters
-    given = {} if position_ids is None or not takes_positions else {"position_ids": position_ids}
+    given = {}
+    # nnScaler, which gives none, can't trace the question.
+    if position_ids is not None and "position_ids" in inspect.signature(type(model).forward).parameters:
+        given["position_ids"] = position_ids
     with _taken(lm_head, handed.append):
         output = model(input_ids=tokens, use_cache=False, **given)
     return handed[-1], getattr(output, "aux_loss", None)
