@@ -236,7 +236,8 @@ def possible_columns(asked: Asked, tokenizer: PreTrainedTokenizerFast) -> list[C
 
 def padding_of(tokenizer: PreTrainedTokenizerFast) -> int:
     """The token that rows are filled up with. Nothing is learned of it, but it has to be in the model's vocabulary."""
-    return tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    token: Any = tokenizer.bos_token_id if tokenizer.eos_token_id is None else tokenizer.eos_token_id
+    return token
 
 
 def too_short(tokens: int, sequence_length: int, bad: list[str]) -> str:
@@ -402,7 +403,7 @@ def packed_whole(tokens: Iterator[Tokens], sequence_length: int, padding: int, c
         ids, begins, learned = zip(*(padded(parts, sequence_length, padding) for parts in some), strict=True)
         begins = [places + row * sequence_length for row, places in enumerate(begins)]
         block = Block(np.concatenate(ids), np.concatenate(begins), np.concatenate(learned))
-        counts["learned_tokens"] += int(np.count_nonzero(block.learned))
+        counts["learned_tokens"] += sum(int(np.count_nonzero(of_row)) for of_row in learned)
         counts["largest_token"] = max(counts["largest_token"], padding)
         yield block
 

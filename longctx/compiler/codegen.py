@@ -25,9 +25,7 @@ from longctx.compiler.plan import Plan
 from longctx.compiler.recompute import Recompute, names_of_keepable
 
 LINE = 120
-LARGE = (
-    10_000_000  # bytes: a value that no gradient is made for, as of the rotary embedding, is freed if it has as many
-)
+LARGE = 10_000_000  # bytes; so many of a value that no gradient is made for, as rotary tables, are worth a `del`
 CARRIED = "hidden_states"  # the name of the value that one layer passes to the next
 KEEP, KEPT, KEPT_MODULE = "keep", "kept", "longctx.kernels.kept"  # what keeps outputs while a layer is recomputed
 
@@ -162,9 +160,7 @@ class _Body:
     targets: dict[Tensor, str] = field(default_factory=dict)  # the variable that the model's source assigns a value to
     module_results: set[Tensor] = field(default_factory=set)  # the values that only other modules read
     kept: dict[Op, str] = field(default_factory=dict)  # ops whose outputs some layers keep, by the names for that
-    freed: set[Tensor] = field(
-        default_factory=set
-    )  # the values worth a `del` behind the last statement that reads them
+    large: set[Tensor] = field(default_factory=set)  # worth a `del` although no gradient is made for them
 
     def express(self, op: Op) -> Expression:
         """The expression of an op: `kept("name", function, arguments)` if some layers keep its output."""

@@ -69,7 +69,7 @@ def read_message(message: Any, number: int) -> dict[str, Any]:
     """
     if not isinstance(message, dict):
         raise BadDocument(f"message {number} is {message!r:.20}, no object with a role")
-    named = {key: value for key, value in message.items() if value is not None}
+    named: dict[str, Any] = {key: value for key, value in message.items() if value is not None}
     if "role" not in named and "from" in named:
         sharegpt = {"from": "role", "value": "content"}
         named = {sharegpt.get(key, key): value for key, value in named.items()}
@@ -91,12 +91,11 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> str:
 
 
 def chat_by_marks(tokenizer: PreTrainedTokenizerFast, messages: list[dict]) -> Chat:
-    (text,), (learned,) = render_jinja_template(  # type: ignore[misc]  # which it says to return one string
-        [messages],
-        chat_template=chat_template(tokenizer),
-        return_assistant_tokens_mask=True,
-        **tokenizer.special_tokens_map,
+    special: dict[str, Any] = tokenizer.special_tokens_map
+    rendered: Any = render_jinja_template(
+        [messages], chat_template=chat_template(tokenizer), return_assistant_tokens_mask=True, **special
     )
+    (text,), (learned,) = rendered
     return Chat(text, tuple((begin, end) for begin, end in learned if begin < end))
 
 

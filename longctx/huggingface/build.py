@@ -66,7 +66,8 @@ class CausalLMLoss(nn.Module):
             return losses.sum()
         # transformers adds it to a mean over the tokens whose label counts, which is a sum over them here.
         n_tokens = (labels != IGNORE_INDEX).sum()
-        return losses.sum() + n_tokens * self.model.router_aux_loss_coef * of_routers
+        coefficient: Any = self.model.router_aux_loss_coef
+        return losses.sum() + n_tokens * coefficient * of_routers
 
 
 def build_model(

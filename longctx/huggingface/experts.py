@@ -29,7 +29,8 @@ def route_experts(model: PreTrainedModel, imbalance: float) -> None:
     """
     for path, module in model.named_modules():
         if hasattr(module, "_apply_gate"):
-            module.told_to_experts = arguments_of(module) | ({} if imbalance == 1 else {"imbalance": imbalance})
+            told: Any = arguments_of(module) | ({} if imbalance == 1 else {"imbalance": imbalance})
+            module.told_to_experts = told
         elif path.rsplit(".", 1)[-1] == "experts":
             raise ModelError(
                 f"the experts of {type(model).__name__} are computed by code of its own, and this program has a "

@@ -203,7 +203,7 @@ def _recurrence(self, hidden_states, recurrent_gate, reset, recurrent_states=Non
     return linear_recurrence(recurrent_gate * ~reset, hidden_states), None
 
 
-def _load_balancing_loss(gate_logits, num_experts=None, top_k=2, attention_mask=None):
+def _load_balancing_loss(gate_logits, num_experts: Any = None, top_k=2, attention_mask=None):
     """load_balancing_loss_func (arXiv:2101.03961, equations 4 to 6): of each layer [n, experts] -> []; 0 for none."""
     if not isinstance(gate_logits, tuple):
         return 0

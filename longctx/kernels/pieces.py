@@ -93,7 +93,9 @@ def _backward(ctx, gradient: torch.Tensor, _: torch.Tensor) -> tuple[torch.Tenso
         made = (x[:, :, rows] for x in (gradient, query, output, logarithms))
         queries = Queries(*made, scale=ctx.scale)
         seen = keys_seen(start, rows.stop - rows.start, (0,), key.shape[2], most=KEYS)
-        of_query[:, :, rows] = queries.add_gradients(run, seen, (key, value), (of_key, of_value))
+        of_block = queries.add_gradients(run, seen, (key, value), (of_key, of_value))
+        assert of_block is not None, "a block sees its own keys"
+        of_query[:, :, rows] = of_block
     return of_query, of_key, of_value, None, None, None
 
 

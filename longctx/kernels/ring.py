@@ -70,7 +70,8 @@ class _RingAttention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, gradient):
-        return *_backward(gradient, *ctx.saved_tensors, ctx.scale, ctx.kernel, ctx.ring), None, None, None
+        gradients = _backward(gradient, ctx.saved_tensors, ctx.scale, ctx.kernel, ctx.ring)
+        return *gradients, None, None, None
 
 
 def _forward(query, key, value, scale: float, kernel: str, ring: Ring) -> pieces.Tensors:
@@ -82,7 +83,7 @@ def _forward(query, key, value, scale: float, kernel: str, ring: Ring) -> pieces
         n = here[0].shape[2] // len(starts)
         for number, (rows, start) in enumerate(blocks):
             for seen, is_causal in pieces.keys_seen(start, n, starts, n):
-                found = pieces.attend(run, query[:, :, rows], *here, seen, is_causal, scale)
+                found = pieces.attend(run, query[:, :, rows], here[0], here[1], seen, is_causal, scale)
                 merged[number] = pieces.merge(merged[number], found)
     output, logarithms = pieces.empty_result(query)
     for (rows, _), block in zip(blocks, merged, strict=True):
@@ -91,8 +92,13 @@ def _forward(query, key, value, scale: float, kernel: str, ring: Ring) -> pieces
     return output, logarithms
 
 
-def _backward(gradient, query, key, value, output, logarithms, scale: float, kernel: str, ring: Ring) -> pieces.Tensors:
-    """The gradients of query, key and value. That of a block of keys has gone round with it when it comes home."""
+def _backward(gradient: torch.Tensor, saved: pieces.Tensors, scale: float, kernel: str, ring: Ring) -> pieces.Tensors:
+    """The gradients of query, key and value. That of a block of keys has gone round with it when it comes home.
+
+    Args:
+        saved: query, key, value, output and logarithms.
+    """
+    query, key, value, output, logarithms = saved
     run = pieces.kernel_for(query, kernel)
     blocks = [
         (start, rows, pieces.Queries(*(x[:, :, rows] for x in (gradient, query, output, logarithms)), scale=scale))
@@ -117,6 +123,7 @@ def _backward(gradient, query, key, value, output, logarithms, scale: float, ker
         del totals  # they are held until they are sent, and the next ones have room
     of_query = torch.empty_like(query)
     for (_, rows, _), block in zip(blocks, of_blocks, strict=True):
+        assert block is not None, "a block sees its own keys"
         of_query[:, :, rows] = block
     of_key, of_value = _take(coming)
     return of_query, of_key, of_value
