@@ -107,6 +107,7 @@ def test_an_error_of_the_domain_becomes_a_sentence_that_names_its_option(error, 
 
 
 OF_OTHER_SCRIPTS = {"DocumentsError", "BadDocument", "SplitError", "ConfigNameError", "ColumnError"}
+OF_OTHER_SCRIPTS |= {"GroupError", "ChatTemplateError"}
 # The annotation is quoted; a solver's failure is nobody's option.
 OF_NO_OPTION = {"UserError", "AnnotationError", "SolverError", *OF_OTHER_SCRIPTS}
 

@@ -22,7 +22,17 @@ from torch.fx.node import map_aggregate
 from chunk_linear_cross_entropy import chunk_linear_cross_entropy
 from longctx.compiler.ir import DEVICE, Device, Graph, Op, OwnStarts, Tensor, map_tensors
 from longctx.compiler.localize import Assignment, localize
-from longctx.compiler.ops import REGISTERED_OPS, Row, aten, is_known, legal_partitions, register_op, spec_of, target_of
+from longctx.compiler.ops import (
+    REGISTERED_OPS,
+    Row,
+    aten,
+    is_known,
+    legal_partitions,
+    register_op,
+    ring_of,
+    spec_of,
+    target_of,
+)
 from longctx.compiler.ops import expression as write_expression
 from longctx.compiler.ops.python import ATOM, PRODUCT, SUM, UNARY, Expression, Values
 from longctx.compiler.placement import REPLICATE, Partition, Placement, Shard
@@ -651,7 +661,8 @@ def test_ranks_compute_the_whole_and_its_gradients_together_under_every_partitio
     lengths = {size for tensor in op.inputs for size in tensor.shape} or {1}
     row = Row(draw.one_of(*sorted(lengths)), draw.one_of(False, True), draw.one_of(1, 2) if n_ranks == 4 else 1)
     for partition in legal_partitions(op, n_ranks, row):
-        check_partition(op, values, partition, n_ranks, call.tolerance)
+        if ring_of(op, partition) is None:  # ranks pass parts round in test_ring.py, each in a thread of its own
+            check_partition(op, values, partition, n_ranks, call.tolerance)
 
 
 # --- what is offered, and what never is ----------------------------------------------------------------------------

@@ -196,7 +196,8 @@ def told_share(op: Op, partition: placement.Partition, plan_size: int) -> float:
 
 
 def _of_length(length: int, annotation: Annotation, op: Op) -> set[str]:
-    """The identifiers of a dimension of this length, less those that weights have: these are split in one order."""
+    """The identifiers of a dimension of this length, less those that weights have, or that an op is told its share of:
+    these are split in one order."""
     names: set[str] = set()
     of_weights: set[str] = set()
     for entry, tensor in zip(annotation.inputs, op.inputs, strict=True):
@@ -204,7 +205,8 @@ def _of_length(length: int, annotation: Annotation, op: Op) -> set[str]:
         if tensor.kind == "parameter":
             of_weights |= {factors[0].name for factors in dims}
         names |= {factors[0].name for factors, size in zip(dims, tensor.shape, strict=False) if size == length}
-    return names - of_weights
+    told = spec_of(op).told
+    return names - of_weights - ({told.dim} if told and told.share else set())
 
 
 def imports_of(op: Op) -> list[tuple[str, str]]:
