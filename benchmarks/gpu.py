@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py                          # 8 minutes on one GPU; the table is in runs/gpu/gpu.md
     python benchmarks/gpu.py --parts 2,5 --minutes 4
-    python benchmarks/gpu.py --device cpu --small     # the same code at sizes for a CPU, in a minute and a half
+    python benchmarks/gpu.py --device cpu --small     # the same code at sizes for a CPU, in a good minute
 
 Each part is a process of its own with a time limit, so that one that fails or hangs costs the others nothing. After
 every part gpu.json and gpu.md are written anew, since a machine may be taken away. The exit status is 1 if a part or a
@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--output", type=Path, default=Path("runs/gpu"), help="a folder (default: runs/gpu)")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda", help="cpu goes with --small")
     parser.add_argument(
-        "--small", action="store_true", help="sizes at which a CPU takes a minute and a half; figures mean nothing"
+        "--small", action="store_true", help="sizes at which a CPU takes a good minute; figures mean nothing"
     )
     everything = ",".join(str(number) for number in numbers())
     titles = ", ".join(f"{number} {part.title.lower()}" for number, part in enumerate(PARTS, 1))
