@@ -5,6 +5,7 @@ options. A script knows which of its options named the thing at fault, and puts 
 (`naming_options` of longctx/command_line.py; train.py's table is in longctx/options.py).
 """
 
+import gc
 import io
 import os
 import signal
@@ -210,6 +211,7 @@ def run_script(main: Callable[[], None]) -> None:
         sys.stdout.reconfigure(errors="backslashreplace")  # a file's name may have what the terminal can't show
     try:
         main()
+        gc.freeze()  # Python's last collection would go through all that was imported and traced, which takes a second
     except (UserError, OSError) as error:
         if torchrun.rank() != 0:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which torchrun sends
