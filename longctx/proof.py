@@ -39,7 +39,7 @@ from longctx.compiler.ops.spec import View
 from longctx.compiler.plan import Plan
 from longctx.compiler.recompute import Recompute
 from longctx.compiler.trace import sample_row, trace
-from longctx.data.rows import IGNORE_INDEX
+from longctx.data.rows import IGNORE_INDEX, apart
 from longctx.errors import ModelError, ProofError, UserError, one_line
 from longctx.huggingface.build import build_model
 from longctx.huggingface.configuration import vocab_size
@@ -119,19 +119,21 @@ def _code() -> list:
     return [sources.hash_registered_ops(), sources.hash_files(files), torch.__version__, transformers.__version__]
 
 
-def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, class_name: str, apart: bool) -> Proof:
+def _prove(
+    candidates: list[PreTrainedConfig], signature: list, length: int, class_name: str, documents_apart: bool
+) -> Proof:
     """The proof by the first of the small models that has the signature of the large one.
 
     Args:
-        apart: whether the documents of a row do not see each other.
+        documents_apart: whether the documents of a row do not see each other.
     """
     reason = f"none of its layers can be had with fewer than {MOST_PARAMETERS:,} parameters"
     for config in candidates:
         try:
-            model = build_model(config, torch.float32, "auto", length, documents_apart=apart)
+            model = build_model(config, torch.float32, "auto", length, documents_apart=documents_apart)
             if sum(parameter.numel() for parameter in model.parameters()) > MOST_PARAMETERS:
                 continue
-            graph = trace(model, sample_row(length, len(_documents(length)) if apart else 0))
+            graph = trace(model, sample_row(length, len(_documents(length)) if documents_apart else 0))
         except UserError as error:
             reason = one_line(error)
             continue
@@ -143,7 +145,7 @@ def _prove(candidates: list[PreTrainedConfig], signature: list, length: int, cla
         if not proof.holds:
             raise ProofError(
                 f"the code generated for {class_name} does not compute what transformers computes"
-                f"{' of the documents of a row, one by one' if apart else ''}: in a small model of "
+                f"{' of the documents of a row, one by one' if documents_apart else ''}: in a small model of "
                 f"its kind the loss differs by {proof.loss_error:.1e} and the gradient of {proof.parameter} by "
                 f"{proof.gradient_error:.1e}; choose another model"
             )
@@ -233,9 +235,11 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
     Raises:
         ProofError: transformers can't run the model, or the generated code doesn't run.
     """
-    tokens, labels = _random_row(vocab_size(config), length)
-    starts = _documents(length) if _keeps_documents_apart(graph) else (0,)
-    labels[:, [start - 1 for start in starts[1:]]] = IGNORE_INDEX
+    row, starts = _random_row(vocab_size(config), length), (0,)
+    if _keeps_documents_apart(graph):
+        starts = _documents(length)
+        row = apart(*row, starts)
+    tokens, labels = row[:2]
     try:
         model = _random_model(config)
         expected = _own_loss(model, tokens, labels, starts)
@@ -253,7 +257,7 @@ def compare(graph: Graph, config: PreTrainedConfig, length: int) -> Proof:
     weights = model.state_dict()
     try:
         module = _generated_module(graph, weights)
-        loss = module(tokens, labels, *(_apart(starts, length) if _keeps_documents_apart(graph) else ()))
+        loss = module(*row)
         loss.backward()
     except Exception as error:
         raise ProofError(
@@ -275,12 +279,6 @@ def _keeps_documents_apart(graph: Graph) -> bool:
 def _documents(length: int) -> tuple[int, ...]:
     """Where the documents of a row begin: a long one, one of a single token, and two more; fewer in a short row."""
     return tuple(sorted({0, 2 * length // 3, 2 * length // 3 + 1, 3 * length // 4}))
-
-
-def _apart(starts: tuple[int, ...], length: int) -> tuple[torch.Tensor, tuple[int, ...]]:
-    """Positions that begin anew with each document, [1, length], and where these begin."""
-    lengths = [end - start for start, end in pairwise((*starts, length))]
-    return torch.cat([torch.arange(n) for n in lengths]).unsqueeze(0), starts
 
 
 def _own_loss(
