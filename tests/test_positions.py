@@ -141,6 +141,10 @@ def test_positions_that_make_no_sense_are_refused(parameters, theta, sentence):
         change(small("llama"), Changes(parameters, theta, sequence_length=LENGTH))
 
 
+def test_no_parameters_are_no_change():
+    assert change(small("llama"), Changes({}, sequence_length=MADE_FOR)).to_dict() == small("llama").to_dict()
+
+
 def test_a_model_without_rotary_embeddings_can_not_have_others():
     with pytest.raises(ConfigurationError, match="^a opt model has no rotary embeddings; leave it out$") as error:
         change(small("opt"), Changes(rope_theta=1e6))

@@ -35,7 +35,6 @@ Rope = dict[str, Any]  # rope_parameters of a configuration: keys of transformer
 FULL = "full_attention"  # the type of layer whose attention reaches as far as a row is long
 STRETCHED = ("linear", "yarn")  # they reach as far as the factor times the original length, and no further
 WITH_ORIGINAL = ("yarn", "llama3", "longrope")  # whose parameters have the original length
-MADE_FOR = ("original_max_position_embeddings", "max_position_embeddings")
 
 
 def changed_config(model_id: str, changes: Changes) -> PreTrainedConfig:
@@ -68,7 +67,7 @@ def override(config: PreTrainedConfig, overrides: tuple[str, ...]) -> PreTrained
     """The configuration with other values of keys that it has; transformers reads them by the type of the old ones."""
     text = config.get_text_config()
     for pair in overrides:
-        key, equals, value = pair.partition("=")
+        key, equals, _ = pair.partition("=")
         if not equals or key not in text.to_dict():
             reason = f"{text.model_type} has no such key" if equals else "it has to be key=value"
             raise ConfigurationError("config_overrides", f"{pair!r}: {reason}")
@@ -105,10 +104,10 @@ def change_rope(config: PreTrainedConfig, changes: Changes) -> PreTrainedConfig:
         else:
             new = joined(wanted, old, changes.rope_theta, made_for)
     text.rope_parameters = new
-    reach = changes.sequence_length or longest_by_factor(new, made_for)
-    extend(text, reach)
+    extend(text, changes.sequence_length or longest_by_factor(text, made_for))
     config = read_anew(config, option)
-    check_reach(config.get_text_config(), changes.sequence_length, made_for, option)
+    if changes.rope_parameters is not None and changes.sequence_length:
+        check_reach(config.get_text_config(), changes.sequence_length, made_for)
     return config
 
 
@@ -147,15 +146,16 @@ def joined(wanted: Rope, old: Rope, theta: float | None, made_for: int) -> Rope:
     """
     if theta is not None and wanted.get("rope_theta", theta) != theta:
         raise ConfigurationError("rope_theta", f"rope_parameters have {wanted['rope_theta']}; leave one of them out")
-    if not wanted:  # of rope_theta alone, the type stays
-        return {**old, "rope_theta": theta}
+    by_theta = {} if theta is None else {"rope_theta": theta}
+    if not wanted:  # the type stays
+        return old | by_theta
     kind = wanted.get("rope_type", "default")
     if kind != "default" and kind not in ROPE_INIT_FUNCTIONS:
         known = ", ".join(sorted({"default", *ROPE_INIT_FUNCTIONS}))
         raise ConfigurationError("rope_parameters", f"transformers has no rope_type {quote(kind)}; it has {known}")
     kept = {name: old[name] for name in ("rope_theta", "partial_rotary_factor") if name in old}
     original = {"original_max_position_embeddings": made_for} if kind in WITH_ORIGINAL else {}
-    return {"rope_type": kind, **kept, **original, **wanted} | ({} if theta is None else {"rope_theta": theta})
+    return {"rope_type": kind, **kept, **original, **wanted, **by_theta}
 
 
 def each_rope(text: PreTrainedConfig) -> Iterator[Rope]:
@@ -175,7 +175,7 @@ def extend(text: PreTrainedConfig, length: int) -> None:
     if not ropes or not made_for or length <= made_for or any(kind_of(rope) == "dynamic" for rope in ropes):
         return
     for rope in ropes:
-        if kind_of(rope) in ("yarn", "longrope") and rope.get("factor") is None and original_length(text, rope):
+        if kind_of(rope) in ("yarn", "longrope") and rope.get("factor") is None:
             rope["factor"] = made_for / original_length(text, rope)
     text.max_position_embeddings = length
 
@@ -190,10 +190,9 @@ def original_length(text: PreTrainedConfig, rope: Mapping[str, Any]) -> int:
     return beside or rope.get("original_max_position_embeddings") or text.max_position_embeddings
 
 
-def longest_by_factor(rope: Rope, made_for: int) -> int:
+def longest_by_factor(text: PreTrainedConfig, made_for: int) -> int:
     """How far rotary parameters reach where no rows say how far they have to."""
-    ropes = list(rope.values()) if is_by_layer(rope) else [rope]
-    reaches = [reach(each, made_for) for each in ropes if each]
+    reaches = [reach(rope, made_for) for rope in each_rope(text)]
     return max([made_for, *(int(length) for length in reaches if length)])
 
 
@@ -205,14 +204,14 @@ def reach(rope: Mapping[str, Any], made_for: int) -> float | None:
     return factor * rope.get("original_max_position_embeddings", made_for)
 
 
-def check_reach(text: PreTrainedConfig, length: int | None, made_for: int, option: str) -> None:
+def check_reach(text: PreTrainedConfig, length: int, made_for: int) -> None:
     """Raises a ConfigurationError for a factor that does not stretch to the length of the rows."""
     for rope in each_rope(text):
         longest = reach(rope, made_for)
-        if length and longest is not None and longest < length and option == "rope_parameters":
+        if longest is not None and longest < length:
             needed = length / (longest / rope["factor"])
             raise ConfigurationError(
-                option,
+                "rope_parameters",
                 f"a factor of {rope['factor']:g} reaches {int(longest):,} tokens, and the rows have {length:,}; give "
                 f"{needed:g} or more",
             )
@@ -265,7 +264,8 @@ def remark(model_id: str, changes: Changes) -> str | None:
     Raises:
         ModelError, ConfigurationError: as changed_config.
     """
-    before, after = (config.get_text_config() for config in (load_config(model_id), changed_config(model_id, changes)))
+    config = load_config(model_id)
+    before, after = config.get_text_config(), change(config, changes).get_text_config()
     made_for, length = getattr(before, "max_position_embeddings", None), changes.sequence_length
     if not list(each_rope(before)) or not made_for or not length:
         return None
