@@ -34,9 +34,8 @@ def ensure_compiled(job: Job) -> Path:
         UserError: the plan can't be made as asked, or this rank would make another one than its node's first.
     """
     hardware.check_memory_limit(job.hardware, job.gpu_mem_constraint * GB)
-    config = trained_config(job.model_id, job.random_init, job.changes)
-    if job.run_mode == "compile" and is_untied(job.model_id, config):
-        torchrun.say(UNTIED)  # a run says it as it reads the weights
+    if job.run_mode == "compile":  # a run says it as it reads the weights
+        say_if_untied(job)
     inputs = plan_inputs(job)
     if torchrun.world_size() == 1:
         compile_unless_up_to_date(job, inputs)
@@ -56,6 +55,11 @@ def ensure_compiled(job: Job) -> Path:
         store.wait([key], COMPILE_TIMEOUT)
         check_first_rank(job, store.get(key).decode(), compiled.fingerprint(inputs))
     return job.compiled_folder
+
+
+def say_if_untied(job: Job) -> None:
+    if is_untied(job.model_id, trained_config(job.model_id, job.random_init, job.changes)):
+        torchrun.say(UNTIED)
 
 
 def compile_unless_up_to_date(job: Job, inputs: dict[str, Any]) -> None:
