@@ -491,12 +491,8 @@ def _pieces_workspace(op: Op, phase: str) -> Shares:
     if phase == "forward":
         return {query: (1.0 if _is_packed(op) else 2 * float32 + 1.0) / _blocks_of_queries(op)}
     at_once = _is_packed(op) or arguments_of(op)["implementation"] == "flash_attention_2"
-    piece = 1.0 if at_once else min(1.0, KEYS / key.shape[2])
-    groups = query.shape[1] / key.shape[1]
-    of_keys = piece * (1.0 + (groups if groups > 1 else 0.0))
-    copied_output = 1.0 if _is_flash(op) else 0.0
-    of_queries = (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 1.0 + copied_output
-    return _shares((query, of_queries / _blocks_of_queries(op)), (key, of_keys), (value, of_keys))
+    of_keys = _gradients_of_keys(op, 1.0 if at_once else min(1.0, KEYS / key.shape[2]))
+    return _shares((query, _gradients_of_queries(op) / _blocks_of_queries(op)), (key, of_keys), (value, of_keys))
 
 
 def _ring_workspace(op: Op, phase: str) -> Shares:
@@ -511,11 +507,23 @@ def _ring_workspace(op: Op, phase: str) -> Shares:
     float32, blocks = FLOAT32_BYTES / query.dtype.itemsize, _blocks_of_queries(op)
     if phase == "forward":
         return _shares((query, float32 + (float32 + 1.0) / blocks), (key, 2.0), (value, 2.0))
-    groups = query.shape[1] / key.shape[1]
-    piece = min(1.0, KEYS / key.shape[2]) * (1.0 + (groups if groups > 1 else 0.0))
+    of_keys = 4.0 + _gradients_of_keys(op, min(1.0, KEYS / key.shape[2]))
+    return _shares((query, float32 + _gradients_of_queries(op) / blocks), (key, of_keys), (value, of_keys))
+
+
+def _gradients_of_queries(op: Op) -> float:
+    """What the backward of a piece makes for its queries, as a share of these: their gradient in float32, as a sum and
+    as a kernel makes it, and in their own dtype; the logarithms; and a copy of the output, if the kernel wants one."""
+    query = op.inputs[0]
+    float32 = FLOAT32_BYTES / query.dtype.itemsize
     copied_output = 1.0 if _is_flash(op) else 0.0
-    of_block = (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 1.0 + copied_output
-    return _shares((query, float32 + of_block / blocks), (key, 4.0 + piece), (value, 4.0 + piece))
+    return (1 + _query_gradients(op)) * float32 + float32 / query.shape[-1] + 1.0 + copied_output
+
+
+def _gradients_of_keys(op: Op, piece: float) -> float:
+    """The gradients of a piece's keys, as a share of all: also for each query head, if several share them."""
+    groups = op.inputs[0].shape[1] / op.inputs[1].shape[1]
+    return piece * (1.0 + (groups if groups > 1 else 0.0))
 
 
 def _shares(*shares: tuple[Tensor, float]) -> Shares:
