@@ -320,12 +320,13 @@ def _describe_reshard(op: Op, comment: str) -> str:
 def _describe_ring(op: Op) -> str:
     """The comment before an op whose inputs are passed round: how many bytes a rank has of these. Else it is empty."""
     told = spec_of(op).told
-    ring = op.kwargs.get(told.ring.argument) if told and told.ring else None
-    if told is None or told.ring is None or ring is None:
+    spec = told and told.ring
+    ring = spec and op.kwargs.get(spec.argument)
+    if not spec or not ring:
         return ""
-    size = say_bytes(sum(map(nbytes, passed_round(op, told.ring))))
+    size = say_bytes(sum(map(nbytes, passed_round(op, spec))))
     where = f", between groups of {ring.across}" if ring.across > 1 else ""
-    if told.ring.reach(op) is None:
+    if spec.reach(op) is None:
         return f"blocks of {size} go round, and the next one travels while one is used{where}"
     return f"of blocks of {size} on other ranks what is in reach is sent{where}"
 

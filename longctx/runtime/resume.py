@@ -17,6 +17,7 @@ from longctx import torchrun
 from longctx.errors import CheckpointError, CheckpointFolderError, CheckpointMismatch, OtherEngine
 from longctx.job import Job
 from longctx.runtime.checkpoint import (
+    HF_ENTRY,
     LAST,
     Checkpoint,
     CheckpointFormat,
@@ -283,9 +284,9 @@ def stored_config(checkpoint: Checkpoint) -> dict[str, Any]:
     """The configuration that is stored with a checkpoint; {} if none can be read."""
     try:
         if checkpoint.merged is None:
-            text = (checkpoint.path / "hf" / "config.json").read_bytes()
+            text = (checkpoint.path / HF_ENTRY / "config.json").read_bytes()
         else:
-            text = checkpoint.merged["hf"]["config.json"].numpy().tobytes()
+            text = checkpoint.merged[HF_ENTRY]["config.json"].numpy().tobytes()
         return json.loads(text)
     except (OSError, ValueError, KeyError):
         return {}
