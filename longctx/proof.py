@@ -115,7 +115,8 @@ def cache_folder() -> Path:
 
 def _code() -> list:
     """All else that a proof depends on."""
-    files = [*sources.files_in("compiler", "kernels", "huggingface"), Path(__file__)]
+    rows = sources.PACKAGE / "data" / "rows.py"  # by which documents are taken apart
+    files = [*sources.files_in("compiler", "kernels", "huggingface"), rows, Path(__file__)]
     return [sources.hash_registered_ops(), sources.hash_files(files), torch.__version__, transformers.__version__]
 
 
