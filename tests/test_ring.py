@@ -1,8 +1,10 @@
 """Attention whose keys and values are on many ranks, against the formula for the whole row."""
 
 import queue
-import threading
+import random
+import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pytest
@@ -33,6 +35,7 @@ class ThreadRing:
         n = len(self.starts)
         self.passed[self.rank] += 1
         self.boxes[self.rank][(self.rank + 1) % n].put(x.clone())
+        time.sleep(random.uniform(0, 0.005))  # so that ranks are ahead of each other, otherwise each time
         return lambda: self.boxes[(self.rank - 1) % n][self.rank].get(timeout=60)
 
     def exchange(self, x: torch.Tensor, to_each: list[int], from_each: list[int]) -> torch.Tensor:
@@ -52,21 +55,13 @@ class Echo(ThreadRing):
 
 
 def on_each_rank(compute: Callable[[ThreadRing], list], n_ranks: int, balanced: bool) -> list[list[torch.Tensor]]:
-    """What `compute` returns on each rank."""
+    """What `compute` returns on each rank; what it raises on one is raised."""
     n = n_ranks * (2 if balanced else 1)
     starts = tuple((BLOCK * r, BLOCK * (n - 1 - r)) if balanced else (BLOCK * r,) for r in range(n_ranks))
     boxes = [[queue.Queue() for _ in range(n_ranks)] for _ in range(n_ranks)]
-    results, passed = [None] * n_ranks, [0] * n_ranks
-
-    def run(rank: int) -> None:
-        results[rank] = compute(ThreadRing(rank, starts, boxes, passed))
-
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(n_ranks)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return results
+    rings = [ThreadRing(rank, starts, boxes, [0] * n_ranks) for rank in range(n_ranks)]
+    with ThreadPoolExecutor(n_ranks) as pool:
+        return list(pool.map(compute, rings))
 
 
 def inputs(kv_heads: int, length: int, dtype: torch.dtype = torch.float64) -> list[torch.Tensor]:
