@@ -21,7 +21,7 @@ from longctx.compiler.ops.spec import Ring as RingSpec
 from longctx.compiler.work import Work
 from longctx.kernels.documents import Packed, attend_in_parts, attend_packed, flash_packed
 from longctx.kernels.fused import HALF, resolve, sdpa
-from longctx.kernels.pieces import KEYS, attention_in_pieces, can_be_pieces, fits_gpu_kernels
+from longctx.kernels.pieces import KEYS, attention_in_pieces, can_be_pieces, fits_gpu_kernels, heads_fit_gpu_kernels
 from longctx.kernels.ring import Ring, keys_in_reach, ring_attention
 
 try:
@@ -295,8 +295,7 @@ def _masks_more(op: Op) -> bool:
 def _falls_back(op: Op) -> bool:
     """Whether attention of some of the queries runs in blocks of them: whether no kernel of a GPU takes its pieces."""
     query, _, value = op.inputs[:3]
-    d = query.shape[-1]
-    has_kernel = not arguments_of(op)["dropout"] and d == value.shape[-1] and d % 8 == 0 and d <= 256
+    has_kernel = not arguments_of(op)["dropout"] and heads_fit_gpu_kernels(query.shape, value.shape)
     return arguments_of(op)["implementation"] != "flash_attention_2" and not has_kernel
 
 
@@ -330,9 +329,8 @@ def fits_ring(op: Op) -> bool:
         return False
     if _windowed(op):
         return True
-    (*_, d), (*_, e) = op.inputs[0].shape, op.inputs[2].shape
     is_fused = not takes_blocks(op) and arguments_of(op)["implementation"] not in BY_BLOCKS
-    return is_fused and not arguments_of(op)["dropout"] and d == e and d % 8 == 0 and d <= 256
+    return is_fused and not _falls_back(op)
 
 
 def keys_before(op: Op) -> int | None:

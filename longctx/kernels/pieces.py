@@ -41,12 +41,17 @@ def can_be_pieces(query: torch.Tensor, value: torch.Tensor, dropout: float) -> b
 
 
 def fits_gpu_kernels(query: Sequence[int], value: Sequence[int], dtype: torch.dtype) -> bool:
+    """Whether a GPU's fused kernels take queries and values of these shapes and this dtype."""
+    return dtype in HALF and heads_fit_gpu_kernels(query, value)
+
+
+def heads_fit_gpu_kernels(query: Sequence[int], value: Sequence[int]) -> bool:
     """Whether a GPU's fused kernels take heads of these shapes: of a multiple of 8, of 256 at most.
 
     PyTorch pads others only above these operators.
     """
     d = query[-1]
-    return dtype in HALF and d % 8 == 0 and d <= 256 and d == value[-1]
+    return d % 8 == 0 and d <= 256 and d == value[-1]
 
 
 @torch.library.custom_op("longctx::attention_in_pieces", mutates_args=())
